@@ -1,0 +1,45 @@
+# Everything a user or a maintainer does, in one place. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-full lint type bench wheel clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## Create .venv with the tested versions
+
+train: setup ## Train a 1:16 sparse network on the embedded digits, then audit its checkpoint
+	$(BIN)/bame-train hydra.run.dir=outputs/digits
+	$(BIN)/bame-audit outputs/digits/checkpoints/last.ckpt
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest --quiet
+
+test-full: setup ## Run the tests, the slow ones too
+	$(BIN)/python -m pytest --quiet -m ""
+
+lint: setup ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup ## Check types
+	$(BIN)/mypy
+
+bench: setup ## Measure step time and accuracy (minutes)
+	$(BIN)/python -m benchmarks.step_time
+
+wheel: setup ## Build the wheel into dist/
+	$(BIN)/uv build --wheel --quiet
+
+clean: ## Remove what training and testing leave behind
+	rm -rf outputs multirun dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,175 @@
+"""BAME: masks that evolve in designated blocks, by evidence of what pruned weights would have become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bame_lightning.callbacks.base import Init, SparseCallback
+from bame_lightning.evidence import Evidence, OneBatch
+from bame_lightning.evolution import EvolvingWeight
+from bame_lightning.oscillation import oscillation_frequency
+from bame_lightning.pattern import NMPattern
+from bame_lightning.schedule import Schedule, Window
+from bame_lightning.statistics import pooled_mean
+
+
+class BAMECallback(SparseCallback):
+    """Train N:M sparse from scratch by Block-Aware Mask Evolution.
+
+    Forward, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Now and then masks
+    adapt: in blocks that are not frozen, pruned weights whose evidence outgrew the weakest kept weight take its place.
+    Dense gradients are used in designated blocks only. See `docs/algorithm.md` for the method, and for what is the
+    paper's and what is ours.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers: module or parameter name, or a glob over such names ->
+            a pattern or "dense". The last match wins.
+        schedule: When to adapt; default: every 10 optimizer steps in the first 90 % of the run.
+        evidence: What is known of pruned weights: `Evidence`, gathered over many steps, or `OneBatch`, the literal
+            one-batch criterion.
+        freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
+        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
+            weights that are N:M sparse already.
+        rescale: Multiply kept weights by sqrt(M / N) when masks are made. Right for training from scratch, wrong for
+            fine-tuning.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> callback = BAMECallback("1:16", layers={"*.stem": "dense"}, schedule=Schedule(stop=0.8))
+        >>> str(callback.pattern)
+        '1:16'
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        schedule: Schedule = Schedule(),  # noqa: B008 frozen
+        evidence: Evidence | OneBatch = Evidence(),  # noqa: B008 frozen
+        freeze_after: int | None = 1,
+        init: Init = "magnitude",
+        rescale: bool = False,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(pattern, layers=layers, init=init, rescale=rescale, verify=verify)
+        if freeze_after is not None and freeze_after < 0:
+            raise ValueError(f"`freeze_after` must be a number of oscillations >= 0, or None; got {freeze_after}.")
+        self.schedule = schedule
+        self.evidence = evidence
+        self.freeze_after = freeze_after
+        self.adaptations = 0
+        self.evolving: list[EvolvingWeight] = []
+        self.discarded = torch.zeros((), dtype=torch.int64)
+        self._window = Window(0, 0, 1)
+
+    @override
+    def start_method(self, trainer: L.Trainer, restored: Mapping[str, Any] | None) -> None:
+        self._window = self.schedule.window(_total_steps(trainer, self.schedule))
+        if not self._window.adaptations:
+            rank_zero_warn(
+                f"BAME will never adapt a mask: its window holds {max(0, self._window.stop - self._window.start)} optimizer "
+                f"steps, fewer than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
+            )
+        if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
+            return  # a second fit goes on where the first one ended
+        self.evolving = [EvolvingWeight(sparse, self.evidence, self.freeze_after) for sparse in self.weights]
+        self.adaptations = 0
+        self.discarded = torch.zeros((), dtype=torch.int64, device=self.weights[0].weight.device)
+        if restored is not None:
+            self.adaptations = int(restored["adaptations"])
+            self.discarded += restored["discarded"].to(self.discarded.device)
+            for weight in self.evolving:
+                weight.load_state_dict(restored["layers"][weight.sparse.name])
+
+    @override
+    def read_gradients(self) -> None:
+        reading = self.evidence.reading(self.steps, self._window)
+        if reading is not None:
+            for weight in self.evolving:
+                weight.read(reading.everywhere)
+
+    @override
+    def evolve(self, optimizer: Optimizer) -> bool:
+        reading = self.evidence.reading(self.steps, self._window)
+        if reading is not None:
+            # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
+            read = [weight.reading.gradient.isfinite().all() for weight in self.evolving if weight.reading]
+            finite = torch.stack(read).all() if read else torch.ones((), dtype=torch.bool)
+            self.discarded += ~finite
+            for weight in self.evolving:
+                weight.accumulate(optimizer, reading.steps, finite)
+                if reading.everywhere and isinstance(self.evidence, Evidence):
+                    weight.designate(self.evidence.share)
+        adapts = self._window.adapts(self.steps)
+        for weight in self.evolving:
+            if adapts:
+                weight.adapt(self.evidence.adaptable_share(self.steps, self._window))
+            weight.reading = None
+        self.adaptations += adapts
+        return adapts
+
+    @override
+    def method_statistics(self) -> dict[str, Tensor]:
+        positions = sum(weight.evidence.numel() for weight in self.evolving)
+        blocks = sum(len(weight.learning_time) for weight in self.evolving)
+        frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
+        designated = sum(len(weight.designated) for weight in self.evolving) if self.steps in self._window else 0
+        statistics = {
+            "bame/flip_rate": torch.stack([weight.last_flips for weight in self.evolving]).sum() / positions,
+            "bame/oscillation_frequency": pooled_mean(frequencies),
+            "bame/frozen_fraction": pooled_mean(weight.frozen for weight in self.evolving),
+            "bame/designated_fraction": torch.tensor(designated / blocks),
+            "bame/predicted_loss_reduction": torch.stack([weight.predicted for weight in self.evolving]).sum(),
+            "bame/discarded_readings": self.discarded.float(),
+        }
+        for weight, frequency in zip(self.evolving, frequencies, strict=True):
+            layer = f"bame/layer/{weight.sparse.label}"
+            statistics[f"{layer}/flip_rate"] = weight.last_flips / weight.evidence.numel()
+            statistics[f"{layer}/oscillation_frequency"] = frequency.mean()
+            statistics[f"{layer}/frozen_fraction"] = weight.frozen.float().mean()
+        return statistics
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for weight in self.evolving:
+            state["layers"][weight.sparse.name] |= weight.state_dict()
+        return state | {"adaptations": self.adaptations, "discarded": self.discarded.cpu().clone()}
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        """What the run did, in plain types.
+
+        Returns:
+            The summary of `SparseCallback`, and adaptations, mask positions flipped, final share of frozen blocks, mean
+            oscillation frequency, discarded readings.
+        """
+        totals = {
+            "adaptations": self.adaptations,
+            "flips": sum(int(weight.flips) for weight in self.evolving),
+            "discarded_readings": int(self.discarded),
+        }
+        names = ("oscillation_frequency", "frozen_fraction")
+        statistics = self.method_statistics()
+        return super().summary() | totals | {name: float(statistics[f"bame/{name}"]) for name in names}
+
+
+def _total_steps(trainer: L.Trainer, schedule: Schedule) -> float:
+    if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
+        return math.inf  # nobody asks, and counting may need the data
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps == -1 else steps

@@ -1,0 +1,300 @@
+"""The Lightning glue that every method shares: masks, their enforcement, their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Bool
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from bame_lightning import invariants, statistics
+from bame_lightning.callbacks.table import layer_table
+from bame_lightning.layers import LayerPlan, SparseWeight, plan_layers
+from bame_lightning.masks import nonzero_mask, pack_mask, random_mask, top_n_mask, unpack_mask
+from bame_lightning.optimizer_state import elementwise_state
+from bame_lightning.pattern import NMPattern, to_blocks
+
+STATE_VERSION = 1
+"""Version of the state in a checkpoint, under the key `nm_sparsity_version`."""
+
+Init = Literal["magnitude", "random", "nonzero"]
+
+
+class SparseCallback(L.Callback):
+    """Keep weights N:M sparse through training: a static mask, and the base of methods that evolve it.
+
+    The model is never renamed, wrapped or added to: its state dict keeps the plain keys, with exact zeros where weights
+    are pruned. Masks live in this callback's own state. One optimizer step runs: forward and backward on the sparse
+    weights; gradients of pruned weights are zeroed before Lightning clips them; the optimizer steps; pruned weights and
+    their element-wise optimizer state are zeroed; then a method may change the masks.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers: module or parameter name, or a glob over such names ->
+            a pattern or "dense". The last match wins.
+        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
+            weights that are N:M sparse already.
+        rescale: Multiply kept weights by sqrt(M / N) when masks are made, which restores the variance of a layer's
+            output. Right for training from scratch, wrong for fine-tuning.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        init: Init = "magnitude",
+        rescale: bool = False,
+        verify: bool = False,
+    ) -> None:
+        if init not in ("magnitude", "random", "nonzero"):
+            raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
+        self.pattern = NMPattern.parse(pattern)
+        self.rules = {glob: r if r == "dense" else NMPattern.parse(r) for glob, r in (layers or {}).items()}
+        self.init = init
+        self.rescale = rescale
+        self.verify = verify
+        self.weights: list[SparseWeight] = []
+        self.steps = 0
+        self._optimizer: Optimizer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._expected: dict[str, Bool[Tensor, ...]] = {}
+
+    # What a method overrides.
+
+    def start_method(self, trainer: L.Trainer, restored: Mapping[str, Any] | None) -> None:
+        """Prepare what evolves, before pruned weights are zeroed; or restore it from what `state_dict` returned."""
+
+    def read_gradients(self) -> None:
+        """Look at the dense gradients, just before they are masked."""
+
+    def evolve(self, optimizer: Optimizer) -> bool:
+        """Change masks after an optimizer step that was taken; returns whether any may have changed."""
+        return False
+
+    def method_statistics(self) -> dict[str, Tensor]:
+        """Metrics of the method, on the weights' device."""
+        return {}
+
+    # Lightning's hooks, in the order in which they are called.
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        version = state_dict.get("nm_sparsity_version")
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"The checkpoint's {type(self).__name__} state has version {version!r}, this release reads {STATE_VERSION}."
+                " Resume with the release that wrote it, or load the weights and start with `init='nonzero'`."
+            )
+        self._restored = state_dict
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        restored, self._restored = self._restored, None
+        if restored is None and trainer.ckpt_path and self.init != "nonzero":
+            raise ValueError(
+                f"The checkpoint `ckpt_path` = {trainer.ckpt_path} holds no state of {type(self).__name__}, so its masks are "
+                f"unknown. Resume with {type(self).__name__}(..., init='nonzero') to rebuild them from the zeros of its "
+                "weights, or load the weights and start a new run."
+            )
+        plans = plan_layers(pl_module, self.pattern, self.rules, _trained(trainer))
+        self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
+        if restored:
+            self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
+            self.steps = int(restored["steps"])
+        else:
+            self.weights = self._make_masks(plans)
+            self.steps = self.steps if trainer.global_step else 0
+        self.start_method(trainer, restored)
+        self._zero_pruned()
+        self._remember_masks()
+        rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._optimizer is not None
+        # Its state was restored after `on_fit_start`, perhaps that of dense training.
+        self._zero_pruned(self._optimizer)
+        # No hook of Lightning follows the update before validation and checkpoints see the weights.
+        self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Under manual optimization users clip before `on_before_optimizer_step`. Gradients are whole there after each
+        # backward; under automatic optimization they may still be scaled, or local to a rank.
+        if not pl_module.automatic_optimization:
+            self._mask_gradients()
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self.verify:
+            self._check_rest()
+        if pl_module.automatic_optimization:
+            self._mask_gradients()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Restore the zeros and evolve; a step that a loss scaler skips does not come here."""
+        if self.verify:
+            invariants.check_gradients(self.weights, self.steps)
+        self._zero_pruned(optimizer)
+        if self.evolve(optimizer):
+            # State is zero wherever weights were pruned, so a revived weight starts without history, too.
+            self._zero_pruned(optimizer)
+            self._remember_masks()
+        self.steps += 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.verify:
+            self._check_rest()
+        if trainer._logger_connector.should_update_logs:
+            density = statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)
+            pl_module.log_dict({"bame/density": density, **self.method_statistics()}, on_step=True, on_epoch=False)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remove_hooks()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        layers = {
+            sparse.name: {
+                "pattern": str(sparse.pattern),
+                "shape": list(sparse.weight.shape),
+                "mask": pack_mask(~sparse.pruned).cpu(),
+            }
+            for sparse in self.weights
+        }
+        return {"nm_sparsity_version": STATE_VERSION, "steps": self.steps, "layers": layers}
+
+    def summary(self) -> dict[str, Any]:
+        """What the run did, in plain types.
+
+        Returns:
+            Pattern, pattern by layer, share of non-zeros, optimizer steps.
+        """
+        return {
+            "pattern": str(self.pattern),
+            "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
+            "density": float(statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)),
+            "steps": self.steps,
+        }
+
+    def _make_masks(self, plans: list[LayerPlan]) -> list[SparseWeight]:
+        # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
+        known = {id(sparse.weight): sparse for sparse in self.weights}
+        make = {
+            "magnitude": lambda blocks, n: top_n_mask(blocks.abs(), n),
+            "random": random_mask,
+            "nonzero": nonzero_mask,
+        }
+        fresh = {}
+        for plan in plans:
+            if plan.pattern and id(plan.weight) not in known:
+                blocks = to_blocks(plan.weight.detach(), plan.pattern.m)
+                fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
+        if self.rescale:
+            for sparse in fresh.values():
+                sparse.weight.detach().mul_(sparse.pattern.density**-0.5)
+        return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
+
+    def _mask_gradients(self) -> None:
+        self.read_gradients()
+        for sparse in self.weights:
+            if sparse.weight.grad is not None:
+                # Filling, not multiplying: an infinite gradient times zero is NaN.
+                sparse.weight.grad.masked_fill_(sparse.pruned, 0)
+
+    def _zero_pruned(self, optimizer: Optimizer | None = None) -> None:
+        for sparse in self.weights:
+            sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+            if optimizer is not None:
+                for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
+                    value.masked_fill_(sparse.pruned, 0)
+
+    def _check_rest(self) -> None:
+        assert self._optimizer is not None
+        invariants.check_counts(self.weights, self.steps)
+        invariants.check_masks(self.weights, self._expected, self.steps)
+        invariants.check_weights(self.weights, self.steps)
+        invariants.check_optimizer_state(self.weights, self._optimizer, self.steps)
+
+    def _remember_masks(self) -> None:
+        if self.verify:
+            self._expected = {sparse.name: sparse.pruned.clone() for sparse in self.weights}
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _trained(trainer: L.Trainer) -> set[int]:
+    return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> Optimizer:
+    """The optimizer that holds the weights with these `id`s; refuses what cannot be right."""
+    holders = [
+        o for o in trainer.optimizers if any(id(p) in sparse for group in o.param_groups for p in group["params"])
+    ]
+    if len(holders) > 1:
+        raise ValueError(
+            f"`layers` lets {len(holders)} optimizers hold sparse weights, whose steps would be counted together. Keep all "
+            "but one optimizer's layers dense with layers={'name.*': 'dense'}."
+        )
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and not pl_module.automatic_optimization:
+        raise ValueError(
+            "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
+            "follow them. Use `precision='bf16-mixed'` or automatic optimization."
+        )
+    if scaled and getattr(holders[0], "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "A fused optimizer under a loss scaler (`precision='16-mixed'`) unscales gradients inside its step, after the "
+            "masks have read them. Use `fused=False`, or `precision='bf16-mixed'`."
+        )
+    return holders[0]
+
+
+def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str) -> list[SparseWeight]:
+    """Build masks from a checkpoint's state, or say which layers do not fit."""
+    wanted = {plan.name: (str(plan.pattern), list(plan.weight.shape)) for plan in plans if plan.pattern}
+    found = {name: (layer["pattern"], list(layer["shape"])) for name, layer in saved.items()}
+    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"The masks of {method} in the checkpoint do not fit this model: {len(differing)} layers differ, the first is "
+            f"`{name}`, which is {_describe(found.get(name))} in the checkpoint and {_describe(wanted.get(name))} here. Resume "
+            "with the model, `pattern` and `layers` that wrote it, or load the weights and start a new run."
+        )
+    masks = []
+    for plan in plans:
+        if plan.pattern:
+            mask = unpack_mask(saved[plan.name]["mask"].to(plan.weight.device), plan.weight.shape)
+            masks.append(SparseWeight.of(plan, to_blocks(mask, plan.pattern.m)))
+    return masks
+
+
+def _describe(layer: tuple[str, list[int]] | None) -> str:
+    return f"{layer[0]} of shape {tuple(layer[1])}" if layer else "not sparse"

@@ -1,0 +1,40 @@
+"""The table of layers that the user sees at the start of fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from bame_lightning.layers import LayerPlan
+
+
+def layer_table(plans: Sequence[LayerPlan]) -> str:
+    """Render one row per weight matrix: its pattern and blocks, or why it stays dense.
+
+    Args:
+        plans: What becomes of each weight.
+
+    Returns:
+        The table as text of at most 100 columns, with a line of totals below.
+    """
+    table = Table("Layer", "Type", "Shape", "Pattern", "Blocks", "Why dense")
+    for plan in plans:
+        shape = " x ".join(map(str, plan.weight.shape))
+        blocks = f"{plan.blocks:,}" if plan.pattern else ""
+        name = plan.name.removesuffix(".weight")
+        table.add_row(name, plan.kind, shape, str(plan.pattern or "dense"), blocks, plan.reason)
+    with StringIO() as text:
+        Console(file=text, width=100).print(table)
+        return f"{text.getvalue()}{_totals(plans)}"
+
+
+def _totals(plans: Sequence[LayerPlan]) -> str:
+    # Tied weights are listed twice but exist once.
+    sizes = {id(plan.weight): plan.weight.numel() for plan in plans}
+    sparse = [plan for plan in plans if plan.pattern]
+    kept = sum(plan.blocks * plan.pattern.n for plan in sparse if plan.pattern)
+    masked = sum(plan.weight.numel() for plan in sparse)
+    return f"{len(sparse)} of {len(sizes)} weight matrices are sparse: {kept:,} of their {masked:,} weights are kept."

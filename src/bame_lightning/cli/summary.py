@@ -1,0 +1,132 @@
+"""What came out of a run: a plain dictionary, a JSON file, a page of text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from bame_lightning.audit import audit_checkpoint
+from bame_lightning.callbacks.base import SparseCallback
+
+_NEVER_FLIPPED = (
+    "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: no adaptation falls into "
+    "the run (compare method.schedule.start, stop and every with the number of steps); the learning rate is 0 or "
+    "tiny; or the evidence moves too little (method.evidence.step_size, share, read_every)."
+)
+
+
+def summarize(
+    trainer: Trainer,
+    method: SparseCallback | None,
+    *,
+    metrics: Mapping[str, Any],
+    seconds: float,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Collect the results of a finished run.
+
+    Args:
+        trainer: The trainer that fitted and tested.
+        method: The callback that made the network sparse; None for a dense network.
+        metrics: What was logged last, by key.
+        seconds: Wall time of training.
+        config: The configuration of the run.
+
+    Returns:
+        Plain types only.
+    """
+    checkpoint = Path(config["run_dir"], "checkpoints", "last.ckpt")
+    summary: dict[str, Any] = {
+        **{name: config["choices"].get(name) for name in ("recipe", "data", "model", "method", "sparsity")},
+        "pattern": config["pattern"],
+        "seed": config["seed"],
+        **{
+            f"{stage}_{name}": float(metrics[f"{stage}/{name}"]) if f"{stage}/{name}" in metrics else None
+            for stage in ("test", "val", "train")
+            for name in ("accuracy", "loss")
+        },
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "wall_seconds": round(seconds, 2),
+        "run_dir": str(config["run_dir"]),
+        "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
+    }
+    if method is None:
+        return summary
+    summary |= {"sparse": method.summary(), "warning": None}
+    if checkpoint.is_file():
+        report = audit_checkpoint(checkpoint)
+        summary["compliant"] = report.compliant
+        summary["layers"] = [
+            {"name": row.name, "pattern": str(row.pattern), "blocks": row.blocks, "violations": row.violations}
+            for row in report.layers
+        ]
+    if summary["sparse"].get("flips") == 0:
+        summary["warning"] = _NEVER_FLIPPED
+    return summary
+
+
+def write_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Write the summary as JSON; a reader sees either nothing or all of it.
+
+    Args:
+        summary: What `summarize` returned.
+        path: The file to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.replace(path)
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the summary for people, at most 80 columns wide.
+
+    Args:
+        summary: What `summarize` returned.
+    """
+    console = Console(highlight=False)
+    console.width = min(console.width, 80)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(summary):
+        facts.add_row(name, value)
+    console.print(Panel(facts, title=f"{summary['method']} {summary['pattern']}", title_align="left"))
+    if summary.get("layers"):
+        console.print(_layer_table(summary["layers"]))
+    if summary.get("warning"):
+        console.print(Panel(summary["warning"], title="WARNING", title_align="left", style="bold red"))
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "task", f"{summary['data']}, {summary['model']}, seed {summary['seed']}"
+    for stage in ("test", "val"):
+        if summary[f"{stage}_accuracy"] is not None:
+            yield f"{stage} accuracy", f"{summary[f'{stage}_accuracy']:.2%}"
+    if "compliant" in summary:
+        bad = sum(layer["violations"] for layer in summary["layers"])
+        blocks = sum(layer["blocks"] for layer in summary["layers"])
+        yield "compliance", f"all {blocks:,} blocks obey" if summary["compliant"] else f"{bad:,} of {blocks:,} VIOLATE"
+    sparse = summary.get("sparse", {})
+    if "flips" in sparse:
+        yield "masks", f"{sparse['flips']:,} flips in {sparse['adaptations']:,} adaptations"
+        yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
+    yield "length", f"{summary['epochs']} epochs, {summary['steps']:,} steps, {summary['wall_seconds']:.1f} s"
+    yield "run folder", summary["run_dir"]
+    if summary["checkpoint"]:
+        yield "checkpoint", summary["checkpoint"]
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("layer", "pattern")
+    for title in ("blocks", "violations"):
+        table.add_column(title, justify="right")
+    for layer in layers:
+        table.add_row(layer["name"], layer["pattern"], f"{layer['blocks']:,}", f"{layer['violations']:,}")
+    return table

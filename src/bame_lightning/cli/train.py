@@ -1,0 +1,135 @@
+"""`bame-train`: compose a configuration, train, test, sum up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.cli.conf import conf_dir
+from bame_lightning.cli.errors import one_line_errors
+from bame_lightning.cli.progress import EpochLines
+from bame_lightning.cli.summary import print_summary, summarize, write_summary
+from bame_lightning.pattern import NMPattern
+
+# True in general, but not here: images are in memory, and run folders hold Hydra's files before the run starts.
+_NOT_A_PROBLEM = (
+    ".*does not have many workers which may be a bottleneck",
+    "Experiment logs directory .* exists and is not empty",
+    "Checkpoint directory .* exists and is not empty",
+)
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Train what the configuration describes.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        Accuracy on the validation images, for sweepers that optimise; None if there are none.
+    """
+    with one_line_errors("bame-train"):
+        summary = train(cfg)
+    validated: float | None = summary["val_accuracy"]
+    return validated
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Fit, test and sum up one run.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The summary that is written to `summary.json`.
+
+    Raises:
+        ValueError: If the configuration holds a wrong value.
+        FileNotFoundError: If `ckpt_path` or the data set does not exist.
+    """
+    _check(cfg)
+    bar = sys.stdout.isatty() and not cfg.quiet
+    _calm(quiet=cfg.quiet)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+
+    data = instantiate(cfg.data)
+    model = instantiate(cfg.model)(data.input_shape, data.num_classes)
+    task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
+    method: SparseCallback | None = instantiate(cfg.method) if cfg.method else None
+    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
+    if method is not None:
+        callbacks.append(method)
+    if not bar and not cfg.quiet:
+        callbacks.append(EpochLines())
+    loggers: list[Logger] = []
+    try:
+        loggers += [instantiate(node) for node in cfg.logger.values()]
+        trainer: Trainer = instantiate(cfg.trainer)(
+            callbacks=callbacks, logger=loggers, enable_progress_bar=bar, enable_model_summary=bar
+        )
+        for logger in loggers:
+            logger.log_hyperparams(_plain(cfg))
+
+        start = time.perf_counter()
+        trainer.fit(task, data, ckpt_path=cfg.ckpt_path)
+        seconds = time.perf_counter() - start
+        metrics = {**trainer.callback_metrics}
+        trainer.test(task, data, verbose=False)
+        metrics |= trainer.callback_metrics
+
+        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=_plain(cfg))
+    finally:
+        # A sweep runs its jobs in one process, and the next logger would go on with this job's W&B run.
+        if any(isinstance(logger, WandbLogger) for logger in loggers):
+            import wandb
+
+            wandb.finish()
+    if trainer.is_global_zero:
+        write_summary(summary, Path(cfg.run_dir) / "summary.json")
+        print_summary(summary)
+    return summary
+
+
+def _check(cfg: DictConfig) -> None:
+    """Find out about wrong values before data are read and folders are made."""
+    NMPattern.parse(cfg.pattern)
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise FileNotFoundError(
+            f"`ckpt_path` must be a checkpoint file to resume from; {cfg.ckpt_path} does not exist."
+        )
+    if cfg.threads is not None and cfg.threads < 1:
+        raise ValueError(f"`threads` must be at least 1, or null for torch's own choice; got {cfg.threads}.")
+
+
+def _calm(*, quiet: bool) -> None:
+    for message in _NOT_A_PROBLEM:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    choices = {name: option for name, option in HydraConfig.get().runtime.choices.items() if "/" not in name}
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {"choices": choices} | {str(key): value for key, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()

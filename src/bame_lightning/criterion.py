@@ -1,0 +1,79 @@
+"""What a weight is worth in units of the loss, and which swaps follow from it.
+
+Of every block the weights in force and the evidence of the pruned ones together form the *latent* weights: `w` where
+the mask keeps, `v` where it prunes. A criterion values each latent weight by the loss that the network would lose
+without it. Pruning a kept weight costs its value, reviving a pruned one gains its value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def proximal_worth(
+    latent: Float[Tensor, "blocks m"], learning_time: Float[Tensor, " blocks"]
+) -> Float[Tensor, "blocks m"]:
+    r"""Value latent weights by their magnitude, in units of the loss; the default criterion.
+
+    $\text{worth}_i = \frac{x_i^2}{2 S_b}$ (ours), with x the latent weight and $S_b = \sum r k \eta_b$ the learning time
+    over which its block's evidence was gathered. Derivation: evidence from zero is $v = -S \bar g$, the minimiser of the
+    proximal model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at its minimum the loss is lower
+    by $\frac{v^2}{2S}$. A kept weight stands at the minimum of the same model and gives up as much when it is pruned.
+    Within a block the order is that of magnitudes.
+
+    Args:
+        latent: Weights where kept, evidence where pruned.
+        learning_time: S, one value per block; 0 where nothing has been read yet.
+
+    Returns:
+        Expected loss without each weight, minus the loss with it.
+    """
+    # Blocks that were never read do not adapt; any positive time keeps their values finite.
+    time = torch.where(learning_time > 0, learning_time, 1)
+    return latent.square() / (2 * time[:, None])
+
+
+def first_order_worth(
+    latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"]
+) -> Float[Tensor, "blocks m"]:
+    r"""Value latent weights by one batch's first-order loss change, $|g_i x_i|$; the literal criterion.
+
+    A kept weight costs $|g_i w_i|$, a pruned one, whose evidence is one step $v_j = -\eta g_j$, gains $\eta g_j^2$ (our
+    literal reading of the abstract's "expected loss reduction", not the authors' formula).
+
+    Args:
+        latent: Weights where kept, evidence where pruned.
+        gradient: g, the dense gradient of this step.
+
+    Returns:
+        Expected loss without each weight, minus the loss with it.
+    """
+    return (gradient * latent).abs()
+
+
+def select_mask(worth: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
+    """Swap in every block while the best pruned weight is worth more than the worst kept one.
+
+    Each swap prunes the kept weight of the least worth and revives the pruned one of the greatest; at most
+    min(n, m - n) swaps can gain. The result keeps the n weights of the greatest worth; on a tie the mask stays as it is,
+    and between equals the lower index swaps first.
+
+    Args:
+        worth: Value of each latent weight, never NaN.
+        mask: The mask in force, exactly `n` kept per block.
+        n: Weights kept per block.
+
+    Returns:
+        The new mask, exactly `n` kept per block.
+    """
+    mask = mask.clone()
+    for _ in range(min(n, mask.shape[-1] - n)):
+        cost, weakest = worth.masked_fill(~mask, math.inf).min(-1, keepdim=True)
+        gain, strongest = worth.masked_fill(mask, -math.inf).max(-1, keepdim=True)
+        swap = gain > cost
+        mask.scatter_(-1, weakest, ~swap).scatter_(-1, strongest, swap)
+    return mask

@@ -1,0 +1,160 @@
+"""What pruned weights would have become, from the dense gradients that are read.
+
+A pruned weight holds no value in the network, but something must be known of it before it can be revived. The evidence
+$v$ is that knowledge: the value the weight would have had, had the optimizer moved it by the dense gradients that were
+read. It is ours, not the paper's (see `docs/algorithm.md`); the paper's abstract speaks of the expected loss reduction
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bame_lightning.criterion import first_order_worth, proximal_worth
+from bame_lightning.schedule import Window
+
+
+class Reading(NamedTuple):
+    """Which dense gradients a step reads.
+
+    Args:
+        everywhere: Read all unfrozen blocks; otherwise the designated ones.
+        steps: Optimizer steps the reading stands for, r.
+    """
+
+    everywhere: bool
+    steps: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Evidence accumulated over many readings, the default.
+
+    Every `read_every` steps all unfrozen blocks are read and ranked; in between, only the best `share` of them. A
+    reading everywhere stands for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without
+    a reading, and standing for all of them would multiply the noise of one batch as well.
+
+    Args:
+        read_every: Optimizer steps between two readings of all unfrozen blocks.
+        share: Share of a layer's unfrozen blocks that is read at every step in between.
+        step_size: Damps the step that evidence takes, k; below 1 where single gradients are noisy.
+        init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
+        decay: Shrinks evidence like an extra weight decay, lambda; SR-STE's 2e-4.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    read_every: int = 10
+    share: float = 0.25
+    step_size: float = 1.0
+    init: Literal["zero", "weights"] = "zero"
+    decay: float = 2e-4
+    remembers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.read_every < 1:
+            raise ValueError(f"`evidence.read_every` must be at least 1 optimizer step; got {self.read_every}.")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"`evidence.share` is a share of blocks in [0, 1]; got {self.share}.")
+        if not self.step_size > 0:
+            raise ValueError(f"`evidence.step_size` must be positive; got {self.step_size}.")
+        if self.init not in ("zero", "weights"):
+            raise ValueError(f"`evidence.init` must be 'zero' or 'weights'; got {self.init!r}.")
+        if not self.decay >= 0:
+            raise ValueError(f"`evidence.decay` must not be negative; got {self.decay}.")
+
+    def reading(self, step: int, window: Window) -> Reading | None:
+        """What to read of the dense gradient of `step`."""
+        if step not in window:
+            return None
+        if (step - window.start) % self.read_every == 0:
+            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)))
+        return Reading(everywhere=False, steps=1) if self.share > 0 else None
+
+    def adaptable_share(self, step: int, window: Window) -> float:
+        """Share of a layer's blocks that may adapt after `step`: all of them."""
+        return 1.0
+
+    def worth(
+        self,
+        latent: Float[Tensor, "blocks m"],
+        learning_time: Float[Tensor, " blocks"],
+        gradient: Float[Tensor, "blocks m"] | None,
+    ) -> Float[Tensor, "blocks m"]:
+        """Value latent weights by `criterion.proximal_worth`."""
+        return proximal_worth(latent, learning_time)
+
+
+@dataclass(frozen=True)
+class OneBatch:
+    r"""Evidence of a single batch, forgotten after every adaptation: the literal reading of the paper's abstract.
+
+    All unfrozen blocks are read at adaptation steps only, and swaps are confined to the blocks of a layer that promise
+    the largest loss reduction: a share of them, annealed by a cosine from `share` at the window's start to 0 at its end.
+
+    Args:
+        share: Share of a layer's blocks that may adapt at the start, rho.
+
+    Raises:
+        ValueError: If `share` is outside (0, 1].
+    """
+
+    share: float = 0.3
+    init: ClassVar[str] = "zero"
+    step_size: ClassVar[float] = 1.0
+    decay: ClassVar[float] = 0.0
+    remembers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"`evidence.share` of a one-batch criterion is a share of blocks in (0, 1]; got {self.share}."
+            )
+
+    def reading(self, step: int, window: Window) -> Reading | None:
+        """What to read of the dense gradient of `step`."""
+        return Reading(everywhere=True, steps=1) if window.adapts(step) else None
+
+    def adaptable_share(self, step: int, window: Window) -> float:
+        r"""Share of blocks that may adapt, $\rho(t) = \frac{\rho}{2} (1 + \cos(\pi\,\text{progress}))$."""
+        return self.share / 2 * (1 + math.cos(math.pi * window.progress(step)))
+
+    def worth(
+        self,
+        latent: Float[Tensor, "blocks m"],
+        learning_time: Float[Tensor, " blocks"],
+        gradient: Float[Tensor, "blocks m"] | None,
+    ) -> Float[Tensor, "blocks m"]:
+        """Value latent weights by `criterion.first_order_worth`; nothing is worth anything without a gradient."""
+        return torch.zeros_like(latent) if gradient is None else first_order_worth(latent, gradient)
+
+
+def accumulate(
+    evidence: Float[Tensor, "blocks m"],
+    gradient: Float[Tensor, "blocks m"],
+    rate: Float[Tensor, "blocks 1"],
+    shrink: Float[Tensor, ""],
+) -> Float[Tensor, "blocks m"]:
+    r"""Move evidence by one reading.
+
+    $v \leftarrow (1 - r k \eta (\mathrm{wd} + \lambda)) v - r k \eta_b g$ (ours)
+
+    Args:
+        evidence: v, what the pruned weights would have become.
+        gradient: g, the dense gradient of a whole optimizer step.
+        rate: $r k \eta_b$: the steps this reading stands for, its damping, and the step size of the optimizer in each
+            block, $\eta = lr / (1 - \text{momentum})$ for SGD and $lr / (\sqrt{s} + \epsilon)$ for Adam, with s the mean
+            second moment of the block's kept weights.
+        shrink: $r k \eta (\mathrm{wd} + \lambda)$, the share of the evidence that decays.
+
+    Returns:
+        The new evidence.
+    """
+    return (1 - shrink) * evidence - rate * gradient

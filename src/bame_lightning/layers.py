@@ -1,0 +1,183 @@
+"""Which weights become sparse, and why others stay dense."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one weight.
+
+    Args:
+        name: Its key in the model's state dict.
+        kind: Class of the module that holds it.
+        weight: The parameter.
+        pattern: Its pattern; None if it stays dense.
+        reason: Why it stays dense; empty if it becomes sparse.
+    """
+
+    name: str
+    kind: str
+    weight: nn.Parameter
+    pattern: NMPattern | None
+    reason: str = ""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of M weights; 0 if the weight stays dense."""
+        return self.weight.numel() // self.pattern.m if self.pattern else 0
+
+
+@dataclass
+class SparseWeight:
+    """A weight under an N:M mask.
+
+    Args:
+        name: Its key in the model's state dict.
+        weight: The parameter.
+        pattern: Its pattern.
+        pruned: True where the weight must be zero; shaped like the weight. Always updated in place.
+    """
+
+    name: str
+    weight: nn.Parameter
+    pattern: NMPattern
+    pruned: Bool[Tensor, "out inp *kernel"]
+
+    @classmethod
+    def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
+        """Put a planned weight under a mask, given in blocks, true where kept."""
+        assert plan.pattern is not None
+        # Laid out like the weight (it may be channels-last), so that filling runs over both in one order.
+        pruned = torch.empty_like(plan.weight, dtype=torch.bool, requires_grad=False)
+        return cls(plan.name, plan.weight, plan.pattern, pruned.copy_(~from_blocks(mask, plan.weight.shape)))
+
+    def mask(self) -> Bool[Tensor, "blocks m"]:
+        """The mask in blocks, true where kept; shape (blocks, m)."""
+        return ~to_blocks(self.pruned, self.pattern.m)
+
+    @property
+    def label(self) -> str:
+        """Name of the layer: that of its module, unless the parameter has a name of its own."""
+        return self.name.removesuffix(".weight")
+
+
+def plan_layers(
+    model: nn.Module,
+    pattern: NMPattern,
+    rules: Mapping[str, str | NMPattern] | None = None,
+    trained: Container[int] | None = None,
+) -> list[LayerPlan]:
+    """Decide for every weight matrix of a model whether it becomes sparse.
+
+    Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d` and their subclasses, and the input projections of
+    `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
+    `nn.Linear` in `named_modules()` order (the classifier). A rule with a pattern overrides the latter. A tied weight is
+    planned once.
+
+    Args:
+        model: The model.
+        pattern: Default pattern.
+        rules: Module or parameter name, or a glob over such names -> a pattern or "dense". The last match wins.
+        trained: `id`s of the parameters that an optimizer holds; None if all do.
+
+    Returns:
+        One plan per weight of two or more dimensions, in `named_modules()` order.
+
+    Raises:
+        ValueError: If a rule matches nothing or asks for what cannot be, or no weight becomes sparse.
+    """
+    parsed = {glob: None if rule == "dense" else NMPattern.parse(rule) for glob, rule in (rules or {}).items()}
+    candidates = list(_weights(model))
+    _check_rules(parsed, [name for name, *_ in candidates])
+    linears = [name for name, module, _ in candidates if isinstance(module, nn.Linear)]
+    classifier = linears[-1] if linears else None
+    plans: dict[int, LayerPlan] = {}
+    ties: list[LayerPlan] = []
+    for name, module, weight in candidates:
+        kind = type(module).__name__
+        if id(weight) in plans:
+            ties.append(LayerPlan(name, kind, weight, None, f"tied to {plans[id(weight)].name}"))
+            continue
+        glob = next((glob for glob in reversed(parsed) if _matches(glob, name)), None)
+        wanted = pattern if glob is None else parsed[glob]
+        why = _why_dense(name, module, weight, wanted, trained)
+        if wanted is None:
+            reason = f"dense by the rule {glob!r}"
+        elif why:
+            reason = why
+            if glob in (name, name.removesuffix(".weight")):
+                raise ValueError(
+                    f"`layers` asks for {wanted} in `{glob}`, which cannot be: {why}. Drop the rule, or choose a pattern "
+                    "that fits."
+                )
+        elif glob is None and name == classifier:
+            reason = "classifier (last linear layer)"
+        else:
+            reason = ""
+        plans[id(weight)] = LayerPlan(name, kind, weight, None if reason else wanted, reason)
+    result = [*plans.values(), *ties]
+    if not any(plan.pattern for plan in result):
+        reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in result) or "the model has no weight matrices"
+        raise ValueError(
+            f"No layer is eligible for `pattern` {pattern}, so training would stay dense ({reasons}). Choose an M that "
+            "divides input dimensions, or name layers with `layers={name: pattern}`."
+        )
+    return result
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ValueError(
+                    f"`{name}` has no shape yet (a lazy module), so it has no blocks. Run one batch through the model "
+                    "before `fit`."
+                )
+            if parameter.dim() >= 2:
+                yield name, module, parameter
+
+
+def _matches(glob: str, name: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+
+
+def _check_rules(rules: Mapping[str, NMPattern | None], names: list[str]) -> None:
+    for glob in rules:
+        if not any(_matches(glob, name) for name in names):
+            labels = [name.removesuffix(".weight") for name in names]
+            close = difflib.get_close_matches(glob, labels, n=3, cutoff=0.3) or labels[:5]
+            raise ValueError(
+                f"`layers` has a rule for {glob!r}, which matches no weight matrix of the model. Similar names: "
+                f"{', '.join(close) or 'none'}."
+            )
+
+
+def _why_dense(
+    name: str, module: nn.Module, weight: nn.Parameter, wanted: NMPattern | None, trained: Container[int] | None
+) -> str:
+    """Why a weight cannot be sparse; empty if it can."""
+    short = name.rpartition(".")[2]
+    linear = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and short == "weight"
+    attention = isinstance(module, nn.MultiheadAttention) and short in _ATTENTION
+    if not (linear or attention):
+        return f"no N:M view for {type(module).__name__}.{short}"
+    if not weight.requires_grad:
+        return "not trained (requires_grad=False)"
+    if trained is not None and id(weight) not in trained:
+        return "not trained (in no optimizer)"
+    if wanted is not None and weight.shape[1] % wanted.m:
+        return f"input dimension {weight.shape[1]} is not divisible by {wanted.m}"
+    return ""

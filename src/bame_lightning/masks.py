@@ -1,0 +1,115 @@
+"""Build, check and store masks: which weights of every block are kept."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Shaped, UInt8
+from torch import Tensor
+
+
+def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
+    r"""Keep the `n` highest-scoring weights of every block.
+
+    For a block with scores $s \in \mathbb{R}^m$, returns the $b \in \{0,1\}^m$ that maximises $b^\top s$ subject to
+    $\|b\|_0 = n$. A tie keeps the lower index, so every rank and device picks the same mask.
+
+    Args:
+        scores: One score per weight; higher means keep.
+        n: Weights kept per block.
+
+    Returns:
+        Mask shaped like `scores`, with exactly `n` true entries per block.
+
+    Raises:
+        ValueError: If `n` is outside [1, m].
+
+    Example:
+        >>> top_n_mask(torch.tensor([[0.1, 0.9, 0.9, 0.9]]), n=2)
+        tensor([[False,  True,  True, False]])
+    """
+    m = scores.shape[-1]
+    if not 1 <= n <= m:
+        raise ValueError(f"`n` must lie in [1, {m}] for blocks of {m} weights; got n={n}.")
+    # `topk` leaves the order of equal scores unspecified; a stable sort does not.
+    kept = scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
+
+
+def random_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
+    """Keep `n` weights of every block at random.
+
+    The generator is private and seeded by the weights' own bits: it leaves the global random state alone, ranks that
+    hold the same weights draw the same mask, and a run with another seed (other initial weights) draws another one.
+
+    Args:
+        blocks: The weights.
+        n: Weights kept per block.
+
+    Returns:
+        Mask shaped like `blocks`, with exactly `n` true entries per block.
+    """
+    seed = blocks.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int64).item()
+    generator = torch.Generator().manual_seed(int(seed))
+    return top_n_mask(torch.rand(blocks.shape, generator=generator).to(blocks.device), n)
+
+
+def nonzero_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
+    """Read the mask off weights that are N:M sparse already.
+
+    A kept weight may happen to be zero, so a block with fewer than `n` non-zeros also keeps its first zeros.
+
+    Args:
+        blocks: Weights with at most `n` non-zeros per block.
+        n: Weights kept per block.
+
+    Returns:
+        Mask shaped like `blocks`, with exactly `n` true entries per block, all non-zeros among them.
+
+    Raises:
+        ValueError: If a block holds more than `n` non-zeros.
+    """
+    excess = (blocks != 0).sum(-1) > n
+    if excess.any():
+        first = int(excess.nonzero()[0, 0])
+        raise ValueError(
+            f"`init='nonzero'` reads the mask from weights that are N:M sparse already, with at most {n} non-zeros per "
+            f"block of {blocks.shape[-1]}; {int(excess.sum())} of {len(blocks)} blocks hold more, the first is block "
+            f"{first}. Use `init='magnitude'` to prune dense weights."
+        )
+    return top_n_mask(blocks.abs(), n)
+
+
+def pack_mask(mask: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:
+    """Store a mask as one bit per weight, the first weight in the lowest bit.
+
+    Args:
+        mask: Mask of any shape.
+
+    Returns:
+        Its bits in row-major order, the last byte filled up with zeros.
+
+    Example:
+        >>> pack_mask(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: UInt8[Tensor, " bytes"], shape: torch.Size) -> Bool[Tensor, "*shape"]:
+    """Undo `pack_mask`.
+
+    Args:
+        packed: Bits of a mask.
+        shape: Shape of the mask.
+
+    Returns:
+        The mask, on the device of `packed`.
+
+    Raises:
+        ValueError: If `packed` does not hold as many bits as `shape` needs.
+    """
+    if packed.numel() != -(-shape.numel() // 8):
+        raise ValueError(f"A mask of shape {tuple(shape)} takes {-(-shape.numel() // 8)} bytes; got {packed.numel()}.")
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten()[: shape.numel()].bool().view(shape)

@@ -1,0 +1,85 @@
+"""Supervised classification of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from jaxtyping import Float, Int
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+Batch = tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]
+
+
+class Classifier(LightningModule):
+    """Train a model with cross entropy; log the mean loss and the accuracy of every epoch.
+
+    Nothing is saved as hyper-parameters, so checkpoints hold tensors and plain types only. Parameters are called
+    `model.*`.
+
+    Args:
+        model: Maps images to one logit per class.
+        optimizer: Makes the optimizer from parameters.
+        scheduler: Makes a learning-rate schedule from the optimizer and the number of its steps; stepped after each
+            optimizer step. None keeps the learning rate.
+        label_smoothing: Share of the target spread evenly over all classes, in training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._label_smoothing = label_smoothing
+
+    @override
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        logits: Tensor = self.model(images)
+        return logits
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        return self._step(batch, "train", self.train_accuracy, self._label_smoothing)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step(batch, "val", self.val_accuracy)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step(batch, "test", self.test_accuracy)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ValueError("A `scheduler` needs the length of the run; give the Trainer `max_epochs` or `max_steps`.")
+        scheduler = self._make_scheduler(optimizer, int(total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _step(self, batch: Batch, stage: str, accuracy: MeanMetric, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+        images, labels = batch
+        logits = self(images)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        accuracy.update(logits.detach().argmax(-1) == labels)
+        shown = stage != "test"
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
+        return loss

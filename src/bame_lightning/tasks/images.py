@@ -1,0 +1,133 @@
+"""Images held in memory, and the LightningDataModule that serves them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from lightning import LightningDataModule
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+
+class Images(NamedTuple):
+    """Images of shape (images, channels, height, width) and the class of each."""
+
+    pixels: Float[Tensor, "images channels height width"]
+    labels: Int[Tensor, " images"]
+
+    def split(self, size: int) -> tuple[Images, Images]:
+        """Put `size` images aside, the classes in equal proportion, always the same ones.
+
+        Args:
+            size: How many images.
+
+        Returns:
+            The images that stay, and those put aside.
+        """
+        if size == 0:
+            return self, Images(self.pixels[:0], self.labels[:0])
+        everything = torch.arange(len(self.labels))
+        stay, aside = train_test_split(everything, test_size=size, stratify=self.labels, random_state=0)
+        return Images(self.pixels[stay], self.labels[stay]), Images(self.pixels[aside], self.labels[aside])
+
+
+class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Serves a whole batch by one indexing operation: on small models a loop over samples costs more than a step."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images.pixels[index], self.images.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.images.pixels[indices], self.images.labels[indices]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class InMemoryImages(LightningDataModule):
+    """A data set held in memory, each channel standardised by the training images' mean and standard deviation.
+
+    A data set of its own is a subclass that names its shape and its classes and implements `load`.
+
+    Args:
+        batch_size: Images per batch. An incomplete last batch is left out of training.
+        val_size: Training images put aside for validation; 0 trains on all of them and validates on none.
+        num_workers: Processes that load batches; 0 is the fastest for images that are in memory already.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    input_shape: ClassVar[tuple[int, int, int]]
+    """Channels, height and width of an image."""
+    num_classes: ClassVar[int]
+
+    def __init__(self, batch_size: int, val_size: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+        if val_size != 0 and val_size < self.num_classes:
+            raise ValueError(
+                f"`val_size` must be 0 (no validation) or at least one image for each of the {self.num_classes} "
+                f"classes; got {val_size}."
+            )
+        self.batch_size, self.val_size, self.num_workers = batch_size, val_size, num_workers
+        self._splits: list[Images] | None = None
+
+    @abstractmethod
+    def load(self) -> tuple[Images, Images]:
+        """Read the training and the test images, values as they come."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self._splits is not None:
+            return
+        train, test = self.load()
+        if max(self.batch_size, self.num_classes) + self.val_size > len(train.labels):
+            raise ValueError(
+                f"`val_size` {self.val_size} leaves less than one batch (`batch_size` {self.batch_size}) of the "
+                f"{len(train.labels)} training images."
+            )
+        train, val = train.split(self.val_size)
+        mean, std = train.pixels.mean((0, 2, 3), keepdim=True), train.pixels.std((0, 2, 3), keepdim=True)
+        self._splits = [Images((part.pixels - mean) / std, part.labels) for part in (train, val, test)]
+
+    @override
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return self._loader(0, training=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[object]:
+        return self._loader(1) if self.val_size else []
+
+    @override
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return self._loader(2)
+
+    def _loader(self, split: int, *, training: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
+        if self._splits is None:
+            self.setup("fit")
+        assert self._splits is not None
+        return DataLoader(
+            InMemoryDataset(self._splits[split]),
+            batch_size=self.batch_size if training else 1000,
+            shuffle=training,
+            drop_last=training,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
