@@ -115,12 +115,12 @@ class EvolvingWeight:
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
             self.evidence += torch.where(mask, 0, self._blocks(sparse.weight.detach()))
-        self.learning_time = torch.zeros(len(mask), device=device)
+        self.learning_time = torch.zeros(len(mask), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
         self.designated = torch.zeros(0, dtype=torch.int64, device=device)
         self.flips = torch.zeros((), dtype=torch.int64, device=device)
         self.last_flips = torch.zeros((), dtype=torch.int64, device=device)
-        self.predicted = torch.zeros((), device=device)
+        self.predicted = torch.zeros((), device=device, dtype=self.dtype)
         self.reading: BlockGradient | None = None
 
     @property
@@ -158,8 +158,8 @@ class EvolvingWeight:
         mask = ~self._blocks(self.sparse.pruned, index)
         rule = update_rule(optimizer, self.sparse.weight)
         moment = None if rule.second_moment is None else self._blocks(rule.second_moment, index)
-        scale = steps * self.config.step_size * finite
-        rate = scale * block_rates(rule, moment, mask, self.sparse.pattern.n)
+        scale = steps * self.config.step_size * finite.to(self.dtype)
+        rate = scale * block_rates(rule, moment, mask, self.sparse.pattern.n, self.dtype)
         shrink = scale * rule.learning_rate * (rule.weight_decay + self.config.decay)
         # Selecting, not multiplying: infinity times zero is NaN.
         gradient = torch.where(finite, self.reading.gradient, 0)

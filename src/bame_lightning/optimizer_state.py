@@ -82,7 +82,11 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
 
 
 def block_rates(
-    rule: UpdateRule, second_moment: Float[Tensor, "blocks m"] | None, mask: Bool[Tensor, "blocks m"], n: int
+    rule: UpdateRule,
+    second_moment: Float[Tensor, "blocks m"] | None,
+    mask: Bool[Tensor, "blocks m"],
+    n: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "blocks 1"]:
     r"""Step size of the optimizer in each block, $\eta_b$ with $u = \eta_b g$.
 
@@ -91,15 +95,16 @@ def block_rates(
         second_moment: s in these blocks; None for SGD.
         mask: True where kept. Pruned weights have no second moment of their own: the mean over kept ones stands in.
         n: Weights kept per block.
+        dtype: Of the result.
 
     Returns:
         $\eta$ for SGD, $lr / (\sqrt{\bar s / \text{correction}} + \epsilon)$ for adaptive optimizers.
     """
-    rate = torch.as_tensor(rule.learning_rate, dtype=torch.float32, device=mask.device)
+    rate = torch.as_tensor(rule.learning_rate, dtype=dtype, device=mask.device)
     if second_moment is None:
         return rate.expand(len(mask), 1)
-    correction = torch.as_tensor(rule.correction, dtype=torch.float32, device=mask.device)
-    mean = (second_moment.float() * mask).sum(-1, keepdim=True) / n
+    correction = torch.as_tensor(rule.correction, dtype=dtype, device=mask.device)
+    mean = (second_moment.to(dtype) * mask).sum(-1, keepdim=True) / n
     return rate / ((mean / correction).sqrt() + rule.eps)
 
 

@@ -36,7 +36,7 @@ class Schedule:
         if self.every < 1:
             raise ValueError(f"`schedule.every` must be at least 1 optimizer step; got {self.every}.")
 
-    def window(self, total_steps: float) -> Window:
+    def window(self, total_steps: float | int) -> Window:
         """Resolve fractions against the length of a run.
 
         Args:
@@ -53,7 +53,7 @@ class Schedule:
             _check_order(start, stop)
         return Window(start, stop, self.every)
 
-    def _resolve(self, name: str, total_steps: float) -> int:
+    def _resolve(self, name: str, total_steps: float | int) -> int:
         bound: float | int = getattr(self, name)
         if isinstance(bound, int):
             return bound
@@ -65,7 +65,7 @@ class Schedule:
         return round(bound * total_steps)
 
 
-def _check_order(start: float, stop: float) -> None:
+def _check_order(start: float | int, stop: float | int) -> None:
     if not start < stop:
         raise ValueError(f"`schedule.stop` must come after `schedule.start`; got start={start!r}, stop={stop!r}.")
 

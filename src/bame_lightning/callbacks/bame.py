@@ -168,7 +168,7 @@ class BAMECallback(SparseCallback):
         return super().summary() | totals | {name: float(statistics[f"bame/{name}"]) for name in names}
 
 
-def _total_steps(trainer: L.Trainer, schedule: Schedule) -> float:
+def _total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
     if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
         return math.inf  # nobody asks, and counting may need the data
     steps = trainer.estimated_stepping_batches

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import CompactHydraException, HydraException, InstantiationException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +38,6 @@ def one_line_errors(command: str) -> Iterator[None]:
         wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, _USER_ERRORS)
         message = f"{command}: error: {' '.join(str(error.__cause__ if wrapped else error).split())}"
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise HydraException(message) from error
+            raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
         sys.exit(1)

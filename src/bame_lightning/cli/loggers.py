@@ -11,18 +11,19 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 
-def wandb_logger(**kwargs: Any) -> WandbLogger:
+def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     """Make a W&B logger that works offline where nobody is logged in; `WANDB_MODE` decides where it is set.
 
     Args:
+        silent: Whether W&B prints nothing.
         **kwargs: Arguments of `WandbLogger` and `wandb.init`.
 
     Returns:
         The logger.
     """
-    if "WANDB_MODE" in os.environ or _logged_in():
-        return WandbLogger(**kwargs)
-    return WandbLogger(mode="offline", **kwargs)
+    if "WANDB_MODE" not in os.environ and not _logged_in():
+        kwargs["mode"] = "offline"
+    return WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
 
 
 def _logged_in() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from bame_lightning.audit import audit_checkpoint
 from bame_lightning.callbacks.base import SparseCallback
 
 _NEVER_FLIPPED = (
-    "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: no adaptation falls into "
-    "the run (compare method.schedule.start, stop and every with the number of steps); the learning rate is 0 or "
-    "tiny; or the evidence moves too little (method.evidence.step_size, share, read_every)."
+    "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: the run is too short, or its "
+    "schedule leaves no room for adaptations (compare method.schedule.start, stop and every with the number of steps); "
+    "the learning rate is 0 or tiny; the evidence moves too little (method.evidence.step_size, share, read_every)."
 )
 
 
@@ -29,6 +30,7 @@ def summarize(
     metrics: Mapping[str, Any],
     seconds: float,
     config: Mapping[str, Any],
+    run_dir: Path,
 ) -> dict[str, Any]:
     """Collect the results of a finished run.
 
@@ -38,14 +40,15 @@ def summarize(
         metrics: What was logged last, by key.
         seconds: Wall time of training.
         config: The configuration of the run.
+        run_dir: Where the run's files lie.
 
     Returns:
-        Plain types only.
+        Plain types only; paths are relative to the run folder.
     """
-    checkpoint = Path(config["run_dir"], "checkpoints", "last.ckpt")
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
     summary: dict[str, Any] = {
         **{name: config["choices"].get(name) for name in ("recipe", "data", "model", "method", "sparsity")},
-        "pattern": config["pattern"],
+        "pattern": None if method is None else config["pattern"],
         "seed": config["seed"],
         **{
             f"{stage}_{name}": float(metrics[f"{stage}/{name}"]) if f"{stage}/{name}" in metrics else None
@@ -55,8 +58,7 @@ def summarize(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "wall_seconds": round(seconds, 2),
-        "run_dir": str(config["run_dir"]),
-        "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
+        "checkpoint": str(checkpoint.relative_to(run_dir)) if checkpoint.is_file() else None,
     }
     if method is None:
         return summary
@@ -86,18 +88,23 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     draft.replace(path)
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
+def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
     """Print the summary for people, at most 80 columns wide.
 
     Args:
         summary: What `summarize` returned.
+        run_dir: Where the run's files lie.
     """
     console = Console(highlight=False)
     console.width = min(console.width, 80)
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(summary):
         facts.add_row(name, value)
-    console.print(Panel(facts, title=f"{summary['method']} {summary['pattern']}", title_align="left"))
+    facts.add_row("run folder", os.path.relpath(run_dir) if run_dir.is_relative_to(Path.cwd()) else str(run_dir))
+    if summary["checkpoint"]:
+        facts.add_row("checkpoint", summary["checkpoint"])
+    title = " ".join(filter(None, (summary["method"], summary["pattern"])))
+    console.print(Panel(facts, title=title, title_align="left"))
     if summary.get("layers"):
         console.print(_layer_table(summary["layers"]))
     if summary.get("warning"):
@@ -118,9 +125,6 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "masks", f"{sparse['flips']:,} flips in {sparse['adaptations']:,} adaptations"
         yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
     yield "length", f"{summary['epochs']} epochs, {summary['steps']:,} steps, {summary['wall_seconds']:.1f} s"
-    yield "run folder", summary["run_dir"]
-    if summary["checkpoint"]:
-        yield "checkpoint", summary["checkpoint"]
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:

@@ -24,11 +24,14 @@ from bame_lightning.cli.progress import EpochLines
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.pattern import NMPattern
 
-# True in general, but not here: images are in memory, and run folders hold Hydra's files before the run starts.
+# Right in general, but not here: images are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (
     ".*does not have many workers which may be a bottleneck",
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
+    "Total length of .* across ranks is zero",  # val_size=0
+    "The dirpath has changed from",  # resuming in a run folder of its own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.15
 )
 
 
@@ -77,7 +80,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         callbacks.append(method)
     if not bar and not cfg.quiet:
         callbacks.append(EpochLines())
-    loggers: list[Logger] = []
+    run_dir, loggers = Path(cfg.run_dir), list[Logger]()
     try:
         loggers += [instantiate(node) for node in cfg.logger.values()]
         trainer: Trainer = instantiate(cfg.trainer)(
@@ -93,16 +96,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.test(task, data, verbose=False)
         metrics |= trainer.callback_metrics
 
-        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=_plain(cfg))
+        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=_plain(cfg), run_dir=run_dir)
     finally:
         # A sweep runs its jobs in one process, and the next logger would go on with this job's W&B run.
         if any(isinstance(logger, WandbLogger) for logger in loggers):
             import wandb
 
-            wandb.finish()
+            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
-        write_summary(summary, Path(cfg.run_dir) / "summary.json")
-        print_summary(summary)
+        write_summary(summary, run_dir / "summary.json")
+        print_summary(summary, run_dir)
     return summary
 
 
@@ -122,6 +125,11 @@ def _calm(*, quiet: bool) -> None:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

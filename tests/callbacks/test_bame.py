@@ -1,0 +1,192 @@
+"""BAME in a Trainer, step by step against its specification."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bame_lightning import BAMECallback, Evidence, OneBatch, Schedule
+from tests import reference
+from tests.training import Spy, Task, blocks_over, trainer
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8)])
+def test_training_equals_the_specification_written_out_in_loops(n: int, m: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)).double()
+    twin = copy.deepcopy(model)
+    settings = reference.Settings(
+        n=n, m=m, start=3, stop=70, every=3, read_every=4, share=0.25, step_size=0.7, decay=1e-3, freeze_after=1,
+        lr=0.2, momentum=0.8, weight_decay=1e-3,
+    )  # fmt: skip
+    callback = BAMECallback(
+        f"{n}:{m}",
+        schedule=Schedule(start=3, stop=70, every=3),
+        evidence=Evidence(read_every=4, share=0.25, step_size=0.7, decay=1e-3),
+        freeze_after=1,
+        verify=True,
+    )
+    task = Task(model, lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.8, weight_decay=1e-3))
+    batches = [(images.double(), labels) for images, labels in task.train_dataloader()]
+    trainer(callback, max_epochs=10, precision="64-true").fit(task)
+
+    sparse = [twin[1].weight, twin[3].weight]
+    dense = torch.optim.SGD(
+        [p for p in twin.parameters() if not any(p is w for w in sparse)], lr=0.2, momentum=0.8, weight_decay=1e-3
+    )
+
+    def loss_of(step: int) -> torch.Tensor:
+        if step:
+            dense.step()
+        dense.zero_grad()
+        images, labels = batches[step % len(batches)]
+        return functional.cross_entropy(twin(images), labels)
+
+    layers, swaps = reference.train(sparse, loss_of, 80, settings)
+
+    assert swaps > 50
+    assert sum(block.oscillations for blocks in layers for block in blocks) > 10
+    assert any(block.oscillations > 1 for blocks in layers for block in blocks)
+    assert callback.summary()["flips"] == 2 * swaps
+    for weight, blocks, evolving in zip(sparse, layers, callback.evolving, strict=True):
+        assert evolving.sparse.mask().tolist() == [block.kept for block in blocks]
+        assert evolving.history.oscillations.tolist() == [block.oscillations for block in blocks]
+        torch.testing.assert_close(evolving.sparse.weight.detach(), weight.detach())
+        torch.testing.assert_close(evolving.evidence, torch.tensor([b.evidence for b in blocks], dtype=torch.float64))
+
+
+def test_default_arguments_are_the_contract() -> None:
+    callback = BAMECallback("1:16")
+    assert (callback.schedule, callback.freeze_after, callback.init) == (Schedule(0.0, 0.9, 10), 1, "magnitude")
+    assert callback.evidence == Evidence(read_every=10, share=0.25, step_size=1.0, init="zero")
+    assert (callback.rescale, callback.verify, callback.rules) == (False, False, {})
+
+
+@pytest.mark.parametrize("evidence", [Evidence(read_every=3), Evidence(read_every=3, init="weights"), OneBatch(share=1.0)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    ],
+)
+def test_masks_move_and_every_step_stays_sparse(evidence: Evidence | OneBatch, optimizer) -> None:
+    callback = BAMECallback("2:4", schedule=Schedule(every=2), evidence=evidence, verify=True)
+    task = Task(optimizer=optimizer)
+    masks = []
+
+    def look(trainer, module) -> None:
+        state = trainer.optimizers[0].state
+        for index in (2, 4, 6):
+            weight = module.model[index].weight
+            tensors = [weight, *(v for v in state[weight].values() if v.shape == weight.shape)]
+            assert len(tensors) > 1
+            assert [blocks_over(tensor, 2, 4) for tensor in tensors] == [0] * len(tensors)
+        masks.append(module.model[6].weight != 0)
+
+    trainer(callback, Spy(look), max_epochs=3).fit(task)
+    assert callback.summary()["flips"] > 0
+    assert not torch.equal(masks[0], masks[-1])
+
+
+def test_revived_weights_start_without_optimizer_state() -> None:
+    revived = []
+
+    class Watch(BAMECallback):
+        def evolve(self, optimizer) -> bool:
+            before = [sparse.pruned.clone() for sparse in self.weights]
+            changed = super().evolve(optimizer)
+            for old, sparse in zip(before, self.weights, strict=True):
+                revived.append((optimizer.state[sparse.weight], old & ~sparse.pruned))
+            return changed
+
+        def _after_step(self, optimizer, args, kwargs) -> None:
+            revived.clear()
+            super()._after_step(optimizer, args, kwargs)
+            for state, where in revived:
+                seen.append(int(where.sum()))
+                assert state["exp_avg"][where].count_nonzero() == 0
+                assert state["exp_avg_sq"][where].count_nonzero() == 0
+
+    seen: list[int] = []
+    callback = Watch("2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2))
+    trainer(callback).fit(Task(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)))
+    assert sum(seen) > 0
+
+
+def test_rescaling_multiplies_kept_weights_once() -> None:
+    task = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    before = task.model[6].weight.detach().clone()
+    callback = BAMECallback("1:4", rescale=True)
+    trainer(callback, max_epochs=2).fit(task)
+    weight = task.model[6].weight.detach()
+    torch.testing.assert_close(weight[weight != 0], 2 * before[weight != 0])
+    trainer(callback, max_epochs=2).fit(task)
+    torch.testing.assert_close(task.model[6].weight.detach(), weight, rtol=0, atol=0)
+
+
+def test_accumulated_batches_count_as_one_step_and_are_read_whole() -> None:
+    whole = BAMECallback("2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2))
+    parts = BAMECallback("2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2))
+    one, four = Task(tiny_double(), batch=32), Task(tiny_double(), batch=8)
+    trainer(whole, max_epochs=6, precision="64-true").fit(one)
+    trainer(parts, max_epochs=6, precision="64-true", accumulate_grad_batches=4).fit(four)
+    assert parts.steps == whole.steps == 12
+    assert parts.summary()["flips"] == whole.summary()["flips"] > 0
+    for a, b in zip(one.parameters(), four.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def tiny_double() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 5)).double()
+
+
+def test_a_poisoned_reading_is_discarded_whole_and_counted() -> None:
+    class Poison(BAMECallback):
+        def read_gradients(self) -> None:
+            if self.steps == 3:
+                self.before = [(w.evidence.clone(), w.learning_time.clone()) for w in self.evolving]
+                # Only a pruned position of one layer: what the optimizer sees stays finite.
+                grad = self.weights[0].weight.grad
+                grad[tuple(self.weights[0].pruned.nonzero()[0])] = math.nan
+            super().read_gradients()
+
+        def evolve(self, optimizer) -> bool:
+            poisoned, changed = self.steps == 3, super().evolve(optimizer)
+            if poisoned:
+                for (evidence, time), weight in zip(self.before, self.evolving, strict=True):
+                    assert torch.equal(evidence, weight.evidence)
+                    assert torch.equal(time, weight.learning_time)
+                    assert evidence.count_nonzero()
+            return changed
+
+    callback = Poison("2:4", schedule=Schedule(every=7), evidence=Evidence(read_every=1))
+    trainer(callback, max_epochs=1).fit(Task())
+    assert callback.summary()["discarded_readings"] == 1
+    assert all(weight.evidence.isfinite().all() for weight in callback.evolving)
+
+
+def test_without_an_adaptation_it_warns() -> None:
+    with pytest.warns(UserWarning, match=r"never adapt a mask.*`schedule.every` = 100"):
+        trainer(BAMECallback("2:4", schedule=Schedule(every=100)), max_epochs=1).fit(Task())
+
+
+def test_masks_stay_fixed_outside_the_window() -> None:
+    masks = []
+    callback = BAMECallback("2:4", schedule=Schedule(start=4, stop=12, every=2), evidence=Evidence(read_every=2))
+    spy = Spy(lambda *_: masks.append(callback.weights[2].pruned.clone()))
+    trainer(callback, spy).fit(Task())
+    same = [torch.equal(a, b) for a, b in zip(masks, masks[1:], strict=False)]
+    # Steps count from 0: adaptations follow steps 5, 7, 9 and 11.
+    assert all(same[:4])
+    assert not all(same[4:11])
+    assert all(same[11:])
+    assert callback.adaptations == 4

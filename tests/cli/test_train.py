@@ -1,0 +1,279 @@
+"""`bame-train` from the command line to the files it leaves."""
+
+import csv
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+
+from bame_lightning.cli import train
+from bame_lightning.cli.loggers import wandb_logger
+
+TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run")
+QUIET_HYDRA = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _levels_are_restored() -> Iterator[None]:
+    names = ("lightning.pytorch", "lightning.fabric")
+    before = {name: logging.getLogger(name).level for name in names}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call `bame-train` in this process; returns its run folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(*overrides: str) -> Path:
+        flags = [override for override in overrides if override.startswith("-")]
+        rest = [override for override in overrides if not override.startswith("-")]
+        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *TINY, *QUIET_HYDRA, *rest])
+        train.main()
+        return tmp_path / "run"
+
+    return call
+
+
+def failure(run: Run, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """The one line on stderr of a run that must fail."""
+    with pytest.raises(SystemExit) as caught:
+        run(*overrides)
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("bame-train: error: ")
+    return lines[0]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_run_leaves_checkpoint_metrics_and_summary(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("pattern=1:4", "method.schedule.every=2", "trainer.max_epochs=4")
+    summary = read_summary(folder)
+    checkpoint = torch.load(folder / summary["checkpoint"], weights_only=True)
+
+    weight = checkpoint["state_dict"]["model.hidden1.weight"]
+    assert ((weight.reshape(-1, 4) != 0).sum(1) <= 1).all()
+    assert summary["layers"] == [{"name": "model.hidden1.weight", "pattern": "1:4", "blocks": 512, "violations": 0}]
+    assert summary["compliant"]
+    assert summary["steps"] == checkpoint["global_step"] == 4 * (1257 // 64)
+    assert (summary["epochs"], summary["pattern"], summary["method"]) == (4, "1:4", "bame")
+    assert 0.1 < summary["test_accuracy"] <= 1
+    assert summary["sparse"]["flips"] > 0
+    assert summary["warning"] is None
+
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {key for row in rows for key, value in row.items() if value}
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/accuracy", "bame/flip_rate"} <= logged
+    accuracies = [float(row["test/accuracy"]) for row in rows if row["test/accuracy"]]
+    assert accuracies == [pytest.approx(summary["test_accuracy"])]
+
+    out = capsys.readouterr().out
+    assert out.count("epoch ") == 4
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert "all 512 blocks obey" in out
+    assert max(len(line) for line in out[out.index("╭") :].splitlines()) <= 80
+
+
+def test_quiet_prints_the_summary_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("quiet=true", "method=static", "pattern=2:4")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("╭─ static 2:4")
+    assert captured.err == ""
+
+
+def test_a_dense_run_has_no_sparse_part(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = read_summary(run("method=dense"))
+    assert summary["pattern"] is None
+    assert not {"sparse", "compliant", "layers", "warning"} & set(summary)
+    assert "╭─ dense ─" in capsys.readouterr().out
+
+
+def test_bame_that_never_flips_a_mask_says_so_loudly(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = read_summary(run("optimizer.lr=0.0"))
+    assert summary["sparse"]["adaptations"] > 0
+    assert summary["sparse"]["flips"] == 0
+    assert "NO MASK EVER CHANGED" in summary["warning"]
+    assert "NO MASK EVER CHANGED" in capsys.readouterr().out
+
+
+def test_a_static_mask_is_no_reason_to_warn(run: Run) -> None:
+    assert read_summary(run("method=static"))["warning"] is None
+
+
+def test_the_same_seed_gives_the_same_network(run: Run) -> None:
+    def weight(*overrides: str) -> torch.Tensor:
+        checkpoint = torch.load(run(*overrides) / "checkpoints" / "last.ckpt", weights_only=True)
+        return checkpoint["state_dict"]["model.hidden1.weight"]  # type: ignore[no-any-return]
+
+    first, again, other = weight("seed=1", "threads=1"), weight("seed=1", "threads=1"), weight("seed=2", "threads=1")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_second_run_in_the_same_folder_replaces_the_checkpoint(run: Run) -> None:
+    run("seed=1")
+    folder = run("seed=1", "trainer.max_epochs=2")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_resumes_and_leaves_the_old_checkpoint_alone(run: Run) -> None:
+    old = run("pattern=2:4").rename("old") / "checkpoints" / "last.ckpt"
+    content = old.read_bytes()
+    summary = read_summary(run("pattern=2:4", f"ckpt_path={old}", "trainer.max_epochs=3"))
+    assert summary["steps"] == summary["sparse"]["steps"] == 3 * (1257 // 64)
+    assert old.read_bytes() == content
+
+
+def test_trains_without_a_validation_set(run: Run) -> None:
+    summary = read_summary(run("data.val_size=0"))
+    assert summary["val_accuracy"] is None
+    assert summary["steps"] == 1437 // 64
+
+
+def test_a_sweep_runs_every_combination(run: Run, tmp_path: Path) -> None:
+    run("-m", "pattern=1:4,1:16", "method=static,dense", "hydra.sweep.dir=sweep", "quiet=true")
+    found = {(s["pattern"], s["method"]) for s in (read_summary(tmp_path / "sweep" / str(job)) for job in range(4))}
+    assert found == {("1:4", "static"), ("1:16", "static"), (None, "dense")}
+
+
+def test_one_bad_job_of_a_sweep_fails_it_but_spares_the_others(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("-m", "pattern=16:1,1:16", "hydra.sweep.dir=sweep", "quiet=true")
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "N <= M; got 16:1" in error
+    assert "Traceback" not in error
+    assert read_summary(tmp_path / "sweep" / "1")["pattern"] == "1:16"
+
+
+def test_wandb_runs_offline_and_apart(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run("-m", "seed=0,1", "logger=csv_wandb", "hydra.sweep.dir=sweep", "quiet=true", "method=static")
+    files = [list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*/run-*.wandb")) for job in ("0", "1")]
+    assert [len(found) for found in files] == [1, 1]
+    assert files[0][0].name != files[1][0].name
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "mode"),
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "0" * 40}, "", None),
+        ({}, "machine api.wandb.ai login user password " + "0" * 40, None),
+        ({}, "machine elsewhere.example login user password " + "0" * 40, "offline"),
+        ({"WANDB_MODE": "disabled"}, "", None),
+    ],
+)
+def test_wandb_is_offline_unless_logged_in(
+    environment: dict[str, str], netrc: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text(netrc)
+    (tmp_path / "netrc").chmod(0o600)
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    for name, value in (environment | {"NETRC": str(tmp_path / "netrc")}).items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it reads the environment once
+    assert wandb_logger(silent=True, save_dir=".")._wandb_init.get("mode") == mode
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pattern=16:1", "got 16:1. Did you mean '1:16'?"),
+        ("pattern=16", "got the integer 16: YAML reads an unquoted"),
+        ("pattern=half", "`pattern` must be a string 'N:M' such as '1:16'"),
+        ("pattern=null", "`pattern` must be a string"),
+        ("ckpt_path=nowhere.ckpt", "`ckpt_path` must be a checkpoint file to resume from; nowhere.ckpt does not exist"),
+        ("threads=0", "`threads` must be at least 1"),
+        ("data.batch_size=0", "`batch_size` must be at least 1"),
+        ("method.schedule.every=0", "`schedule.every` must be at least 1"),
+        ("method.evidence.share=2.0", "`evidence.share` is a share of blocks in [0, 1]; got 2.0"),
+        ("pattern=1:7", "No layer is eligible for `pattern` 1:7"),
+        ("scheduler.warmup_steps=1000", "`warmup_steps` must lie in [0, 19)"),
+        ("+method.nonsense=1", "nonsense"),
+    ],
+)
+def test_a_wrong_value_ends_in_one_line(
+    override: str, message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failure(run, capsys, override, "quiet=true")
+
+
+def test_a_data_dir_without_the_files_says_so(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: str, *, download: bool) -> None:
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr("bame_lightning.tasks.data.TorchvisionFashionMNIST", refuse)
+    line = failure(run, capsys, "data=fashion_mnist", "data.data_dir=nowhere", "quiet=true")
+    assert "`data_dir` nowhere lacks train-images-idx3-ubyte" in line
+
+
+def test_an_unquoted_pattern_in_a_recipe_is_explained(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes = tmp_path / "mine" / "recipe"
+    recipes.mkdir(parents=True)
+    (recipes / "unquoted.yaml").write_text("# @package _global_\npattern: 2:4\n")
+    line = failure(run, capsys, "hydra.searchpath=[file://mine]", "recipe=unquoted")
+    assert "got the integer 124: YAML reads an unquoted 2:4" in line
+
+
+def test_an_unknown_choice_lists_the_known_ones(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("model=vgg")
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "Could not find 'model/vgg'" in error
+    assert "resnet20" in error
+    assert "Traceback" not in error
+
+
+def test_full_error_shows_where(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["bame-train", *TINY, *QUIET_HYDRA, "pattern=16:1"])
+    with pytest.raises(ValueError, match="16:1"):
+        train.main()
+
+
+def test_help_tells_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "fashion_mnist",
+        "resnet20",
+        "recipe=",
+        "ckpt_path=",
+        "quiet=true",
+        "--cfg job",
+        "-m pattern=1:4,1:16",
+    ):
+        assert part in text

@@ -1,0 +1,78 @@
+"""Weights, patterns and masks for the tests of the core; nothing here calls the code under test."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bame_lightning.layers import SparseWeight
+from bame_lightning.pattern import NMPattern
+
+
+class Case(NamedTuple):
+    """A weight of some layer, and a pattern that fits it."""
+
+    pattern: NMPattern
+    weight: Tensor
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> NMPattern:
+    """Any 1 <= N <= M <= 16, the usual ones more often."""
+    if draw(st.booleans()):
+        return NMPattern(*draw(st.sampled_from([(1, 1), (1, 4), (2, 4), (4, 4), (3, 7), (8, 16), (1, 16)])))
+    m = draw(st.integers(1, 16))
+    return NMPattern(draw(st.integers(1, m)), m)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A weight laid out by its own torch module; its values are small integers, so that ties happen and sums are exact."""
+    pattern = draw(patterns())
+    inputs, outputs = pattern.m * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    kernel = draw(st.lists(st.integers(1, 3), min_size=3, max_size=3))
+    groups = draw(st.integers(1, 3))
+    shapes = {
+        "linear": nn.Linear(inputs, outputs).weight.shape,
+        "in_proj": nn.MultiheadAttention(inputs, 1).in_proj_weight.shape,
+        "conv1d": nn.Conv1d(inputs, outputs, kernel[0]).weight.shape,
+        "conv2d": nn.Conv2d(inputs, outputs, kernel[:2]).weight.shape,
+        "conv3d": nn.Conv3d(inputs, outputs, kernel).weight.shape,
+        "grouped": nn.Conv2d(inputs * groups, outputs * groups, kernel[:2], groups=groups).weight.shape,
+    }
+    kind = draw(st.sampled_from(sorted(shapes)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    weight = torch.randint(-9, 10, shapes[kind], generator=generator).float()
+    if weight.dim() == 4 and draw(st.booleans()):
+        weight = weight.to(memory_format=torch.channels_last)
+    return Case(pattern, weight)
+
+
+def block_positions(shape: tuple[int, ...], m: int) -> list[list[tuple[int, ...]]]:
+    """Indices of the weights of every block: one filter, one kernel position, m consecutive inputs."""
+    blocks = []
+    for out in range(shape[0]):
+        for place in itertools.product(*map(range, shape[2:])):
+            for first in range(0, shape[1], m):
+                blocks.append([(out, first + i, *place) for i in range(m)])
+    return blocks
+
+
+def random_kept(blocks: int, pattern: NMPattern, seed: int = 0) -> Tensor:
+    """A mask with exactly N per block, drawn by shuffling; shape (blocks, m)."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(blocks, pattern.m, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(pattern.m, generator=generator)[: pattern.n]] = True
+    return mask
+
+
+def sparse_linear(rows: list[list[float]], kept: list[list[int]], pattern: str) -> SparseWeight:
+    """A sparse weight from its rows, and from its mask written as ones and zeros, row by row."""
+    weight = nn.Parameter(torch.tensor(rows))
+    n, m = map(int, pattern.split(":"))
+    return SparseWeight("layer.weight", weight, NMPattern(n, m), torch.tensor(kept) == 0)
