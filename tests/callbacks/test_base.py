@@ -1,0 +1,293 @@
+"""What every sparse method promises: enforcement, plain checkpoints, clear refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.amp import GradScaler
+
+from bame_lightning import BAMECallback, Evidence, Schedule, StaticMask
+from tests.training import Spy, Task, blocks_over, tiny_model, trainer
+
+
+def bame(**kwargs: Any) -> BAMECallback:
+    return BAMECallback("2:4", **({"schedule": Schedule(every=2), "evidence": Evidence(read_every=2)} | kwargs))
+
+
+def save(callback: L.Callback | None, path: Path, task: Task | None = None) -> Path:
+    fit = trainer(*([callback] if callback else []), max_epochs=1)
+    fit.fit(task or Task())
+    fit.save_checkpoint(path)
+    return path
+
+
+class TestEnforcement:
+    def test_a_static_mask_keeps_its_positions(self) -> None:
+        task, supports = Task(), []
+        trainer(StaticMask("2:4"), Spy(lambda _, module: supports.append(module.model[6].weight != 0))).fit(task)
+        assert all(torch.equal(supports[0], support) for support in supports)
+        assert supports[0].sum() == task.model[6].weight.numel() / 2
+
+    def test_the_initial_mask_keeps_the_largest_weights_of_each_block(self) -> None:
+        task = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        before = task.model[6].weight.detach().view(-1, 4)
+        expected = [sorted(range(4), key=lambda i: -abs(block[i]))[:2] for block in before.tolist()]
+        trainer(StaticMask("2:4"), max_epochs=1).fit(task)
+        kept = task.model[6].weight.detach().view(-1, 4)
+        assert [sorted(i) for i in expected] == [block.nonzero().flatten().tolist() for block in kept]
+
+    def test_random_masks_leave_the_global_random_state_alone(self) -> None:
+        torch.manual_seed(3)
+        expected = torch.rand(4)
+        callback, task = StaticMask("1:4", init="random"), Task()
+        torch.manual_seed(3)
+        trainer(callback, max_epochs=1, limit_train_batches=1).fit(task)
+        assert torch.equal(torch.rand(4), expected)
+        magnitude = StaticMask("1:4")
+        trainer(magnitude, max_epochs=1, limit_train_batches=1).fit(Task())
+        assert not torch.equal(callback.weights[2].pruned, magnitude.weights[2].pruned)
+
+    @pytest.mark.parametrize("automatic", [True, False])
+    def test_clipping_sees_the_sparse_gradient(self, automatic: bool) -> None:
+        norms = []
+
+        class Clipped(Task):
+            def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+                callback = self.trainer.callbacks[0]
+                sparse = {id(s.weight): s.pruned for s in callback.weights}
+                total = 0.0
+                for parameter in self.parameters():
+                    gradient = parameter.grad.clone()
+                    if id(parameter) in sparse:
+                        gradient[sparse[id(parameter)]] = 0
+                    total += gradient.square().sum().item()
+                norms.append((math.sqrt(total), nn.utils.clip_grad_norm_(self.parameters(), 0.1).item()))
+
+        class Manual(Clipped):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch, batch_idx) -> None:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.configure_gradient_clipping(optimizer)
+                optimizer.step()
+
+        callback = bame(verify=True)
+        task = Clipped() if automatic else Manual()
+        trainer(callback, gradient_clip_val=0.1 if automatic else None).fit(task)
+        assert len(norms) == 16
+        assert all(math.isclose(expected, seen, rel_tol=1e-5) for expected, seen in norms)
+        assert callback.summary()["flips"] > 0
+
+    def test_steps_that_a_loss_scaler_skips_are_not_read_and_do_not_count(self) -> None:
+        scaler = GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+        callback, read = bame(), []
+
+        def look(trainer, module) -> None:
+            read.append((callback.steps, float(callback.evolving[0].learning_time.sum()), scaler.get_scale()))
+
+        fit = trainer(callback, Spy(look), max_epochs=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+        fit.fit(Task())
+        skipped = sum(now[2] < before[2] for before, now in zip([(0, 0, 2.0**40), *read], read, strict=False))
+        assert skipped > 3
+        assert fit.global_step == 64
+        assert callback.steps == 64 - skipped
+        assert callback.summary()["discarded_readings"] == 0
+        assert read[0][:2] == (0, 0.0)
+        assert callback.summary()["flips"] > 0
+
+    def test_bfloat16_and_unused_layers(self) -> None:
+        model = nn.ModuleDict({"used": tiny_model(), "unused": nn.Linear(8, 8)})
+        model.forward = lambda x: model["used"](x)
+        model["head"] = nn.Linear(8, 2)
+        task = Task(model)
+        callback = bame(verify=True)
+        trainer(callback, precision="bf16-mixed").fit(task)
+        assert blocks_over(model["unused"].weight, 2, 4) == 0
+        assert callback.summary()["flips"] > 0
+
+    def test_channels_last_weights(self) -> None:
+        task, twin = Task(), Task()
+        task.model.to(memory_format=torch.channels_last)
+        for each in (task, twin):
+            trainer(bame(), max_epochs=3).fit(each)
+        torch.testing.assert_close(task.model[2].weight, twin.model[2].weight.to(memory_format=torch.channels_last))
+
+
+class TestCheckpoints:
+    def test_load_strictly_into_the_plain_model_with_zeros_inside(self, tmp_path: Path) -> None:
+        task = Task()
+        keys = list(task.state_dict())
+        checkpoint = torch.load(save(bame(), tmp_path / "a.ckpt", task), weights_only=True)
+        assert list(checkpoint["state_dict"]) == keys
+        plain = Task()
+        plain.load_state_dict(checkpoint["state_dict"])
+        assert blocks_over(plain.model[6].weight, 2, 4) == 0
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+            lambda p: torch.optim.AdamW(p, lr=1e-2),
+        ],
+    )
+    @pytest.mark.parametrize("cut", [1, 2, 3])
+    def test_resuming_at_the_end_of_an_epoch_changes_nothing(self, tmp_path: Path, optimizer: Any, cut: int) -> None:
+        whole, first, second = (bame(schedule=Schedule(every=3), evidence=Evidence(read_every=4)) for _ in range(3))
+        one, two, three = Task(optimizer=optimizer), Task(optimizer=optimizer), Task(optimizer=optimizer)
+        masks = []
+        look = Spy(lambda *_: masks.append(torch.cat([s.pruned.flatten() for s in whole.weights])))
+        # The window is a fraction of the run, so the interrupted run must know its length, too.
+        trainer(whole, look, max_epochs=4).fit(one)
+        stopper = Spy(lambda t, _: setattr(t, "should_stop", t.global_step == 8 * cut))
+        interrupted = trainer(first, stopper, max_epochs=4, min_epochs=1)
+        interrupted.fit(two)
+        assert interrupted.global_step == 8 * cut
+        interrupted.save_checkpoint(tmp_path / "cut.ckpt")
+        resumed = trainer(second, max_epochs=4)
+        resumed.fit(three, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+
+        assert resumed.global_step == 32
+        for a, b in zip(one.parameters(), three.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert_same(whole.state_dict(), second.state_dict())
+        end, middle = masks[-1], masks[8 * cut - 1]
+        assert not torch.equal(masks[0], middle)
+        assert not torch.equal(middle, end)
+
+    def test_resuming_without_masks_names_the_option_that_rebuilds_them(self, tmp_path: Path) -> None:
+        path = save(None, tmp_path / "dense.ckpt")
+        with pytest.raises(ValueError, match=r"dense\.ckpt holds no state of BAMECallback.*init='nonzero'"):
+            trainer(bame()).fit(Task(), ckpt_path=path)
+
+    def test_masks_can_be_rebuilt_from_the_zeros_of_sparse_weights(self, tmp_path: Path) -> None:
+        task = Task()
+        fit = trainer(bame(), max_epochs=1)
+        fit.fit(task)
+        fit.callbacks.clear()
+        fit.save_checkpoint(tmp_path / "plain.ckpt")
+        support = task.model[6].weight != 0
+        callback = bame(init="nonzero", schedule=Schedule(0, 1, 1), evidence=Evidence(read_every=1))
+        start = []
+
+        class Look(L.Callback):
+            def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                start.append(~callback.weights[2].pruned)
+
+        trainer(callback, Look()).fit(Task(), ckpt_path=tmp_path / "plain.ckpt")
+        assert torch.equal(start[0], support)
+
+    def test_masks_that_do_not_fit_the_model_are_refused(self, tmp_path: Path) -> None:
+        path = save(bame(), tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=r"`model\.2\.weight`, which is 2:4 of shape .* and 1:4 of shape"):
+            trainer(BAMECallback("1:4")).fit(Task(), ckpt_path=path)
+        with pytest.raises(ValueError, match=r"1 layers differ.*`model\.6\.weight`.*and not sparse here"):
+            trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
+
+    def test_state_of_another_version_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="version 7, this release reads 1"):
+            bame().load_state_dict({"nm_sparsity_version": 7})
+
+    def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:
+        callback = BAMECallback("1:16", schedule=Schedule(every=1))
+        trainer(callback, max_epochs=1).fit(Task(nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.Linear(64, 5))))
+        layer = callback.state_dict()["layers"]["model.1.weight"]
+        assert layer["mask"].nbytes == layer["pruned_before"].nbytes == 48 * 64 / 8
+        assert layer["evidence"].nbytes == 48 * 64 * 15 / 16 * 4
+
+    def test_a_second_fit_keeps_masks_although_a_revived_weight_is_zero(self) -> None:
+        callback, task = StaticMask("2:4"), Task()
+        trainer(callback, max_epochs=1).fit(task)
+        mask = callback.weights[2].pruned.clone()
+        with torch.no_grad():
+            task.model[6].weight.zero_()
+        trainer(callback, max_epochs=1).fit(task)
+        assert torch.equal(callback.weights[2].pruned, mask)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+class TestBadInput:
+    def test_no_eligible_layer(self) -> None:
+        with pytest.raises(ValueError, match=r"No layer is eligible for `pattern` 1:7.*model\.0\.weight: input dimension 3"):
+            trainer(BAMECallback("1:7")).fit(Task())
+
+    def test_a_named_layer_that_m_does_not_divide(self) -> None:
+        with pytest.raises(ValueError, match=r"asks for 2:4 in `model\.0`.*input dimension 3 is not divisible by 4"):
+            trainer(BAMECallback("2:4", layers={"model.0": "2:4"})).fit(Task())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"pattern": "16:1"}, "N <= M; got 16:1. Did you mean '1:16'"),
+            ({"pattern": "0:4"}, "N >= 1 .* got 0:4"),
+            ({"pattern": 124}, "got the integer 124: YAML"),
+            ({"init": "zeros"}, "`init` must be .* got 'zeros'"),
+            ({"freeze_after": -1}, "`freeze_after` .* got -1"),
+            ({"layers": {"a": "4:2"}}, "got 4:2"),
+        ],
+    )
+    @pytest.mark.usefixtures("unchecked_types")
+    def test_arguments(self, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            BAMECallback(**({"pattern": "2:4"} | arguments))
+
+    def test_a_run_without_an_end_needs_steps(self) -> None:
+        with pytest.raises(ValueError, match=r"`schedule.start` = 0.0 is a fraction of the run.*ints"):
+            trainer(BAMECallback("2:4"), max_epochs=-1).fit(Task())
+        callback = BAMECallback("2:4", schedule=Schedule(0, 8, 2))
+        stop = Spy(lambda t, _: setattr(t, "should_stop", t.global_step >= 16))
+        trainer(callback, stop, max_epochs=-1).fit(Task())
+        assert callback.adaptations == 4
+
+    def test_square_state_of_an_unknown_optimizer(self) -> None:
+        class Whitening(torch.optim.SGD):
+            def step(self, closure=None):
+                loss = super().step(closure)
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        self.state[p]["whitening"] = torch.ones_like(p)
+                return loss
+
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 48), nn.Linear(48, 5))
+        with pytest.raises(ValueError, match=r"Whitening keeps 'whitening' for `model\.1\.weight`.*square shape \(48, 48\)"):
+            trainer(bame()).fit(Task(model, lambda p: Whitening(p, lr=0.1)))
+
+    def test_two_optimizers_that_hold_sparse_weights(self) -> None:
+        class Two(Task):
+            def configure_optimizers(self) -> Any:
+                self.automatic_optimization = False
+                return [torch.optim.SGD(self.model[i].parameters(), lr=0.1) for i in (2, 6)]
+
+        with pytest.raises(ValueError, match="2 optimizers hold sparse weights"):
+            trainer(bame()).fit(Two())
+
+    def test_fused_optimizers_and_manual_optimization_under_a_loss_scaler(self) -> None:
+        def plugins() -> list[Any]:
+            return [MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu"))]
+
+        with pytest.raises(ValueError, match="fused optimizer under a loss scaler"):
+            trainer(bame(), plugins=plugins()).fit(Task(optimizer=lambda p: torch.optim.AdamW(p, fused=True)))
+        task = Task()
+        task.automatic_optimization = False
+        with pytest.raises(ValueError, match="Manual optimization with a loss scaler"):
+            trainer(bame(), plugins=plugins()).fit(task)
