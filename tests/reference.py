@@ -108,7 +108,9 @@ def clear(values: Tensor, blocks: list[Block]) -> None:
 def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
     def ratio(block: Block) -> float:
         strongest = max((abs(v) for v, kept in zip(block.evidence, block.kept, strict=True) if not kept), default=0.0)
-        weakest = min(abs(weight[block.row, c].item()) for c, kept in zip(block.columns, block.kept, strict=True) if kept)
+        weakest = min(
+            abs(weight[block.row, c].item()) for c, kept in zip(block.columns, block.kept, strict=True) if kept
+        )
         return strongest / weakest
 
     open_blocks = [block for block in blocks if block.oscillations <= s.freeze_after]

@@ -31,7 +31,10 @@ class Task(L.LightningModule):
     """Classify noise with fixed labels, so that every gradient is reproducible."""
 
     def __init__(
-        self, model: nn.Module | None = None, optimizer: Callable[..., torch.optim.Optimizer] | None = None, batch: int = 8
+        self,
+        model: nn.Module | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        batch: int = 8,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from tests.training import Spy, Task, blocks_over, trainer
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8)])
 def test_training_equals_the_specification_written_out_in_loops(n: int, m: int) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)).double()
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)
+    ).double()
     twin = copy.deepcopy(model)
     settings = reference.Settings(
         n=n, m=m, start=3, stop=70, every=3, read_every=4, share=0.25, step_size=0.7, decay=1e-3, freeze_after=1,
@@ -67,7 +70,9 @@ def test_default_arguments_are_the_contract() -> None:
     assert (callback.rescale, callback.verify, callback.rules) == (False, False, {})
 
 
-@pytest.mark.parametrize("evidence", [Evidence(read_every=3), Evidence(read_every=3, init="weights"), OneBatch(share=1.0)])
+@pytest.mark.parametrize(
+    "evidence", [Evidence(read_every=3), Evidence(read_every=3, init="weights"), OneBatch(share=1.0)]
+)
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -184,7 +189,7 @@ def test_masks_stay_fixed_outside_the_window() -> None:
     callback = BAMECallback("2:4", schedule=Schedule(start=4, stop=12, every=2), evidence=Evidence(read_every=2))
     spy = Spy(lambda *_: masks.append(callback.weights[2].pruned.clone()))
     trainer(callback, spy).fit(Task())
-    same = [torch.equal(a, b) for a, b in zip(masks, masks[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in pairwise(masks)]
     # Steps count from 0: adaptations follow steps 5, 7, 9 and 11.
     assert all(same[:4])
     assert not all(same[4:11])

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from bame_lightning import BAMECallback, Evidence, OneBatch, Schedule, StaticMask
+from bame_lightning.cli import conf
 from bame_lightning.cli.conf import conf_dir
 
 CONF = conf_dir()
@@ -135,7 +136,21 @@ def test_layer_rules_hold_for_every_model(model: str, config: Any) -> None:
     assert mixed == uniform | {"model.fc": "2:4"}
 
 
-def test_resnet18_takes_its_place_among_wider_models(config: Any) -> None:
+def test_resnet20_grows_into_resnet32(config: Any) -> None:
     cfg = config("model=resnet20", "model.width=32", "model.blocks_per_stage=5")
     network: nn.Module = instantiate(cfg.model)((3, 32, 32), 10)
     assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 31
+
+
+@pytest.mark.parametrize("place", ["package", "repository"])
+def test_the_groups_are_found_in_a_wheel_and_in_a_repository(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "src" / "bame_lightning"
+    monkeypatch.setattr(conf, "__file__", str(package / "cli" / "conf.py"))
+    with pytest.raises(FileNotFoundError, match=r"configuration groups of bame_lightning are in neither"):
+        conf_dir()
+    folder = (package if place == "package" else tmp_path) / "conf"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert conf_dir() == folder.resolve()
