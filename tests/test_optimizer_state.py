@@ -165,14 +165,14 @@ def test_adams_rule_by_hand() -> None:
 
 def test_rmsprops_rule_by_hand() -> None:
     optimizer, weight = stepped(
-        lambda p: torch.optim.RMSprop(p, lr=0.5, alpha=0.75, eps=0.5, momentum=0.5, weight_decay=0.25), (1, 4), 4.0, 1
+        lambda p: torch.optim.RMSprop(p, lr=0.5, alpha=0.75, eps=2.0, momentum=0.5, weight_decay=0.25), (1, 4), 4.0, 1
     )
     rule = update_rule(optimizer, weight)
     # A quarter of 16; momentum doubles the lasting step; nothing corrects the bias.
     assert rule.second_moment is not None
     assert rule.second_moment.tolist() == [[4.0, 4.0, 4.0, 4.0]]
-    assert (rule.learning_rate, rule.weight_decay, rule.correction, rule.eps) == (1.0, 0.25, 1.0, 0.5)
-    assert block_rates(rule, rule.second_moment, torch.tensor([[True, True, True, False]]), 3).tolist() == [[0.4]]
+    assert (rule.learning_rate, rule.weight_decay, rule.correction, rule.eps) == (1.0, 0.25, 1.0, 2.0)
+    assert block_rates(rule, rule.second_moment, torch.tensor([[True, True, True, False]]), 3).tolist() == [[0.25]]
 
 
 def test_adagrads_rule_reads_the_sum() -> None:

@@ -206,7 +206,9 @@ class EvolvingWeight:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the mask must have been restored before."""
-        state = {key: value.to(self.evidence.device) for key, value in state.items() if isinstance(value, Tensor)}
+        # Copies: training goes on in place, and the checkpoint is the caller's.
+        device = self.evidence.device
+        state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.sparse.mask()
         self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"])
         self.learning_time = state["learning_time"]

@@ -85,7 +85,7 @@ def plan_layers(
     Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d` and their subclasses, and the input projections of
     `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
     `nn.Linear` in `named_modules()` order (the classifier). A rule with a pattern overrides the latter. A tied weight is
-    planned once.
+    planned once, under its first name; a rule may use any of its names.
 
     Args:
         model: The model.
@@ -104,6 +104,7 @@ def plan_layers(
     _check_rules(parsed, [name for name, *_ in candidates])
     linears = [name for name, module, _ in candidates if isinstance(module, nn.Linear)]
     classifier = linears[-1] if linears else None
+    names = {id(weight): [name for name, _, other in candidates if other is weight] for *_, weight in candidates}
     plans: dict[int, LayerPlan] = {}
     ties: list[LayerPlan] = []
     for name, module, weight in candidates:
@@ -111,19 +112,20 @@ def plan_layers(
         if id(weight) in plans:
             ties.append(LayerPlan(name, kind, weight, None, f"tied to {plans[id(weight)].name}"))
             continue
-        glob = next((glob for glob in reversed(parsed) if _matches(glob, name)), None)
+        aliases = names[id(weight)]
+        glob = next((glob for glob in reversed(parsed) if any(_matches(glob, alias) for alias in aliases)), None)
         wanted = pattern if glob is None else parsed[glob]
         why = _why_dense(name, module, weight, wanted, trained)
         if wanted is None:
             reason = f"dense by the rule {glob!r}"
         elif why:
             reason = why
-            if glob in (name, name.removesuffix(".weight")):
+            if any(glob in (alias, alias.removesuffix(".weight")) for alias in aliases):
                 raise ValueError(
                     f"`layers` asks for {wanted} in `{glob}`, which cannot be: {why}. Drop the rule, or choose a pattern "
                     "that fits."
                 )
-        elif glob is None and name == classifier:
+        elif glob is None and classifier in aliases:
             reason = "classifier (last linear layer)"
         else:
             reason = ""

@@ -49,6 +49,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B without account or settings; it reads the environment once per process, hence the teardown."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 def failure(run: Run, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     """The one line on stderr of a run that must fail."""
     with pytest.raises(SystemExit) as caught:
@@ -169,8 +180,8 @@ def test_one_bad_job_of_a_sweep_fails_it_but_spares_the_others(
     assert read_summary(tmp_path / "sweep" / "1")["pattern"] == "1:16"
 
 
-def test_wandb_runs_offline_and_apart(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+@pytest.mark.usefixtures("logged_out")
+def test_wandb_runs_offline_and_apart(run: Run, tmp_path: Path) -> None:
     run("-m", "seed=0,1", "logger=csv_wandb", "hydra.sweep.dir=sweep", "quiet=true", "method=static")
     files = [list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*/run-*.wandb")) for job in ("0", "1")]
     assert [len(found) for found in files] == [1, 1]
@@ -187,18 +198,15 @@ def test_wandb_runs_offline_and_apart(run: Run, tmp_path: Path, monkeypatch: pyt
         ({"WANDB_MODE": "disabled"}, "", None),
     ],
 )
+@pytest.mark.usefixtures("logged_out")
 def test_wandb_is_offline_unless_logged_in(
     environment: dict[str, str], netrc: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text(netrc)
     (tmp_path / "netrc").chmod(0o600)
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    for name, value in (environment | {"NETRC": str(tmp_path / "netrc")}).items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    wandb.teardown()  # it reads the environment once
     assert wandb_logger(silent=True, save_dir=".")._wandb_init.get("mode") == mode
-    wandb.teardown()
 
 
 @pytest.mark.parametrize(
