@@ -1,14 +1,15 @@
-"""Weights, patterns and masks for the tests of the core; nothing here calls the code under test."""
+"""Weights, patterns and masks for the tests of the core, and one reading of a gradient; expected values are not made here."""
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight
 from bame_lightning.pattern import NMPattern
 
@@ -57,8 +58,7 @@ def block_positions(shape: tuple[int, ...], m: int) -> list[list[tuple[int, ...]
     blocks = []
     for out in range(shape[0]):
         for place in itertools.product(*map(range, shape[2:])):
-            for first in range(0, shape[1], m):
-                blocks.append([(out, first + i, *place) for i in range(m)])
+            blocks.extend([(out, first + i, *place) for i in range(m)] for first in range(0, shape[1], m))
     return blocks
 
 
@@ -76,3 +76,20 @@ def sparse_linear(rows: list[list[float]], kept: list[list[int]], pattern: str) 
     weight = nn.Parameter(torch.tensor(rows))
     n, m = map(int, pattern.split(":"))
     return SparseWeight("layer.weight", weight, NMPattern(n, m), torch.tensor(kept) == 0)
+
+
+def sgd(weight: EvolvingWeight, **kwargs: Any) -> torch.optim.SGD:
+    return torch.optim.SGD([weight.sparse.weight], **({"lr": 1.0} | kwargs))
+
+
+def read(weight: EvolvingWeight, gradient: Tensor | list[Any], everywhere: bool = True) -> None:
+    weight.sparse.weight.grad = torch.as_tensor(gradient, dtype=weight.sparse.weight.dtype).clone()
+    weight.read(everywhere)
+    weight.sparse.weight.grad.masked_fill_(weight.sparse.pruned, 0)
+
+
+def learn(
+    weight: EvolvingWeight, optimizer: torch.optim.Optimizer, gradient: Any, steps: int = 1, everywhere: bool = True
+) -> None:
+    read(weight, gradient, everywhere)
+    weight.accumulate(optimizer, steps, torch.tensor(True))

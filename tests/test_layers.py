@@ -233,7 +233,7 @@ def test_a_model_without_an_eligible_layer_is_refused_with_all_reasons() -> None
 
 
 def test_a_model_without_weight_matrices_is_refused() -> None:
-    with pytest.raises(ValueError, match="No layer is eligible.*the model has no weight matrices"):
+    with pytest.raises(ValueError, match=r"No layer is eligible.*the model has no weight matrices"):
         plan_layers(nn.BatchNorm1d(4), P24)
 
 

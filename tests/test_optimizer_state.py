@@ -152,7 +152,10 @@ def test_adaptive_optimizers_move_a_weight_by_the_rate_of_its_block(optimizer: s
 
 def test_adams_rule_by_hand() -> None:
     optimizer, weight = stepped(
-        lambda p: torch.optim.Adam(p, lr=0.25, betas=(0.5, 0.75), eps=1.0, weight_decay=0.1), (1, 4), gradient=0.0, steps=2
+        lambda p: torch.optim.Adam(p, lr=0.25, betas=(0.5, 0.75), eps=1.0, weight_decay=0.1),
+        (1, 4),
+        gradient=0.0,
+        steps=2,
     )
     optimizer.state[weight]["exp_avg_sq"] = torch.tensor([[7.0, 100.0, 0.0, 100.0]])
     rule = update_rule(optimizer, weight)

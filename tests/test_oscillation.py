@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ def oscillations(*masks: str) -> list[int]:
     """Oscillations of one block after each change of its mask, given as strings of ones and zeros."""
     kept = [torch.tensor([[bit == "1" for bit in mask]]) for mask in masks]
     history, counts = FlipHistory.empty(kept[0]), []
-    for old, new in zip(kept, kept[1:], strict=False):
+    for old, new in pairwise(kept):
         history = record(history, old, new)
         counts.append(int(history.oscillations))
     return counts
@@ -48,12 +50,12 @@ def test_a_mask_that_stays_counts_nothing() -> None:
 def test_history_of_many_blocks_against_loops(n: int, seed: int) -> None:
     masks = [random_kept(5, NMPattern(n, 4), seed + c) for c in range(6)]
     history = FlipHistory.empty(masks[0])
-    for old, new in zip(masks, masks[1:], strict=False):
+    for old, new in pairwise(masks):
         history = record(history, old, new)
     for block in range(5):
         pruned: set[int] = set()
         count = 0
-        for old, new in zip(masks, masks[1:], strict=False):
+        for old, new in pairwise(masks):
             before = {i for i in range(4) if old[block, i]}
             after = {i for i in range(4) if new[block, i]}
             count += bool((after - before) & pruned)

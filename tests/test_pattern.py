@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -43,10 +44,11 @@ def test_a_pattern_that_cannot_be_is_refused_with_a_remedy(written: Any, says: s
         NMPattern.parse(written)
 
 
-def test_yaml_reads_an_unquoted_pattern_as_the_integer_that_is_refused() -> None:
-    import yaml
-
-    assert yaml.safe_load("pattern: 2:4") == {"pattern": 124}
+@pytest.mark.parametrize(("written", "integer"), [("2:4", 124), ("1:16", 76), ("4:8", 248)])
+def test_a_pattern_without_quotes_in_yaml_is_refused(written: str, integer: int) -> None:
+    with pytest.raises(ValueError, match=f"got the integer {integer}"):
+        NMPattern.parse(yaml.safe_load(f"pattern: {written}")["pattern"])
+    assert str(NMPattern.parse(yaml.safe_load(f"pattern: '{written}'")["pattern"])) == written
 
 
 @given(cases())

@@ -21,14 +21,18 @@ def main() -> None:
     body = table(rows).split("\n\n", 2)
     (CSV.with_suffix(".md")).write_text(table(rows))
     command = "`python -m benchmarks.accuracy.study` ([script](benchmarks/accuracy/study.py))"
-    _fill(ROOT / "README.md", "study", f"Measured by {command}. {' '.join(body[1].splitlines()[1:])}\n\n{body[2].strip()}")
+    _fill(
+        ROOT / "README.md", "study", f"Measured by {command}. {' '.join(body[1].splitlines()[1:])}\n\n{body[2].strip()}"
+    )
     lines = ["| recipe | pattern | method | test accuracy | seeds | minutes |", "|---|---|---|---|---|---|"]
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         group = [row for row in rows if row["recipe"] == path.stem and row["method"] == "bame"]
         if group:
             lines.append(f"| {' | '.join([path.stem, *_cells(group)])} |")
             accuracy, seeds, minutes = _cells(group)[2:]
-            measured = f"test accuracy {accuracy} % over {seeds} seeds, {minutes} minutes each on {group[0]['hardware']}"
+            measured = (
+                f"test accuracy {accuracy} % over {seeds} seeds, {minutes} minutes each on {group[0]['hardware']}"
+            )
             text = re.sub(r"^# Measured: .*$", f"# Measured: {measured}", path.read_text(), flags=re.MULTILINE)
             path.write_text(text)
     hardware = sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows})

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY
 from bame_lightning.masks import unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
 from bame_lightning.untrusted import UnreadableError, first_sentence, load_untrusted, state_dict_of
-
-_VERSION_KEY = "nm_sparsity_version"
-_VERSION = 1
 
 
 class AuditError(ValueError):
@@ -302,13 +300,13 @@ def _is_plain(tensor: Tensor) -> bool:
 def _saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
     callbacks = checkpoint.get("callbacks")
     values = callbacks.values() if isinstance(callbacks, Mapping) else ()
-    states = [value for value in values if isinstance(value, Mapping) and _VERSION_KEY in value]
+    states = [value for value in values if isinstance(value, Mapping) and VERSION_KEY in value]
     found: dict[str, Any] = {}
     for state in states:
-        version, layers = state[_VERSION_KEY], state.get("layers")
-        if repr(version) != repr(_VERSION):
+        version, layers = state[VERSION_KEY], state.get("layers")
+        if repr(version) != repr(STATE_VERSION):
             raise AuditError(
-                f"has a callback state of `{_VERSION_KEY}` {version!r:.20}, where this release reads {_VERSION}. "
+                f"has a callback state of `{VERSION_KEY}` {version!r:.20}, where this release reads {STATE_VERSION}. "
                 "Install the release of bame_lightning that wrote it."
             )
         if not isinstance(layers, Mapping) or not layers or not all(isinstance(name, str) for name in layers):

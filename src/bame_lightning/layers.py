@@ -6,12 +6,19 @@ import difflib
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from bame_lightning.masks import pack_mask
 from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+
+VERSION_KEY = "nm_sparsity_version"
+"""Key in a callback's state that marks it as one of sparse weights."""
+STATE_VERSION = 1
+"""Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -67,6 +74,11 @@ class SparseWeight:
     def mask(self) -> Bool[Tensor, "blocks m"]:
         """The mask in blocks, true where kept; shape (blocks, m)."""
         return ~to_blocks(self.pruned, self.pattern.m)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pattern, shape and the mask packed to bits, in the weight's own row-major order."""
+        mask = pack_mask(~self.pruned).cpu()
+        return {"pattern": str(self.pattern), "shape": list(self.weight.shape), "mask": mask}
 
     @property
     def label(self) -> str:

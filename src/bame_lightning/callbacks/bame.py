@@ -77,12 +77,17 @@ class BAMECallback(SparseCallback):
         self._window = Window(0, 0, 1)
 
     @override
-    def start_method(self, trainer: L.Trainer, restored: Mapping[str, Any] | None) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # First of all, since it may refuse, and nothing has been changed yet.
         self._window = self.schedule.window(_total_steps(trainer, self.schedule))
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def start_method(self, restored: Mapping[str, Any] | None) -> None:
         if not self._window.adaptations:
             rank_zero_warn(
-                f"BAME will never adapt a mask: its window holds {max(0, self._window.stop - self._window.start)} optimizer "
-                f"steps, fewer than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
+                f"BAME will never adapt a mask: its window of {max(0, self._window.stop - self._window.start)} optimizer steps "
+                f"is shorter than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
             )
         if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
             return  # a second fit goes on where the first one ended

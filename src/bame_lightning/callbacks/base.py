@@ -16,13 +16,10 @@ from typing_extensions import override
 
 from bame_lightning import invariants, statistics
 from bame_lightning.callbacks.table import layer_table
-from bame_lightning.layers import LayerPlan, SparseWeight, plan_layers
-from bame_lightning.masks import nonzero_mask, pack_mask, random_mask, top_n_mask, unpack_mask
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
+from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.optimizer_state import elementwise_state
 from bame_lightning.pattern import NMPattern, to_blocks
-
-STATE_VERSION = 1
-"""Version of the state in a checkpoint, under the key `nm_sparsity_version`."""
 
 Init = Literal["magnitude", "random", "nonzero"]
 
@@ -74,7 +71,7 @@ class SparseCallback(L.Callback):
 
     # What a method overrides.
 
-    def start_method(self, trainer: L.Trainer, restored: Mapping[str, Any] | None) -> None:
+    def start_method(self, restored: Mapping[str, Any] | None) -> None:
         """Prepare what evolves, before pruned weights are zeroed; or restore it from what `state_dict` returned."""
 
     def read_gradients(self) -> None:
@@ -92,7 +89,7 @@ class SparseCallback(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        version = state_dict.get("nm_sparsity_version")
+        version = state_dict.get(VERSION_KEY)
         if version != STATE_VERSION:
             raise ValueError(
                 f"The checkpoint's {type(self).__name__} state has version {version!r}, this release reads {STATE_VERSION}."
@@ -117,7 +114,7 @@ class SparseCallback(L.Callback):
         else:
             self.weights = self._make_masks(plans)
             self.steps = self.steps if trainer.global_step else 0
-        self.start_method(trainer, restored)
+        self.start_method(restored)
         self._zero_pruned()
         self._remember_masks()
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
@@ -176,15 +173,8 @@ class SparseCallback(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        layers = {
-            sparse.name: {
-                "pattern": str(sparse.pattern),
-                "shape": list(sparse.weight.shape),
-                "mask": pack_mask(~sparse.pruned).cpu(),
-            }
-            for sparse in self.weights
-        }
-        return {"nm_sparsity_version": STATE_VERSION, "steps": self.steps, "layers": layers}
+        layers = {sparse.name: sparse.state_dict() for sparse in self.weights}
+        return {VERSION_KEY: STATE_VERSION, "steps": self.steps, "layers": layers}
 
     def summary(self) -> dict[str, Any]:
         """What the run did, in plain types.
