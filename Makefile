@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## Create .venv with the tested versions
 
 train: setup ## Train a 1:16 sparse network on the embedded digits, then audit its checkpoint
-	$(BIN)/bame-train hydra.run.dir=outputs/digits
+	$(BIN)/bame-train recipe=digits_mlp hydra.run.dir=outputs/digits
 	$(BIN)/bame-audit outputs/digits/checkpoints/last.ckpt
 
 test: setup ## Run the tests
