@@ -74,4 +74,5 @@ def test_more_oscillations_than_allowed_freeze_a_block(freeze_after: int | None,
 def test_frequency_is_oscillations_per_adaptation() -> None:
     counts = torch.tensor([0, 1, 3], dtype=torch.int32)
     assert oscillation_frequency(counts, 4).tolist() == [0, 0.25, 0.75]
+    assert oscillation_frequency(counts[:2], 1).tolist() == [0, 1]
     assert oscillation_frequency(torch.zeros(2, dtype=torch.int32), 0).tolist() == [0, 0]

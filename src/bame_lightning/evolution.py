@@ -161,8 +161,8 @@ class EvolvingWeight:
         scale = steps * self.config.step_size * finite.to(self.dtype)
         rate = scale * block_rates(rule, moment, mask, self.sparse.pattern.n, self.dtype)
         shrink = scale * rule.learning_rate * (rule.weight_decay + self.config.decay)
-        # Selecting, not multiplying: infinity times zero is NaN.
-        gradient = torch.where(finite, self.reading.gradient, 0)
+        # Selecting, not multiplying: infinity times zero is NaN. The optimizer's second moment may be poisoned as well.
+        rate, gradient = torch.where(finite, rate, 0), torch.where(finite, self.reading.gradient, 0)
         self.reading = BlockGradient(index, gradient)
         self.evidence[chosen] = accumulate(self.evidence[chosen], gradient.masked_fill(mask, 0), rate, shrink)
         self.learning_time[chosen] = (1 - shrink) * self.learning_time[chosen] + rate.squeeze(-1)

@@ -86,7 +86,7 @@ def check_counts(weights: Iterable[SparseWeight], step: int) -> None:
             )
 
 
-def check_masks(weights: Iterable[SparseWeight], expected: dict[str, Bool[Tensor, ...]], step: int) -> None:
+def check_masks(weights: Iterable[SparseWeight], expected: dict[str, Bool[Tensor, "*shape"]], step: int) -> None:
     """Check that masks are those that the last adaptation left.
 
     Args:

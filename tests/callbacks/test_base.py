@@ -157,7 +157,7 @@ class TestCheckpoints:
         assert interrupted.global_step == 8 * cut
         interrupted.save_checkpoint(tmp_path / "cut.ckpt")
         resumed = trainer(second, max_epochs=4)
-        resumed.fit(three, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+        resumed.fit(three, ckpt_path=tmp_path / "cut.ckpt")
 
         assert resumed.global_step == 32
         for a, b in zip(one.parameters(), three.parameters(), strict=True):

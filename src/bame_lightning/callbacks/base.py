@@ -67,7 +67,7 @@ class SparseCallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
-        self._expected: dict[str, Bool[Tensor, ...]] = {}
+        self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
 
     # What a method overrides.
 
