@@ -146,5 +146,6 @@ def test_one_batch_by_hand() -> None:
     # The next reading starts from nothing.
     learn(weight, optimizer, torch.zeros(2, 8))
     assert not weight.evidence.any()
+    assert weight.learning_time.tolist() == [0.5] * 4
     weight.adapt(1.0)
     assert weight.last_flips == 0

@@ -15,7 +15,7 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class Lion(Optimizer):
-    """An optimizer that nobody knows, with one value per weight, one per output, and a count."""
+    """An optimizer that nobody knows, with one value per weight, and with values that are something else."""
 
     def __init__(self, params: list[nn.Parameter], key: str = "lion_average") -> None:
         super().__init__(params, {"lr": 0.5})
@@ -25,6 +25,7 @@ class Lion(Optimizer):
         for weight in self.param_groups[0]["params"]:
             self.state[weight][self.key] = torch.ones_like(weight)
             self.state[weight]["per_output"] = torch.ones(len(weight), 1)
+            self.state[weight]["flat"] = torch.ones(weight.numel())
             self.state[weight]["count"] = torch.ones(())
             self.state[weight]["name"] = "lion"
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def flipped_positions(old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]) -> Int[Tensor, ""]:
+def flipped_positions(old: Bool[Tensor, "*shape"], new: Bool[Tensor, "*shape"]) -> Int[Tensor, ""]:
     """Positions whose mask changed; a swap changes two.
 
     Args:

@@ -92,6 +92,23 @@ def test_without_a_scheduler_the_rate_stays(tmp_path: Path) -> None:
     assert fitting.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_weight_decay_spares_vectors_on_request(decay_vectors: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
+    task = Classifier(model, partial(SGD, lr=0.1, weight_decay=0.01), decay_vectors=decay_vectors)
+    optimizer = task.configure_optimizers()
+    assert isinstance(optimizer, SGD)
+    decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert {name: decay[id(weight)] for name, weight in model.named_parameters()} == {
+        "0.weight": 0.01,
+        "0.bias": 0.01 * decay_vectors,
+        "1.weight": 0.01 * decay_vectors,
+        "1.bias": 0.01 * decay_vectors,
+        "3.weight": 0.01,
+        "3.bias": 0.01 * decay_vectors,
+    }
+
+
 def test_label_smoothing_is_for_training_only() -> None:
     model = nn.Flatten()
     task = Classifier(model, partial(SGD, lr=0.1), label_smoothing=0.3)

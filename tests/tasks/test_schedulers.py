@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bame_lightning.tasks.schedulers import constant, cosine
 
 
-def rates(make: Callable[..., LRScheduler], steps: int, **options: int) -> list[float]:
+def rates(make: Callable[..., LRScheduler], steps: int, **options: float) -> list[float]:
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = make(optimizer, steps, **options)
     found = []
@@ -33,8 +33,13 @@ def test_warm_up_rises_to_the_rate_and_then_hands_over() -> None:
     assert rates(cosine, 5, warmup_steps=3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.0, 0.0])
 
 
+def test_a_fraction_is_of_the_run() -> None:
+    assert rates(cosine, 5, warmup_steps=0.6) == rates(cosine, 5, warmup_steps=3)
+    assert rates(constant, 5, warmup_steps=0.05) == [2.0] * 6
+
+
 @pytest.mark.parametrize("make", [constant, cosine])
-@pytest.mark.parametrize("warmup_steps", [-1, 5, 6])
-def test_a_warm_up_as_long_as_the_run_is_refused(make: Callable[..., LRScheduler], warmup_steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"`warmup_steps` must lie in \[0, 5\) for 5 steps; got {warmup_steps}"):
+@pytest.mark.parametrize("warmup_steps", [-1, 5, 6, -0.1, 1.0, 3.5])
+def test_a_warm_up_as_long_as_the_run_is_refused(make: Callable[..., LRScheduler], warmup_steps: float) -> None:
+    with pytest.raises(ValueError, match=rf"`warmup_steps` must lie in \[0, 5\) for 5 steps, .*; got {warmup_steps}"):
         rates(make, 5, warmup_steps=warmup_steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.callbacks.base import Init, SparseCallback
+from bame_lightning.callbacks.base import Init, total_steps
+from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.oscillation import oscillation_frequency
@@ -22,7 +22,7 @@ from bame_lightning.schedule import Schedule, Window
 from bame_lightning.statistics import pooled_mean
 
 
-class BAMECallback(SparseCallback):
+class BAMECallback(MaskedCallback):
     """Train N:M sparse from scratch by Block-Aware Mask Evolution.
 
     Forward, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Now and then masks
@@ -79,7 +79,7 @@ class BAMECallback(SparseCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # First of all, since it may refuse, and nothing has been changed yet.
-        self._window = self.schedule.window(_total_steps(trainer, self.schedule))
+        self._window = self.schedule.window(total_steps(trainer, self.schedule))
         super().on_fit_start(trainer, pl_module)
 
     @override
@@ -171,10 +171,3 @@ class BAMECallback(SparseCallback):
         names = ("oscillation_frequency", "frozen_fraction")
         statistics = self.method_statistics()
         return super().summary() | totals | {name: float(statistics[f"bame/{name}"]) for name in names}
-
-
-def _total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
-    if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
-        return math.inf  # nobody asks, and counting may need the data
-    steps = trainer.estimated_stepping_batches
-    return math.inf if steps == -1 else steps

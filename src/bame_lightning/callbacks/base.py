@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from jaxtyping import Bool
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from bame_lightning import invariants, statistics
+from bame_lightning import statistics
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
-from bame_lightning.optimizer_state import elementwise_state
 from bame_lightning.pattern import NMPattern, to_blocks
+from bame_lightning.schedule import Schedule
 
 Init = Literal["magnitude", "random", "nonzero"]
 
 
 class SparseCallback(L.Callback):
-    """Keep weights N:M sparse through training: a static mask, and the base of methods that evolve it.
+    """Train weights that are N:M sparse whenever anybody looks: the base of all methods.
 
     The model is never renamed, wrapped or added to: its state dict keeps the plain keys, with exact zeros where weights
-    are pruned. Masks live in this callback's own state. One optimizer step runs: forward and backward on the sparse
-    weights; gradients of pruned weights are zeroed before Lightning clips them; the optimizer steps; pruned weights and
-    their element-wise optimizer state are zeroed; then a method may change the masks.
+    are pruned. Masks, and what a method evolves, live in this callback's own state. This class chooses the layers, makes or
+    restores masks, counts optimizer steps, and calls a method at the right moments of each step.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
@@ -67,19 +67,34 @@ class SparseCallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
-        self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
+        self._stepping = False
 
-    # What a method overrides.
+    # What a method implements, in the order in which it is called.
 
-    def start_method(self, restored: Mapping[str, Any] | None) -> None:
-        """Prepare what evolves, before pruned weights are zeroed; or restore it from what `state_dict` returned."""
+    @abstractmethod
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        """Make the weights sparse; prepare what evolves, or restore it from what `state_dict` returned."""
 
-    def read_gradients(self) -> None:
-        """Look at the dense gradients, just before they are masked."""
+    @abstractmethod
+    def enforce(self, optimizer: Optimizer) -> None:
+        """Make weights and optimizer state fit the masks; state may come from a checkpoint of dense training."""
 
-    def evolve(self, optimizer: Optimizer) -> bool:
-        """Change masks after an optimizer step that was taken; returns whether any may have changed."""
-        return False
+    def handle_gradients(self) -> None:
+        """Change gradients once they are whole and before they are clipped."""
+
+    def before_update(self) -> None:
+        """Prepare for the optimizer's update."""
+
+    @abstractmethod
+    def after_update(self, optimizer: Optimizer) -> None:
+        """Make the weights sparse again, and evolve; not called for a step that a loss scaler skips."""
+
+    def after_batch(self) -> None:
+        """Make sure that the weights are sparse, although an update may have been skipped."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check the invariants that hold between two updates; called only with `verify`."""
 
     def method_statistics(self) -> dict[str, Tensor]:
         """Metrics of the method, on the weights' device."""
@@ -114,16 +129,13 @@ class SparseCallback(L.Callback):
         else:
             self.weights = self._make_masks(plans)
             self.steps = self.steps if trainer.global_step else 0
-        self.start_method(restored)
-        self._zero_pruned()
-        self._remember_masks()
+        self.start(restored)
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._optimizer is not None
-        # Its state was restored after `on_fit_start`, perhaps that of dense training.
-        self._zero_pruned(self._optimizer)
+        self.enforce(self._optimizer)
         # No hook of Lightning follows the update before validation and checkpoints see the weights.
         self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
 
@@ -132,33 +144,36 @@ class SparseCallback(L.Callback):
         # Under manual optimization users clip before `on_before_optimizer_step`. Gradients are whole there after each
         # backward; under automatic optimization they may still be scaled, or local to a rank.
         if not pl_module.automatic_optimization:
-            self._mask_gradients()
+            self.handle_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if optimizer is not self._optimizer:
+            return
         if self.verify:
-            self._check_rest()
+            self.check()
         if pl_module.automatic_optimization:
-            self._mask_gradients()
+            self.handle_gradients()
+        self.before_update()
+        self._stepping = True
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Restore the zeros and evolve; a step that a loss scaler skips does not come here."""
-        if self.verify:
-            invariants.check_gradients(self.weights, self.steps)
-        self._zero_pruned(optimizer)
-        if self.evolve(optimizer):
-            # State is zero wherever weights were pruned, so a revived weight starts without history, too.
-            self._zero_pruned(optimizer)
-            self._remember_masks()
+        if not self._stepping:
+            # An optimizer whose `step` calls that of its parent class comes here twice; raw steps come from nowhere.
+            self.enforce(optimizer)
+            return
+        self._stepping = False
+        self.after_update(optimizer)
         self.steps += 1
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.after_batch()
         if self.verify:
-            self._check_rest()
+            self.check()
         if trainer._logger_connector.should_update_logs:
             density = statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)
             pl_module.log_dict({"bame/density": density, **self.method_statistics()}, on_step=True, on_epoch=False)
@@ -169,6 +184,7 @@ class SparseCallback(L.Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.after_batch()
         self._remove_hooks()
 
     @override
@@ -207,35 +223,19 @@ class SparseCallback(L.Callback):
                 sparse.weight.detach().mul_(sparse.pattern.density**-0.5)
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
 
-    def _mask_gradients(self) -> None:
-        self.read_gradients()
-        for sparse in self.weights:
-            if sparse.weight.grad is not None:
-                # Filling, not multiplying: an infinite gradient times zero is NaN.
-                sparse.weight.grad.masked_fill_(sparse.pruned, 0)
-
-    def _zero_pruned(self, optimizer: Optimizer | None = None) -> None:
-        for sparse in self.weights:
-            sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-            if optimizer is not None:
-                for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
-                    value.masked_fill_(sparse.pruned, 0)
-
-    def _check_rest(self) -> None:
-        assert self._optimizer is not None
-        invariants.check_counts(self.weights, self.steps)
-        invariants.check_masks(self.weights, self._expected, self.steps)
-        invariants.check_weights(self.weights, self.steps)
-        invariants.check_optimizer_state(self.weights, self._optimizer, self.steps)
-
-    def _remember_masks(self) -> None:
-        if self.verify:
-            self._expected = {sparse.name: sparse.pruned.clone() for sparse in self.weights}
-
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._optimizer = None
+
+
+def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
+    """Optimizer steps of the run, infinite if nobody knows or the schedule does not ask."""
+    if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
+        return math.inf  # nobody asks, and counting may need the data
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps == -1 else steps
 
 
 def _trained(trainer: L.Trainer) -> set[int]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException, InstantiationException
-from hydra.types import RunMode
+from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
+
+from bame_lightning.cli.sweeps import in_sweep, unescaped
+from bame_lightning.runs import ERROR
 
 _USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException, MisconfigurationException)
 
@@ -20,8 +24,8 @@ _USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseExce
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn an error that a wrong value causes into one line on stderr and exit status 1.
 
-    In a sweep the other jobs still run, and Hydra reports the error at the end. `HYDRA_FULL_ERROR=1` leaves errors as
-    they are.
+    A job of a sweep writes any error into its folder and goes on after the `with` block, so that the other jobs still
+    run; `ReportFailures` then tells the user. Elsewhere, `HYDRA_FULL_ERROR=1` leaves errors as they are.
 
     Args:
         command: Name to print before the message.
@@ -31,13 +35,26 @@ def one_line_errors(command: str) -> Iterator[None]:
     """
     try:
         yield
-    except _USER_ERRORS as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        if in_sweep():
+            _record(error, command)
+            return
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(error, _USER_ERRORS):
             raise
-        # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
-        wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, _USER_ERRORS)
-        message = f"{command}: error: {' '.join(str(error.__cause__ if wrapped else error).split())}"
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise CompactHydraException(message) from error
-        print(message, file=sys.stderr)
+        print(f"{command}: error: {_message(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
+    wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, _USER_ERRORS)
+    message = " ".join(str(error.__cause__ if wrapped else error).split())
+    return message if isinstance(error, _USER_ERRORS) else f"{type(error).__name__}: {message}"
+
+
+def _record(error: Exception, command: str) -> None:
+    cfg = HydraConfig.get()
+    line = f"{unescaped(' '.join(cfg.overrides.task))}: {_message(error)}"
+    trace = "".join(traceback.format_exception(error))
+    Path(cfg.runtime.output_dir, ERROR).write_text(f"{line}\n\n{trace}")
+    print(f"{command}: error: {line}", file=sys.stderr)

@@ -8,11 +8,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import WandbLogger
+
+from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
 
 
 def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     """Make a W&B logger that works offline where nobody is logged in; `WANDB_MODE` decides where it is set.
+
+    In a sweep, the group is by default the sweep and the name what sets this job apart.
 
     Args:
         silent: Whether W&B prints nothing.
@@ -23,6 +28,11 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     """
     if "WANDB_MODE" not in os.environ and not _logged_in():
         kwargs["mode"] = "offline"
+    if in_sweep():
+        kwargs["group"] = kwargs.get("group") or sweep_name()
+        kwargs["name"] = (
+            kwargs.get("name") or unescaped(HydraConfig.get().job.override_dirname)[:128]
+        )  # W&B takes no more
     return WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
 
 

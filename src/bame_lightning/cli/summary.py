@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bame_lightning.audit import audit_checkpoint
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.runs import strict_json
 
 _NEVER_FLIPPED = (
     "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: the run is too short, or its "
@@ -76,7 +77,7 @@ def summarize(
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Write the summary as JSON; a reader sees either nothing or all of it.
+    """Write the summary as strict JSON, a number that is not finite as null; a reader sees either nothing or all of it.
 
     Args:
         summary: What `summarize` returned.
@@ -84,7 +85,7 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.write_text(json.dumps(strict_json(summary), indent=2, allow_nan=False) + "\n")
     draft.replace(path)
 
 

@@ -11,18 +11,20 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
+from bame_lightning.cli.finished import experiment, finished, plain
 from bame_lightning.cli.progress import EpochLines
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
+from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.pattern import NMPattern
+from bame_lightning.runs import SUMMARY, strict_json
 
 # Right in general, but not here: images are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (
@@ -43,16 +45,16 @@ def main(cfg: DictConfig) -> float | None:
         cfg: The composed configuration.
 
     Returns:
-        Accuracy on the validation images, for sweepers that optimise; None if there are none.
+        Accuracy on the validation images, for sweepers that optimise; None if there are none or the job failed.
     """
+    validated: float | None = None
     with one_line_errors("bame-train"):
-        summary = train(cfg)
-    validated: float | None = summary["val_accuracy"]
-    return validated
+        validated = strict_json(train(cfg)["val_accuracy"])
+    return validated  # noqa: RET504 a failed job of a sweep leaves the block without a value
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Fit, test and sum up one run.
+    """Fit, test and sum up one run, unless `skip_finished` finds its results.
 
     Args:
         cfg: The composed configuration.
@@ -65,10 +67,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError: If `ckpt_path` or the data set does not exist.
     """
     _check(cfg)
+    config, run_dir = experiment(cfg), Path(cfg.run_dir)
+    if cfg.skip_finished and (found := finished(run_dir, config)) is not None:
+        print(f"bame-train: {run_dir} is finished; skipped")
+        return found
+    (run_dir / SUMMARY).unlink(missing_ok=True)  # results of an earlier run, which this one replaces
     bar = sys.stdout.isatty() and not cfg.quiet
     _calm(quiet=cfg.quiet)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    threads = threads_per_job() if cfg.threads is None else cfg.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data = instantiate(cfg.data)
@@ -80,14 +88,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         callbacks.append(method)
     if not bar and not cfg.quiet:
         callbacks.append(EpochLines())
-    run_dir, loggers = Path(cfg.run_dir), list[Logger]()
+    loggers = list[Logger]()
     try:
         loggers += [instantiate(node) for node in cfg.logger.values()]
         trainer: Trainer = instantiate(cfg.trainer)(
             callbacks=callbacks, logger=loggers, enable_progress_bar=bar, enable_model_summary=bar
         )
         for logger in loggers:
-            logger.log_hyperparams(_plain(cfg))
+            logger.log_hyperparams(plain(cfg))
 
         start = time.perf_counter()
         trainer.fit(task, data, ckpt_path=cfg.ckpt_path)
@@ -96,7 +104,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.test(task, data, verbose=False)
         metrics |= trainer.callback_metrics
 
-        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=_plain(cfg), run_dir=run_dir)
+        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=config, run_dir=run_dir)
+        summary["config"] = config
     finally:
         # A sweep runs its jobs in one process, and the next logger would go on with this job's W&B run.
         if any(isinstance(logger, WandbLogger) for logger in loggers):
@@ -104,7 +113,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
     if trainer.is_global_zero:
-        write_summary(summary, run_dir / "summary.json")
+        write_summary(summary, run_dir / SUMMARY)
         print_summary(summary, run_dir)
     return summary
 
@@ -130,13 +139,6 @@ def _calm(*, quiet: bool) -> None:
 
 def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    choices = {name: option for name, option in HydraConfig.get().runtime.choices.items() if "/" not in name}
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    return {"choices": choices} | {str(key): value for key, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-Batch = tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]
+Batch = Sequence[Tensor]
+"""Images and the class of each: a tuple or, from torch's default collation, a list."""
 
 
 class Classifier(LightningModule):
@@ -26,25 +29,28 @@ class Classifier(LightningModule):
 
     Args:
         model: Maps images to one logit per class.
-        optimizer: Makes the optimizer from parameters.
+        optimizer: Makes the optimizer from parameters, or groups of them.
         scheduler: Makes a learning-rate schedule from the optimizer and the number of its steps; stepped after each
             optimizer step. None keeps the learning rate.
         label_smoothing: Share of the target spread evenly over all classes, in training.
+        decay_vectors: Whether weight decay is for parameters of one dimension, too: biases and what normalisation
+            scales and shifts by.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+        optimizer: Callable[[ParamsT], Optimizer],
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         *,
         label_smoothing: float = 0.0,
+        decay_vectors: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.train_accuracy, self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._decay_vectors = label_smoothing, decay_vectors
 
     @override
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -65,7 +71,7 @@ class Classifier(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = self._make_optimizer(self.parameters() if self._decay_vectors else self._groups())
         if self._make_scheduler is None:
             return optimizer
         total_steps = self.trainer.estimated_stepping_batches
@@ -73,6 +79,11 @@ class Classifier(LightningModule):
             raise ValueError("A `scheduler` needs the length of the run; give the Trainer `max_epochs` or `max_steps`.")
         scheduler = self._make_scheduler(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        matrices = [parameter for parameter in self.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in self.parameters() if parameter.dim() <= 1]
+        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
     def _step(self, batch: Batch, stage: str, accuracy: MeanMetric, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
         images, labels = batch

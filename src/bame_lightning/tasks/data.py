@@ -99,4 +99,4 @@ class FashionMNIST(InMemoryImages):
                 f"`data_dir` {self.folder} does not hold Fashion-MNIST, images of 28x28 pixels and as many labels from "
                 f"0 to 9; got images of shape {tuple(pixels.shape)} and labels of shape {tuple(labels.shape)}."
             )
-        return Images(pixels.unsqueeze(1).float(), labels.long())
+        return Images(pixels.unsqueeze(1), labels.long())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from lightning import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -18,7 +18,7 @@ from typing_extensions import override
 class Images(NamedTuple):
     """Images of shape (images, channels, height, width) and the class of each."""
 
-    pixels: Float[Tensor, "images channels height width"]
+    pixels: Num[Tensor, "images channels height width"]
     labels: Int[Tensor, " images"]
 
     def split(self, size: int) -> tuple[Images, Images]:
@@ -38,20 +38,37 @@ class Images(NamedTuple):
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Serves a whole batch by one indexing operation: on small models a loop over samples costs more than a step."""
+    """Serves a whole batch by a few operations: on small models a loop over samples costs more than a step.
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    Args:
+        images: The images, values as they come.
+        mean: What to subtract, per channel.
+        std: What to divide by then, per channel.
+        augmentation: Changes a batch of images before; None leaves them.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        mean: Float[Tensor, "1 channels 1 1"],
+        std: Float[Tensor, "1 channels 1 1"],
+        augmentation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.images, self.mean, self.std, self.augmentation = images, mean, std, augmentation
 
     def __len__(self) -> int:
         return len(self.images.labels)
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images.pixels[index], self.images.labels[index]
+        pixels, labels = self.__getitems__([index])
+        return pixels[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.images.pixels[indices], self.images.labels[indices]
+        pixels = self.images.pixels[indices]
+        if self.augmentation is not None:
+            pixels = self.augmentation(pixels)
+        return (pixels.float() - self.mean) / self.std, self.images.labels[indices]
 
 
 def _as_is(batch: Any) -> Any:
@@ -61,12 +78,14 @@ def _as_is(batch: Any) -> Any:
 class InMemoryImages(LightningDataModule):
     """A data set held in memory, each channel standardised by the training images' mean and standard deviation.
 
-    A data set of its own is a subclass that names its shape and its classes and implements `load`.
+    A data set of its own is a subclass that names its shape and its classes and implements `load`. Values stay as they
+    come until a batch is served: bytes take a quarter of the memory.
 
     Args:
         batch_size: Images per batch. An incomplete last batch is left out of training.
         val_size: Training images put aside for validation; 0 trains on all of them and validates on none.
         num_workers: Processes that load batches; 0 is the fastest for images that are in memory already.
+        augmentation: Changes a batch of training images, values as they come; None leaves them.
 
     Raises:
         ValueError: If a size is out of range.
@@ -76,7 +95,13 @@ class InMemoryImages(LightningDataModule):
     """Channels, height and width of an image."""
     num_classes: ClassVar[int]
 
-    def __init__(self, batch_size: int, val_size: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        val_size: int,
+        num_workers: int,
+        augmentation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
@@ -86,7 +111,8 @@ class InMemoryImages(LightningDataModule):
                 f"classes; got {val_size}."
             )
         self.batch_size, self.val_size, self.num_workers = batch_size, val_size, num_workers
-        self._splits: list[Images] | None = None
+        self._augmentation = augmentation
+        self._splits: list[InMemoryDataset] | None = None
 
     @abstractmethod
     def load(self) -> tuple[Images, Images]:
@@ -103,8 +129,13 @@ class InMemoryImages(LightningDataModule):
                 f"{len(train.labels)} training images."
             )
         train, val = train.split(self.val_size)
-        mean, std = train.pixels.mean((0, 2, 3), keepdim=True), train.pixels.std((0, 2, 3), keepdim=True)
-        self._splits = [Images((part.pixels - mean) / std, part.labels) for part in (train, val, test)]
+        pixels = train.pixels.float()
+        mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
+        self._splits = [
+            InMemoryDataset(train, mean, std, self._augmentation),
+            InMemoryDataset(val, mean, std),
+            InMemoryDataset(test, mean, std),
+        ]
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -123,7 +154,7 @@ class InMemoryImages(LightningDataModule):
             self.setup("fit")
         assert self._splits is not None
         return DataLoader(
-            InMemoryDataset(self._splits[split]),
+            self._splits[split],
             batch_size=self.batch_size if training else 1000,
             shuffle=training,
             drop_last=training,

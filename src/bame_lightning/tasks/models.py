@@ -1,19 +1,20 @@
-"""Models built for a data set: functions of its input shape and its number of classes."""
+"""Models built for a data set: functions of its input shape and its number of classes.
+
+The defaults are what a model was published or first used with.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torchvision
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 Shape = tuple[int, int, int]
 
 
-def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Sequential:
+def mlp(input_shape: Shape = (1, 28, 28), num_classes: int = 10, hidden: Sequence[int] = (512, 512)) -> nn.Sequential:
     """Fully connected network with ReLU.
 
     Args:
@@ -34,7 +35,9 @@ def mlp(input_shape: Shape, num_classes: int, hidden: Sequence[int] = (512, 512)
     return nn.Sequential(layers)
 
 
-def cnn(input_shape: Shape, num_classes: int, widths: Sequence[int] = (32, 64, 128)) -> nn.Sequential:
+def cnn(
+    input_shape: Shape = (1, 28, 28), num_classes: int = 10, widths: Sequence[int] = (32, 64, 128)
+) -> nn.Sequential:
     """Plain convolutional network: 3x3 convolutions of stride 2, batch norm, ReLU, average pooling, linear.
 
     Args:
@@ -58,65 +61,7 @@ def cnn(input_shape: Shape, num_classes: int, widths: Sequence[int] = (32, 64, 1
     return nn.Sequential(layers)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut without parameters (option A of He et al. 2016).
-
-    Args:
-        channels: Input channels.
-        width: Output channels, at least as many.
-        stride: Of the first convolution.
-    """
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.new_channels = stride, width - channels
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out newheight newwidth"]:
-        """Add the branch to its input, subsampled and padded with zero channels where the shape changes."""
-        out = functional.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
-        return functional.relu(out + shortcut)
-
-
-def resnet20(input_shape: Shape, num_classes: int, width: int = 16, blocks_per_stage: int = 3) -> nn.Sequential:
-    """Residual network for small images (He et al. 2016, section 4.2): 6 `blocks_per_stage` + 2 layers.
-
-    Args:
-        input_shape: Channels, height and width of an image.
-        num_classes: Outputs.
-        width: Channels of the first stage; the second has twice, the third four times as many.
-        blocks_per_stage: 3 makes ResNet-20; 5 makes ResNet-32, which N:M papers train with `width` 32.
-
-    Returns:
-        The network; its layers are called `conv1`, `layer1.0.conv1`, ... and `fc`.
-    """
-    layers = OrderedDict[str, nn.Module](
-        conv1=nn.Conv2d(input_shape[0], width, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU()
-    )
-    channels = width
-    for stage in range(3):
-        blocks = []
-        for index in range(blocks_per_stage):
-            stride = 2 if stage > 0 and index == 0 else 1
-            blocks.append(BasicBlock(channels, width * 2**stage, stride))
-            channels = width * 2**stage
-        layers[f"layer{stage + 1}"] = nn.Sequential(*blocks)
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(channels, num_classes)
-    network = nn.Sequential(layers)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
-
-
-def resnet18(input_shape: Shape, num_classes: int) -> nn.Module:
+def resnet18(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
     """ResNet-18 of torchvision, its stem fitted to the images.
 
     Args:
@@ -127,12 +72,69 @@ def resnet18(input_shape: Shape, num_classes: int) -> nn.Module:
     Returns:
         The network, with torchvision's names of layers.
     """
-    network: nn.Module = torchvision.models.resnet18(num_classes=num_classes)
-    small = min(input_shape[1:]) < 64
+    return _resnet(torchvision.models.resnet18, input_shape, num_classes)
+
+
+def resnet50(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
+    """ResNet-50 of torchvision, its stem fitted to the images as in `resnet18`.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        num_classes: Outputs.
+
+    Returns:
+        The network, with torchvision's names of layers.
+    """
+    return _resnet(torchvision.models.resnet50, input_shape, num_classes)
+
+
+def _resnet(make: Callable[..., nn.Module], input_shape: Shape, num_classes: int) -> nn.Module:
+    network = make(num_classes=num_classes)
+    small = is_small(input_shape)
     kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
-    stem = nn.Conv2d(input_shape[0], 64, kernel, stride, padding, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    network.conv1 = stem
+    network.conv1 = nn.Conv2d(input_shape[0], 64, kernel, stride, padding, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small:
         network.maxpool = nn.Identity()
     return network
+
+
+def mobilenet_v2(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
+    """MobileNet-V2 of torchvision, its stem fitted to the images.
+
+    Args:
+        input_shape: Channels, height and width of an image. Below 64 pixels the stem and the first stage of stride 2
+            get stride 1, as is usual on CIFAR.
+        num_classes: Outputs.
+
+    Returns:
+        The network, with torchvision's names of layers; the classifier is `classifier.1`.
+    """
+    small = is_small(input_shape)
+    # Expansion, channels, blocks and stride of each stage; only the stride of the second differs from torchvision's.
+    stages = [
+        [1, 16, 1, 1],
+        [6, 24, 2, 1 if small else 2],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
+    network: nn.Module = torchvision.models.mobilenet_v2(num_classes=num_classes, inverted_residual_setting=stages)
+    stem = nn.Conv2d(input_shape[0], 32, 3, stride=1 if small else 2, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    network.get_submodule("features.0")[0] = stem  # type: ignore[operator]
+    return network
+
+
+def is_small(input_shape: Shape) -> bool:
+    """Whether images are so small that a network made for ImageNet would shrink them to nothing: below 64 pixels.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+
+    Returns:
+        True for images like those of CIFAR and MNIST.
+    """
+    return min(input_shape[1:]) < 64

@@ -6,38 +6,48 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 
-def constant(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0) -> LRScheduler:
+def constant(optimizer: Optimizer, total_steps: int, *, warmup_steps: int | float = 0) -> LRScheduler:
     """Keep the learning rate, after a linear warm-up.
 
     Args:
         optimizer: Whose learning rates to set.
         total_steps: Optimizer steps of the run.
-        warmup_steps: Optimizer steps from 1 / (`warmup_steps` + 1) of the learning rate up to all of it.
+        warmup_steps: Optimizer steps, or the fraction of the run (float), from 1 / (`warmup_steps` + 1) of the
+            learning rate up to all of it.
 
     Returns:
         The scheduler, to be stepped after every optimizer step.
     """
-    return _warmed_up(optimizer, ConstantLR(optimizer, factor=1.0), total_steps, warmup_steps)
+    steps = _count(warmup_steps, total_steps)
+    return _warmed_up(optimizer, ConstantLR(optimizer, factor=1.0), steps)
 
 
-def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0) -> LRScheduler:
+def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int | float = 0) -> LRScheduler:
     """Anneal the learning rate to 0 along half a cosine, after a linear warm-up.
 
     Args:
         optimizer: Whose learning rates to set.
         total_steps: Optimizer steps of the run.
-        warmup_steps: Optimizer steps from 1 / (`warmup_steps` + 1) of the learning rate up to all of it.
+        warmup_steps: Optimizer steps, or the fraction of the run (float), from 1 / (`warmup_steps` + 1) of the
+            learning rate up to all of it.
 
     Returns:
         The scheduler, to be stepped after every optimizer step.
     """
-    annealing = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup_steps))
-    return _warmed_up(optimizer, annealing, total_steps, warmup_steps)
+    steps = _count(warmup_steps, total_steps)
+    return _warmed_up(optimizer, CosineAnnealingLR(optimizer, T_max=max(1, total_steps - steps)), steps)
 
 
-def _warmed_up(optimizer: Optimizer, main: LRScheduler, total_steps: int, warmup_steps: int) -> LRScheduler:
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"`warmup_steps` must lie in [0, {total_steps}) for {total_steps} steps; got {warmup_steps}.")
+def _count(warmup_steps: int | float, total_steps: int) -> int:
+    if not 0 <= warmup_steps < (1 if isinstance(warmup_steps, float) else total_steps):
+        raise ValueError(
+            f"`warmup_steps` must lie in [0, {total_steps}) for {total_steps} steps, or in [0.0, 1.0) as a fraction of "
+            f"them; got {warmup_steps}."
+        )
+    return round(warmup_steps * total_steps) if isinstance(warmup_steps, float) else warmup_steps
+
+
+def _warmed_up(optimizer: Optimizer, main: LRScheduler, warmup_steps: int) -> LRScheduler:
     if warmup_steps == 0:
         return main
     warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)

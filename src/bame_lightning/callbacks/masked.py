@@ -1,0 +1,95 @@
+"""Methods whose pruned weights are zero throughout: gradients, weights and optimizer state follow the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bame_lightning import invariants
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.optimizer_state import elementwise_state
+
+
+class MaskedCallback(SparseCallback):
+    """Enforce masks at every step: sparse forward, sparse input gradient, sparse weight gradient.
+
+    Gradients of pruned weights are zeroed before Lightning clips them; after the optimizer's step pruned weights and their
+    element-wise optimizer state are zeroed; then a method may change the masks. Takes the arguments of `SparseCallback`.
+    """
+
+    _optimizer: Optimizer | None
+    _expected: dict[str, Bool[Tensor, "*shape"]]
+
+    # What a method overrides.
+
+    def start_method(self, restored: Mapping[str, Any] | None) -> None:
+        """Prepare what evolves, before pruned weights are zeroed; or restore it from what `state_dict` returned."""
+
+    def read_gradients(self) -> None:
+        """Look at the dense gradients, just before they are masked."""
+
+    def evolve(self, optimizer: Optimizer) -> bool:
+        """Change masks after an optimizer step that was taken; returns whether any may have changed."""
+        return False
+
+    # What the base calls.
+
+    @override
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        self.start_method(restored)
+        self.enforce()
+        self._remember_masks()
+
+    @override
+    def handle_gradients(self) -> None:
+        self.read_gradients()
+        for sparse in self.weights:
+            if sparse.weight.grad is not None:
+                # Filling, not multiplying: an infinite gradient times zero is NaN.
+                sparse.weight.grad.masked_fill_(sparse.pruned, 0)
+
+    @override
+    def after_update(self, optimizer: Optimizer) -> None:
+        if self.verify:
+            invariants.check_gradients(self.weights, self.steps)
+        self.enforce(optimizer)
+        if self.evolve(optimizer):
+            # State is zero wherever weights were pruned, so a revived weight starts without history, too.
+            self.enforce(optimizer)
+            self._remember_masks()
+
+    @override
+    def check(self) -> None:
+        assert self._optimizer is not None
+        invariants.check_counts(self.weights, self.steps)
+        invariants.check_masks(self.weights, self._expected, self.steps)
+        invariants.check_weights(self.weights, self.steps)
+        invariants.check_optimizer_state(self.weights, self._optimizer, self.steps)
+
+    @override
+    def enforce(self, optimizer: Optimizer | None = None) -> None:
+        for sparse in self.weights:
+            sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+            if optimizer is not None:
+                for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
+                    value.masked_fill_(sparse.pruned, 0)
+
+    def _remember_masks(self) -> None:
+        if self.verify:
+            self._expected = {sparse.name: sparse.pruned.clone() for sparse in self.weights}
+
+
+class StaticMask(MaskedCallback):
+    """Train under the masks made at the start; they never change.
+
+    The bound in training FLOPs, and the accuracy that an evolution has to beat. Takes the arguments of `SparseCallback`.
+
+    Example:
+        >>> str(StaticMask("2:4", init="random").pattern)
+        '2:4'
+    """

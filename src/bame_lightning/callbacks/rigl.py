@@ -1,0 +1,112 @@
+"""RigL restricted to blocks of N:M patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bame_lightning.callbacks.base import Init, total_steps
+from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.regrowth import drop_and_grow
+from bame_lightning.schedule import Schedule, Window
+from bame_lightning.statistics import flipped_positions
+
+
+class RigL(MaskedCallback):
+    r"""Drop the smallest kept weights and grow the pruned ones of the largest gradient, inside blocks.
+
+    After every `schedule.every` optimizer steps, in a share of each layer's blocks that falls along a cosine from rho to 0,
+    $\frac{\rho}{2}(1 + \cos(\pi\,\text{progress}))$. Grown weights start at zero, without optimizer state. The dense gradient
+    is that of the same step; if it is not finite, nothing changes.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers, as in `BAMECallback`.
+        schedule: When to swap; default: every 100 optimizer steps in the first 75 % of the run.
+        share: Share of blocks that swap at the start, rho.
+        init: Which weights the masks keep at first, as in `BAMECallback`.
+        rescale: Multiply kept weights by sqrt(M / N) when masks are made.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        schedule: Schedule = Schedule(stop=0.75, every=100),  # noqa: B008 frozen
+        share: float = 0.3,
+        init: Init = "magnitude",
+        rescale: bool = False,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(pattern, layers=layers, init=init, rescale=rescale, verify=verify)
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` is a share of blocks in (0, 1]; got {share}.")
+        self.schedule = schedule
+        self.share = share
+        self.flips: dict[str, Tensor] = {}
+        self._window = Window(0, 0, 1)
+        self._gradients: dict[str, Tensor] = {}
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._window = self.schedule.window(total_steps(trainer, self.schedule))
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def start_method(self, restored: Mapping[str, Any] | None) -> None:
+        layers = restored["layers"] if restored else {}
+        for sparse in self.weights:
+            flips = layers.get(sparse.name, {}).get("flips", torch.zeros((), dtype=torch.int64))
+            self.flips[sparse.name] = flips.to(sparse.weight.device)
+
+    @override
+    def read_gradients(self) -> None:
+        self._gradients = {}
+        if self._window.adapts(self.steps):
+            self._gradients = {
+                sparse.name: to_blocks(sparse.weight.grad, sparse.pattern.m).clone()
+                for sparse in self.weights
+                if sparse.weight.grad is not None
+            }
+
+    @override
+    def evolve(self, optimizer: Optimizer) -> bool:
+        if not self._gradients:
+            return False
+        share = self.share / 2 * (1 + math.cos(math.pi * self._window.progress(self.steps)))
+        finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients.values()]).all()
+        for sparse in self.weights:
+            gradient = self._gradients.get(sparse.name)
+            if gradient is None or sparse.pattern.n == sparse.pattern.m:
+                continue
+            old = sparse.mask()
+            new = drop_and_grow(to_blocks(sparse.weight.detach(), sparse.pattern.m), gradient, old, share)
+            new = torch.where(finite, new, old)
+            self.flips[sparse.name] += flipped_positions(old, new)
+            sparse.pruned.copy_(~from_blocks(new, sparse.weight.shape))
+        self._gradients = {}
+        return True
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for name, flips in self.flips.items():
+            state["layers"][name]["flips"] = flips.cpu().clone()
+        return state
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"flips": sum(int(flips) for flips in self.flips.values())}

@@ -1,0 +1,128 @@
+"""Methods that train dense latent weights through a mask: the network is sparse, the update is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bame_lightning import invariants
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.latent import LatentWeight
+from bame_lightning.masks import top_n_mask
+from bame_lightning.pattern import NMPattern, from_blocks
+
+
+class SRSTE(SparseCallback):
+    r"""Sparse-refined straight-through estimator: in every step a mask of the N largest latent weights of each block.
+
+    Forward and backward run on $b \odot w$ with the mask b of the latent weight w; the gradient g with respect to $b \odot w$
+    goes straight to all of w, and pruned weights decay: $w \leftarrow w - \gamma (g + \lambda (1 - b) \odot w)$ (Zhou et al.,
+    "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021).
+
+    Latent weights are in the parameters only between `on_before_optimizer_step` and the end of the update. Whoever looks at
+    any other time (validation, a checkpoint) sees the sparse network; latent values of pruned weights are saved in this
+    callback's state. The decay is added after a loss scaler has unscaled the gradients, and before they are clipped.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers, as in `BAMECallback`.
+        decay: Decay of pruned weights, lambda.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> SRSTE("2:4").decay
+        0.0002
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        decay: float = 2e-4,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(pattern, layers=layers, verify=verify)
+        if not decay >= 0:
+            raise ValueError(f"`decay` must not be negative; got {decay}.")
+        self.decay = decay
+        self.latents: list[LatentWeight] = []
+        self._exposed = False
+
+    def choose_mask(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"] | None:
+        """The mask for the next step, true where kept; None leaves it as it is."""
+        kept = top_n_mask(latent.blocks().abs(), latent.sparse.pattern.n)
+        return from_blocks(kept, latent.value.shape)
+
+    @override
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        going_on = self.steps and [latent.sparse for latent in self.latents] == self.weights
+        if restored or not going_on:
+            self.latents = [LatentWeight(sparse) for sparse in self.weights]
+        if restored:
+            for latent in self.latents:
+                latent.load_state_dict(restored["layers"][latent.sparse.name])
+        self.enforce()
+
+    @override
+    def enforce(self, optimizer: Optimizer | None = None) -> None:
+        # Optimizer state is that of the latent weights: dense.
+        for latent in self.latents:
+            latent.hide()
+        self._exposed = False
+
+    @override
+    @torch.no_grad()
+    def before_update(self) -> None:
+        for latent in self.latents:
+            latent.add_decay(self.decay)
+            latent.expose()
+        self._exposed = True
+
+    @override
+    def after_update(self, optimizer: Optimizer) -> None:
+        for latent in self.latents:
+            latent.take_back()
+            mask = self.choose_mask(latent)
+            if mask is not None:
+                latent.change_mask(mask)
+        self.enforce()
+
+    @override
+    @torch.no_grad()
+    def after_batch(self) -> None:
+        # A step that a loss scaler skipped, or that an exception ended, leaves the latent weights exposed.
+        if self._exposed:
+            self.enforce()
+
+    @override
+    def check(self) -> None:
+        invariants.check_counts(self.weights, self.steps)
+        invariants.check_weights(self.weights, self.steps)
+
+    @override
+    def method_statistics(self) -> dict[str, Tensor]:
+        flips = {latent.sparse.label: latent.last_flips / latent.value.numel() for latent in self.latents}
+        total = torch.stack([latent.last_flips for latent in self.latents]).sum()
+        rate = total / sum(latent.value.numel() for latent in self.latents)
+        return {"bame/flip_rate": rate} | {f"bame/layer/{name}/flip_rate": value for name, value in flips.items()}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for latent in self.latents:
+            state["layers"][latent.sparse.name] |= latent.state_dict()
+        return state
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"flips": sum(int(latent.flips) for latent in self.latents)}

@@ -1,0 +1,70 @@
+"""Which runs need not be run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from bame_lightning.runs import SUMMARY, flatten, read_summary, strict_json
+
+_NOT_OF_THE_EXPERIMENT = {"quiet": False, "skip_finished": False, "run_dir": "."}
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve a configuration to plain values.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The values, and under "choices" which option of each group was taken.
+    """
+    choices = {name: option for name, option in HydraConfig.get().runtime.choices.items() if "/" not in name}
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {"choices": choices} | {str(key): value for key, value in values.items()}
+
+
+def experiment(cfg: DictConfig) -> dict[str, Any]:
+    """Reduce a configuration to what the results may depend on: neither the run folder nor what is printed.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The values as JSON gives them back; paths in the run folder are relative to it.
+    """
+    values = plain(OmegaConf.merge(cfg, _NOT_OF_THE_EXPERIMENT))  # type: ignore[arg-type]
+    reduced: dict[str, Any] = strict_json({k: v for k, v in values.items() if k not in _NOT_OF_THE_EXPERIMENT})
+    return reduced
+
+
+def finished(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Look for the results of an experiment in its run folder.
+
+    Args:
+        run_dir: The run folder.
+        config: What `experiment` returned.
+
+    Returns:
+        The summary of the finished run; None if the folder holds none.
+
+    Raises:
+        ValueError: If the folder holds the results of another experiment, which a run would destroy.
+    """
+    summary = read_summary(run_dir)
+    if summary is None:
+        return None
+    there, here = flatten(summary.get("config", {})), flatten(config)
+    changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if not changed:
+        return summary
+    shown = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed[:3])
+    rest = f"; {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise ValueError(
+        f"`skip_finished` found in {run_dir / SUMMARY} the results of another configuration ({shown}{rest}). Choose another "
+        "folder, or drop `skip_finished` to run again and replace them."
+    )

@@ -1,0 +1,113 @@
+"""What the jobs of a sweep need beside training: their share of the cores, and a report of those that failed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import joblib  # type: ignore[import-untyped]  # comes with scikit-learn
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from typing_extensions import override
+
+from bame_lightning.runs import ERROR, read_error
+
+
+class ReportFailures(Callback):
+    """At the end of a sweep, name the jobs that failed and exit with status 1."""
+
+    @override
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.before = _errors(Path(config.hydra.sweep.dir))
+
+    @override
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # In the process of the job. An earlier attempt in this folder may have failed.
+        Path(config.hydra.runtime.output_dir, ERROR).unlink(missing_ok=True)
+
+    @override
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        # Jobs may run in other processes and on other machines: what they wrote is what is known of them.
+        found = _errors(Path(config.hydra.sweep.dir))
+        failed = sorted(path for path, changed in found.items() if self.before.get(path) != changed)
+        if not failed:
+            return
+        print(f"\nbame-train: error: {len(failed)} of the jobs failed, the others are finished:", file=sys.stderr)
+        for path in failed:
+            print(f"  {path.parent}: {read_error(path.parent)}", file=sys.stderr)
+        again = f"hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true"
+        print(f"{ERROR} there has the traceback; the same command with {again} runs these again.", file=sys.stderr)
+        sys.exit(1)
+
+
+def sweep_name() -> str | None:
+    """Name the sweep that this job belongs to.
+
+    Returns:
+        Name of the sweep's folder, with the date where it is only a time of day; None outside a sweep.
+    """
+    if not in_sweep():
+        return None
+    folder = Path(HydraConfig.get().sweep.dir)
+    return f"{folder.parent.name}_{folder.name}" if folder.name.replace("-", "").isdigit() else folder.name
+
+
+def in_sweep() -> bool:
+    """Tell whether this is a job of a sweep."""
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def unescaped(overrides: str) -> str:
+    r"""Write overrides as the user did.
+
+    Example:
+        >>> print(unescaped(r"pattern=1\:4 seed=0"))
+        pattern=1:4 seed=0
+    """
+    return overrides.replace(r"\:", ":")
+
+
+def threads_per_job() -> int | None:
+    """Divide the cores of this machine among the jobs of a sweep that run at the same time.
+
+    Returns:
+        Threads for this job; None where it has the machine for itself, or a scheduler divides the cores.
+    """
+    if not in_sweep():
+        return None
+    cfg = HydraConfig.get()
+    return share_of_cores(cfg.launcher, cfg.sweeper, joblib.cpu_count())
+
+
+def share_of_cores(launcher: Mapping[str, Any], sweeper: Mapping[str, Any], cores: int) -> int | None:
+    """Divide cores among the jobs that a launcher runs at the same time.
+
+    Args:
+        launcher: Configuration of Hydra's launcher.
+        sweeper: Configuration of Hydra's sweeper, which may hand over its jobs in batches.
+        cores: Cores of this machine.
+
+    Returns:
+        Threads for a job; None if they are not for us to divide.
+
+    Example:
+        >>> share_of_cores({"n_jobs": 2}, {"max_batch_size": None}, cores=16)
+        8
+    """
+    batch = sweeper.get("max_batch_size") or sweeper.get("n_jobs")
+    if wanted := launcher.get("n_jobs"):  # joblib; -1 is one for each core, -2 leaves one core
+        jobs: int = wanted if wanted > 0 else cores + 1 + wanted
+        return max(1, cores // max(1, min(jobs, batch or jobs)))
+    if launcher.get("cpus_per_task"):  # submitit, here or on a cluster
+        return int(launcher["cpus_per_task"])
+    if str(launcher.get("_target_")).endswith("LocalLauncher"):  # submitit starts a whole batch at once
+        return max(1, cores // (batch or cores))
+    return None
+
+
+def _errors(sweep_dir: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sweep_dir.rglob(ERROR)}
