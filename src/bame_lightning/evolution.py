@@ -104,6 +104,8 @@ class EvolvingWeight:
         flips: Mask positions changed so far; scalar.
         last_flips: Those that the last adaptation changed; scalar.
         predicted: Loss reduction that the last adaptation predicted; scalar.
+        reading: Dense gradient that this step has read; None if it has not.
+        read_share: Share of all blocks whose dense gradient the last step read.
     """
 
     def __init__(self, sparse: SparseWeight, evidence: Evidence | OneBatch, freeze_after: int | None) -> None:
@@ -122,6 +124,7 @@ class EvolvingWeight:
         self.last_flips = torch.zeros((), dtype=torch.int64, device=device)
         self.predicted = torch.zeros((), device=device, dtype=self.dtype)
         self.reading: BlockGradient | None = None
+        self.read_share = 0.0
 
     @property
     def frozen(self) -> Bool[Tensor, " blocks"]:
@@ -132,12 +135,13 @@ class EvolvingWeight:
         """Copy the dense gradient of all unfrozen or of the designated blocks, before it is masked."""
         gradient = self.sparse.weight.grad
         if gradient is None:
-            self.reading = None
+            self.reading, self.read_share = None, 0.0
             return
         index: Tensor | None = self.designated
         if everywhere:
             frozen = self.frozen
             index = (~frozen).nonzero().squeeze(-1) if frozen.any() else None
+        self.read_share = 1.0 if index is None else len(index) / len(self.learning_time)
         self.reading = BlockGradient(index, self._blocks(gradient, index).to(self.dtype, copy=True))
 
     def accumulate(self, optimizer: Optimizer, steps: int, finite: Bool[Tensor, ""]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,22 +77,22 @@ class Shares:
     weight_gradient: float = 1.0
 
     @classmethod
-    def sr_ste(cls, density: float) -> Self:
+    def sr_ste(cls, density: float) -> Shares:
         """Sparse forward; both gradients dense (straight-through methods)."""
         return cls(density, 1.0, 1.0)
 
     @classmethod
-    def bi_mask(cls, density: float) -> Self:
+    def bi_mask(cls, density: float) -> Shares:
         """Sparse forward and input gradient; weight gradient dense."""
         return cls(density, density, 1.0)
 
     @classmethod
-    def static(cls, density: float) -> Self:
+    def static(cls, density: float) -> Shares:
         """Everything sparse: what a mask costs that never changes. No N:M method can cost less."""
         return cls(density, density, density)
 
     @classmethod
-    def bame(cls, density: float, read: float) -> Self:
+    def bame(cls, density: float, read: float) -> Shares:
         """Everything sparse but the dense weight gradient of the share `read` of the weight's blocks."""
         return cls(density, density, density + read * (1 - density))
 
@@ -131,7 +131,7 @@ class MacCounter(TorchDispatchMode):
             self._owners |= {_address(strided): (name, strided) for strided in _tensors(tensor)}
         self._fast_attention = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MacCounter:
         # In evaluation mode nn.MultiheadAttention may run as one operation that shows no products.
         self._fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -188,7 +188,7 @@ def test_mobilenet_is_sparse_where_channels_mix(config: Any) -> None:
     assert len(layers) == 32  # of 34 pointwise convolutions; two have 24 input channels
 
 
-@pytest.mark.parametrize("path", (CONF / "model").glob("*.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_knows_its_native_images_and_classes(path: Path, config: Any) -> None:
     arguments = inspect.signature(instantiate(config(f"model={path.stem}").model)).parameters
     assert arguments["input_shape"].default in {(3, 224, 224), (3, 32, 32), (1, 28, 28)}

@@ -16,6 +16,7 @@ from bame_lightning.callbacks.base import Init, total_steps
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.evolution import EvolvingWeight
+from bame_lightning.flops import Shares
 from bame_lightning.oscillation import oscillation_frequency
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
@@ -103,8 +104,10 @@ class BAMECallback(MaskedCallback):
     @override
     def read_gradients(self) -> None:
         reading = self.evidence.reading(self.steps, self._window)
-        if reading is not None:
-            for weight in self.evolving:
+        for weight in self.evolving:
+            if reading is None:
+                weight.read_share = 0.0
+            else:
                 weight.read(reading.everywhere)
 
     @override
@@ -126,6 +129,10 @@ class BAMECallback(MaskedCallback):
             weight.reading = None
         self.adaptations += adapts
         return adapts
+
+    @override
+    def shares(self) -> dict[str, Shares]:
+        return {w.sparse.name: Shares.bame(w.sparse.pattern.density, w.read_share) for w in self.evolving}
 
     @override
     def method_statistics(self) -> dict[str, Tensor]:

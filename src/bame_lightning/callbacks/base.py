@@ -16,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from bame_lightning import statistics
+from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.callbacks.table import layer_table
+from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
@@ -46,6 +48,9 @@ class SparseCallback(L.Callback):
         ValueError: If an argument is malformed.
     """
 
+    transposable = False
+    """Whether masks are N:M along the output dimension, too."""
+
     def __init__(
         self,
         pattern: str | NMPattern,
@@ -64,10 +69,12 @@ class SparseCallback(L.Callback):
         self.verify = verify
         self.weights: list[SparseWeight] = []
         self.steps = 0
+        self.books = Bookkeeper({})
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._stepping = False
+        self._ranks = 1
 
     # What a method implements, in the order in which it is called.
 
@@ -96,6 +103,10 @@ class SparseCallback(L.Callback):
     def check(self) -> None:
         """Check the invariants that hold between two updates; called only with `verify`."""
 
+    @abstractmethod
+    def shares(self) -> dict[str, Shares]:
+        """Share of each sparse weight's dense cost that the last step needed, by name."""
+
     def method_statistics(self) -> dict[str, Tensor]:
         """Metrics of the method, on the weights' device."""
         return {}
@@ -122,6 +133,7 @@ class SparseCallback(L.Callback):
                 "weights, or load the weights and start a new run."
             )
         plans = plan_layers(pl_module, self.pattern, self.rules, _trained(trainer))
+        self._ranks = trainer.world_size
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         if restored:
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
@@ -130,6 +142,10 @@ class SparseCallback(L.Callback):
             self.weights = self._make_masks(plans)
             self.steps = self.steps if trainer.global_step else 0
         self.start(restored)
+        if restored or not self.steps:
+            densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
+            booked = restored.get("flops") if restored else None
+            self.books = Bookkeeper(densities, transposable=self.transposable, restored=booked)
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
 
     @override
@@ -138,6 +154,16 @@ class SparseCallback(L.Callback):
         self.enforce(self._optimizer)
         # No hook of Lightning follows the update before validation and checkpoints see the weights.
         self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.books.start_batch(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.books.end_forward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,17 +192,20 @@ class SparseCallback(L.Callback):
         self._stepping = False
         self.after_update(optimizer)
         self.steps += 1
+        self.books.book(self.shares(), self._ranks)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.books.abort()
         self.after_batch()
         if self.verify:
             self.check()
         if trainer._logger_connector.should_update_logs:
             density = statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)
-            pl_module.log_dict({"bame/density": density, **self.method_statistics()}, on_step=True, on_epoch=False)
+            metrics: dict[str, Any] = {"bame/density": density, **self.method_statistics(), **self.books.metrics()}
+            pl_module.log_dict(metrics, on_step=True, on_epoch=False)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -184,25 +213,27 @@ class SparseCallback(L.Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.books.abort()
         self.after_batch()
         self._remove_hooks()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         layers = {sparse.name: sparse.state_dict() for sparse in self.weights}
-        return {VERSION_KEY: STATE_VERSION, "steps": self.steps, "layers": layers}
+        return {VERSION_KEY: STATE_VERSION, "steps": self.steps, "layers": layers, "flops": self.books.state_dict()}
 
     def summary(self) -> dict[str, Any]:
         """What the run did, in plain types.
 
         Returns:
-            Pattern, pattern by layer, share of non-zeros, optimizer steps.
+            Pattern, pattern by layer, share of non-zeros, optimizer steps, training FLOPs (counted, not executed).
         """
         return {
             "pattern": str(self.pattern),
             "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
             "density": float(statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)),
             "steps": self.steps,
+            "flops": self.books.metrics(),
         }
 
     def _make_masks(self, plans: list[LayerPlan]) -> list[SparseWeight]:

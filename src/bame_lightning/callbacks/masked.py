@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from bame_lightning import invariants
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.flops import Shares
 from bame_lightning.optimizer_state import elementwise_state
 
 
@@ -62,6 +63,10 @@ class MaskedCallback(SparseCallback):
             # State is zero wherever weights were pruned, so a revived weight starts without history, too.
             self.enforce(optimizer)
             self._remember_masks()
+
+    @override
+    def shares(self) -> dict[str, Shares]:
+        return {sparse.name: Shares.static(sparse.pattern.density) for sparse in self.weights}
 
     @override
     def check(self) -> None:

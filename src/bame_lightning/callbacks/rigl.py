@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from bame_lightning.callbacks.base import Init, total_steps
 from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
 from bame_lightning.regrowth import drop_and_grow
 from bame_lightning.schedule import Schedule, Window
@@ -99,6 +100,11 @@ class RigL(MaskedCallback):
             sparse.pruned.copy_(~from_blocks(new, sparse.weight.shape))
         self._gradients = {}
         return True
+
+    @override
+    def shares(self) -> dict[str, Shares]:
+        read = float(self._window.adapts(self.steps - 1))
+        return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in self.weights}
 
     @override
     def state_dict(self) -> dict[str, Any]:

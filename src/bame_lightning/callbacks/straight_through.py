@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from bame_lightning import invariants
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.flops import Shares
 from bame_lightning.latent import LatentWeight
 from bame_lightning.masks import top_n_mask
 from bame_lightning.pattern import NMPattern, from_blocks
@@ -103,6 +104,10 @@ class SRSTE(SparseCallback):
         # A step that a loss scaler skipped, or that an exception ended, leaves the latent weights exposed.
         if self._exposed:
             self.enforce()
+
+    @override
+    def shares(self) -> dict[str, Shares]:
+        return {sparse.name: Shares.sr_ste(sparse.pattern.density) for sparse in self.weights}
 
     @override
     def check(self) -> None:

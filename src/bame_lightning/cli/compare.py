@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bame_lightning.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
 from bame_lightning.compare.figure import draw
-from bame_lightning.compare.tables import cells, explanation, tasks
+from bame_lightning.compare.tables import WORDS, cells, explanation, tasks
 
 _DESCRIPTION = """\
 Compare the finished runs of a sweep: test accuracy over seeds, training loss,
@@ -79,7 +79,7 @@ def _print(comparison: Comparison, console: Console) -> None:
         names, table = cells(rows, comparison.baseline)
         shown = Table(box=box.SIMPLE_HEAD, title=Text(task, "bold"), title_justify="left", padding=(0, 1, 0, 0))
         for name in names:
-            words = name in ("pattern", "method", "settings")
+            words = name in WORDS
             shown.add_column(name, justify="left" if words else "right", no_wrap=not words)
         for row in table:
             shown.add_row(*row)

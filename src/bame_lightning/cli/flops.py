@@ -192,11 +192,11 @@ def _print(report: dict[str, Any]) -> None:
     reads, bound = report["read_share"], report["static_mask_bound"]
     console.print(
         f"r, the share of dense weight gradients that is read: BAME {reads['bame']:.4g} (an upper bound: frozen blocks are "
-        f"not read), RigL {reads['rigl']:.4g}. Dense training for {report['steps']:,} steps of {report['batch_size']} samples takes "
-        f"{report['methods']['dense']['algorithmic']['run_flops']:.3g} FLOPs."
+        f"not read), RigL {reads['rigl']:.4g}. Dense training for {report['steps']:,} steps of {report['batch_size']} "
+        f"samples takes {report['methods']['dense']['algorithmic']['run_flops']:.3g} FLOPs."
     )
     console.print(
-        f"Bound: no mask trains for less than a static one, {bound['vs_dense']:.3f} of dense, "
+        f"Bound: no N:M mask trains for less than a static one, {bound['vs_dense']:.3f} of dense, "
         f"{1 / bound['vs_sr_ste']:.2f}x less than SR-STE."
     )
     console.print(f"All numbers are {report['label']}. {report['convention']}")
@@ -213,7 +213,7 @@ def _forward_table(report: dict[str, Any]) -> Table:
 
     row("dense", report["dense_forward_macs"])
     row(
-        f"{report['sparse_weights']} weights that become sparse",
+        f"weights that become sparse: {report['sparse_weights']}",
         sum(layer["forward_macs"] for layer in report["layers"] if layer["pattern"]),
     )
     dense = [layer for layer in report["layers"] if not layer["pattern"] and layer["forward_macs"]]
@@ -229,9 +229,8 @@ def _forward_table(report: dict[str, Any]) -> Table:
 
 
 def _method_table(report: dict[str, Any]) -> Table:
-    table = Table(
-        "\nmethod", "\nformula", title="One step: cost in dense forwards", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table("\nmethod", "\nformula", title="One step: cost in dense forwards", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
     for title in ("counted\ncost", "\n/dense", "\n/SR-STE", "hardware\ncost", "\n/dense", "\n/SR-STE"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, method in _methods(**report["read_share"]).items():

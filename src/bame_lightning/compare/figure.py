@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from math import inf
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from bame_lightning.compare.rows import Comparison, Row
 from bame_lightning.compare.tables import tasks
@@ -15,8 +17,10 @@ from bame_lightning.compare.tables import tasks
 # Okabe and Ito's colours, told apart with any colour vision; in this order neighbours differ in lightness, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_SIZES = {"D": 6.5, "^": 8.5, "v": 8.5, "*": 11.0}  # so that all look equally large
 _INK, _MUTED, _GRID = "#222222", "#555555", "#E3E3E3"
 _PANELS_A_ROW = 3
+_FLOPS = "flops/train_total"
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -34,7 +38,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(1.9 + 5.2 * columns, 4.3 * lines), dpi=150, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis, (title, rows) in zip(axes, panels, strict=False):
-        counted = all(row.flops("flops/train_total") for row in rows)
+        counted = all(row.flops(_FLOPS) for row in rows)
         (_against_flops if counted else _by_pattern)(axis, rows, colours, markers)
         axis.set_title(title, fontsize=11, color=_INK, loc="left")
         _calm(axis)
@@ -45,12 +49,19 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def _against_flops(axis: Axes, rows: list[Row], colours: dict[str, str], markers: dict[str, str]) -> None:
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        _point(axis, row.flops("flops/train_total") or 1.0, row, colours, markers)
+        flops = row.flops(_FLOPS) or 1.0
+        _point(axis, flops, row, colours, markers)
+        lines[row.method, row.settings_text].append((flops, 100 * row.accuracy[0]))
+    for (method, _), points in lines.items():  # the patterns of a method
+        axis.plot(*zip(*sorted(points), strict=True), color=colours[method], alpha=0.35, linewidth=1.5, zorder=1)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    if high / low < 10:  # fewer than two powers of ten would leave the axis without a labelled tick
-        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    if high / low < 1000:  # powers of ten alone would leave hardly a tick
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(inf, inf)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("training FLOPs (counted, not executed; log scale)", color=_MUTED)
 
 
@@ -73,10 +84,11 @@ def _point(axis: Axes, x: float, row: Row, colours: dict[str, str], markers: dic
         yerr=None if deviation is None else 100 * deviation,
         color=colours[row.method],
         marker=markers[row.pattern or "dense"],
-        markersize=8,
+        markersize=_SIZES.get(markers[row.pattern or "dense"], 7.5),
         markeredgecolor="white",
+        markeredgewidth=0.7,
         elinewidth=1.5,
-        capsize=3,
+        capsize=4,
     )
 
 

@@ -177,7 +177,10 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
 def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> Row:
     if row.method == baseline:
         return row
+    # A dense row has no partner in a sparse baseline, which goes without saying.
     partners = [other for other in rows if other.method == baseline and _comparable(row, other)]
+    if row.pattern is None and not partners:
+        return row
     if len(partners) != 1:
         found = f"{len(partners)} rows" if partners else "no row"
         notes.append(f"no difference: {baseline} has {found} to compare {row.label} with")

@@ -13,6 +13,7 @@ _COLUMNS = (
     *("test_accuracy_mean", "test_accuracy_std", "train_loss", "flops_train_total", "flops_train_vs_dense"),
     *("flops_train_vs_sr_ste", "difference_mean", "difference_low", "difference_high", "paired_seeds"),
 )
+WORDS = ("pattern", "method", "settings")  # columns of people's tables that hold no numbers
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -52,7 +53,7 @@ def to_markdown(comparison: Comparison) -> str:
     lines = ["# Comparison", "", explanation(comparison)]
     for task, rows in tasks(comparison):
         names, table = cells(rows, comparison.baseline)
-        align = ("---" if index < 3 else "---:" for index, _ in enumerate(names))
+        align = ("---" if name in WORDS else "---:" for name in names)
         lines += ["", f"## {task}", "", f"| {' | '.join(names)} |", f"|{'|'.join(align)}|"]
         lines += [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in table]
     if comparison.notes:

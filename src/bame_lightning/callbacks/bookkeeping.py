@@ -1,0 +1,74 @@
+"""The ledger in a Trainer: count the first batch's forward pass as it runs, then book every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from bame_lightning.flops import Ledger, MacCounter, Shares
+
+
+class Bookkeeper:
+    """Owns the ledger of a run.
+
+    Args:
+        densities: N / M of each weight that is kept sparse, by name.
+        transposable: Whether the masks are N:M in both directions.
+        restored: State of the ledger to go on from.
+    """
+
+    def __init__(
+        self, densities: Mapping[str, float], *, transposable: bool = False, restored: Mapping[str, float] | None = None
+    ) -> None:
+        self.ledger: Ledger | None = None
+        self._densities = dict(densities)
+        self._transposable = transposable
+        self._restored = restored
+        self._counter: MacCounter | None = None
+        self._batches = 0
+
+    def start_batch(self, model: nn.Module) -> None:
+        """Call before each training step; the first one is counted."""
+        self._batches += 1
+        if self.ledger is not None or self._counter is not None:
+            return
+        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+            # A compiled module would be compiled anew under the counter, and show no products.
+            rank_zero_warn("Training FLOPs are not counted: the model holds modules compiled by torch.compile.")
+            self.ledger = Ledger({}, MacCounter(nn.Identity()).other, {})
+            return
+        self._counter = MacCounter(model)
+        self._counter.__enter__()
+
+    def end_forward(self) -> None:
+        """Call when the forward pass is over."""
+        if self._counter is None:
+            return
+        counter, self._counter = self._counter, None
+        counter.__exit__(None, None, None)
+        self.ledger = Ledger(counter.weights, counter.other, self._densities, transposable=self._transposable)
+        if self._restored:
+            self.ledger.load_state_dict(self._restored)
+
+    def abort(self) -> None:
+        """Call when a forward pass may have ended without a backward pass; the next one is counted instead."""
+        if self._counter is not None:
+            counter, self._counter = self._counter, None
+            counter.__exit__(None, None, None)
+
+    def book(self, shares: Mapping[str, Shares], ranks: int) -> None:
+        """Book one optimizer step with all batches since the last one, those of skipped steps too."""
+        if self.ledger is not None:
+            self.ledger.book(shares, batches=self._batches * ranks)
+        self._batches = 0
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the ledger; none before the first step."""
+        return self.ledger.metrics() if self.ledger else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the ledger; empty if nothing was booked."""
+        return self.ledger.state_dict() if self.ledger else dict(self._restored or {})
