@@ -130,10 +130,15 @@ def test_sgd_moves_a_weight_by_its_rate_under_a_lasting_gradient(arguments: dict
     optimizer, weight = stepped(lambda p: torch.optim.SGD(p, **arguments), gradient=3.0, steps=100)
     rule = update_rule(optimizer, weight)
     assert rule == UpdateRule(learning_rate=rate, weight_decay=0)
-    assert block_rates(rule, None, torch.ones(6, 4, dtype=torch.bool), 4).tolist() == [[rate]] * 6
+    assert rates_of(rule, None, torch.ones(6, 4, dtype=torch.bool), 4).tolist() == [[rate]] * 6
     before = weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(before - weight.detach(), torch.full((6, 4), 3.0 * rate), rtol=1e-4, atol=0)
+
+
+def rates_of(rule: UpdateRule, moment: Tensor | None, mask: Tensor, n: int) -> Tensor:
+    """Rates for a gradient too small to matter."""
+    return block_rates(rule, moment, torch.zeros(mask.shape), mask, n)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -147,7 +152,7 @@ def test_adaptive_optimizers_move_a_weight_by_the_rate_of_its_block(optimizer: s
     real.step()
     rule = update_rule(real, weight)
     assert rule.learning_rate == 0.125
-    rates = block_rates(rule, rule.second_moment, torch.tensor([[True] * 4] * 2), 4)
+    rates = rates_of(rule, rule.second_moment, torch.tensor([[True] * 4] * 2), 4)
     torch.testing.assert_close(weight.detach() - before, 3.0 * rates.expand(2, 4), rtol=1e-4, atol=0)
 
 
@@ -163,7 +168,7 @@ def test_adams_rule_by_hand() -> None:
     assert (rule.learning_rate, rule.weight_decay, rule.eps) == (0.25, 0.1, 1.0)
     assert float(rule.correction) == 1 - 0.75**2
     # Kept are 7 and 0 (the pruned 100s do not count): mean 3.5, over 0.4375 it is 8; lr / (sqrt(8) + 1).
-    rates = block_rates(rule, rule.second_moment, torch.tensor([[True, False, True, False]]), 2)
+    rates = rates_of(rule, rule.second_moment, torch.tensor([[True, False, True, False]]), 2)
     torch.testing.assert_close(rates, torch.tensor([[0.25 / (8**0.5 + 1)]]))
 
 
@@ -176,19 +181,19 @@ def test_rmsprops_rule_by_hand() -> None:
     assert rule.second_moment is not None
     assert rule.second_moment.tolist() == [[4.0, 4.0, 4.0, 4.0]]
     assert (rule.learning_rate, rule.weight_decay, rule.correction, rule.eps) == (1.0, 0.25, 1.0, 2.0)
-    assert block_rates(rule, rule.second_moment, torch.tensor([[True, True, True, False]]), 3).tolist() == [[0.25]]
+    assert rates_of(rule, rule.second_moment, torch.tensor([[True, True, True, False]]), 3).tolist() == [[0.25]]
 
 
 def test_adagrads_rule_reads_the_sum() -> None:
     optimizer, weight = stepped(lambda p: torch.optim.Adagrad(p, lr=0.5, eps=0.0), (1, 4), gradient=2.0, steps=4)
     rule = update_rule(optimizer, weight)
-    assert block_rates(rule, rule.second_moment, torch.ones(1, 4, dtype=torch.bool), 4).tolist() == [[0.125]]
+    assert rates_of(rule, rule.second_moment, torch.ones(1, 4, dtype=torch.bool), 4).tolist() == [[0.125]]
 
 
 def test_a_learning_rate_may_be_a_tensor() -> None:
     optimizer, weight = stepped(lambda p: torch.optim.Adam(p, lr=torch.tensor(0.5), eps=0.0), (1, 4), 2.0, 1)
     rule = update_rule(optimizer, weight)
-    rates: Tensor = block_rates(rule, rule.second_moment, torch.ones(1, 4, dtype=torch.bool), 4)
+    rates: Tensor = rates_of(rule, rule.second_moment, torch.ones(1, 4, dtype=torch.bool), 4)
     torch.testing.assert_close(rates, torch.tensor([[0.25]]))
 
 
@@ -206,3 +211,27 @@ def test_an_optimizer_that_maximizes_is_refused() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"`maximize=True`\. Minimize the negated loss"):
         update_rule(torch.optim.SGD([weight], lr=0.1, maximize=True), weight)
+
+
+def test_a_block_without_a_second_moment_moves_by_its_own_gradient_at_most() -> None:
+    rule = UpdateRule(learning_rate=0.5, weight_decay=0.0, second_moment=torch.zeros(3, 4), eps=1e-8)
+    moment = torch.tensor([[0.0] * 4, [0.0] * 4, [64.0] * 4])
+    gradient = torch.tensor([[2.0] * 4, [0.0] * 4, [2.0] * 4])
+    rates = block_rates(rule, moment, gradient, torch.tensor([[True, False, False, False]] * 3), 1)
+    # lr / sqrt(mean of squares 4); nothing known, nothing moves; lr / sqrt(64)
+    torch.testing.assert_close(rates, torch.tensor([[0.25], [0.0], [0.0625]]))
+
+
+@pytest.mark.parametrize("name", ["Adadelta", "Adamax"])
+def test_an_unknown_step_is_guessed_with_a_warning(name: str) -> None:
+    optimizer, weight = stepped(lambda p: getattr(torch.optim, name)(p, lr=0.5), gradient=2.0)
+    with pytest.warns(UserWarning, match=f"How far {name} moves a weight is not known"):
+        rule = update_rule(optimizer, weight)
+    assert (rule.learning_rate, rule.second_moment) == (0.5, None)
+
+
+def test_state_that_is_not_floating_point_is_refused() -> None:
+    optimizer, weight = stepped(lambda p: torch.optim.SGD(p, lr=0.5))
+    optimizer.state[weight]["codes"] = torch.zeros(6, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"keeps 'codes' for `fc` as torch.uint8"):
+        list(elementwise_state(optimizer, weight, "fc"))

@@ -79,7 +79,7 @@ def test_a_fraction_is_rounded_to_the_nearest_step() -> None:
         ({"start": -0.1}, r"`schedule.start`.*got -0.1"),
         ({"start": -1, "stop": 5}, r"`schedule.start`.*got -1"),
         ({"stop": math.nan}, r"`schedule.stop`.*got nan"),
-        ({"every": 0}, r"`schedule.every` must be at least 1 optimizer step; got 0"),
+        ({"every": 0}, r"`schedule.every` must be a whole number of optimizer steps, at least 1; got 0"),
         ({"every": -3}, r"`schedule.every`.*got -3"),
     ],
 )
@@ -97,5 +97,5 @@ def test_bounds_of_two_kinds_are_compared_when_the_run_is_known(start: float, st
 
 @pytest.mark.parametrize(("start", "stop", "blamed"), [(0.1, 0.9, "start"), (5, 0.9, "stop")])
 def test_a_fraction_of_an_endless_run_is_refused(start: float, stop: float, blamed: str) -> None:
-    with pytest.raises(ValueError, match=rf"`schedule.{blamed}` = .*in optimizer steps \(ints\), or set `max_epochs`"):
+    with pytest.raises(ValueError, match=rf"`schedule.{blamed}` = .*in optimizer steps \(ints\), or set `max_steps`"):
         Schedule(start, stop).window(math.inf)

@@ -20,10 +20,10 @@ def proximal_worth(
     r"""Value latent weights by their magnitude, in units of the loss; the default criterion.
 
     $\text{worth}_i = \frac{x_i^2}{2 S_b}$ (ours), with x the latent weight and $S_b = \sum r k \eta_b$ the learning time
-    over which its block's evidence was gathered. Derivation: evidence from zero is $v = -S \bar g$, the minimiser of the
-    proximal model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at its minimum the loss is lower
-    by $\frac{v^2}{2S}$. A kept weight stands at the minimum of the same model and gives up as much when it is pruned.
-    Within a block the order is that of magnitudes.
+    over which its block's evidence was gathered (the sum decays as the evidence does). Derivation: evidence from zero is
+    $v = -S \bar g$, the minimiser of the proximal model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at
+    its minimum the loss is lower by $\frac{v^2}{2S}$. A kept weight is taken to stand at the minimum of the same model, and
+    gives up as much when it is pruned. Within a block the order is that of magnitudes.
 
     Args:
         latent: Weights where kept, evidence where pruned.

@@ -40,6 +40,16 @@ def designate(
     Returns:
         The most urgent unfrozen blocks' indices, ascending; a tie keeps the lower index.
     """
-    count = math.ceil(share * int((~frozen).sum()))
+    count = blocks_in_share(share, int((~frozen).sum()))
     ranked = urgency.masked_fill(frozen, -1).argsort(descending=True, stable=True)
     return ranked[:count].sort().values
+
+
+def blocks_in_share(share: float, blocks: int) -> int:
+    """Number of blocks in a share of them, rounded up, whatever floating point makes of the product.
+
+    Example:
+        >>> blocks_in_share(0.07, 100), math.ceil(0.07 * 100)
+        (7, 8)
+    """
+    return math.ceil(round(share * blocks, 9))

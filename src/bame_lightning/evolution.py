@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bame_lightning.criterion import select_mask
-from bame_lightning.designation import designate, urgency
+from bame_lightning.designation import blocks_in_share, designate, urgency
 from bame_lightning.evidence import Evidence, OneBatch, accumulate
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, unpack_mask
@@ -63,7 +62,7 @@ def adapt(
     # Summed over a block: the worth of what is revived less that of what is pruned.
     reduction = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
     if share < 1:
-        best = reduction.argsort(descending=True, stable=True)[: math.ceil(share * len(mask))]
+        best = reduction.argsort(descending=True, stable=True)[: blocks_in_share(share, len(mask))]
         chosen = torch.zeros_like(adaptable).index_fill(0, best, True)
         proposed = torch.where(chosen[:, None], proposed, mask)
         reduction = reduction * chosen
@@ -98,7 +97,8 @@ class EvolvingWeight:
 
     Attributes:
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        learning_time: Learning rate times steps, summed over the readings of each block; shape (blocks,).
+        learning_time: Learning rate times steps of each block's readings, summed up and decaying as the evidence does;
+            shape (blocks,).
         history: Oscillations, and positions pruned before.
         designated: Blocks that steps between two readings of all read; shape (chosen,).
         flips: Mask positions changed so far; scalar.
@@ -163,7 +163,7 @@ class EvolvingWeight:
         rule = update_rule(optimizer, self.sparse.weight)
         moment = None if rule.second_moment is None else self._blocks(rule.second_moment, index)
         scale = steps * self.config.step_size * finite.to(self.dtype)
-        rate = scale * block_rates(rule, moment, mask, self.sparse.pattern.n, self.dtype)
+        rate = scale * block_rates(rule, moment, self.reading.gradient, mask, self.sparse.pattern.n)
         shrink = scale * rule.learning_rate * (rule.weight_decay + self.config.decay)
         # Selecting, not multiplying: infinity times zero is NaN. The optimizer's second moment may be poisoned as well.
         rate, gradient = torch.where(finite, rate, 0), torch.where(finite, self.reading.gradient, 0)
@@ -214,11 +214,12 @@ class EvolvingWeight:
         device = self.evidence.device
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.sparse.mask()
-        self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"])
-        self.learning_time = state["learning_time"]
+        self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"].to(self.dtype))
+        self.learning_time = state["learning_time"].to(self.dtype)
         self.history = FlipHistory(state["oscillations"], unpack_mask(state["pruned_before"], mask.shape))
         self.designated = state["designated"].long()
-        self.flips, self.last_flips, self.predicted = state["flips"], state["last_flips"], state["predicted"]
+        self.flips, self.last_flips = state["flips"], state["last_flips"]
+        self.predicted = state["predicted"].to(self.dtype)
 
     def _blocks(self, tensor: Tensor, index: Tensor | None = None) -> Tensor:
         m = self.sparse.pattern.m

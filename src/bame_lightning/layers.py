@@ -111,7 +111,7 @@ def plan_layers(
     Raises:
         ValueError: If a rule matches nothing or asks for what cannot be, or no weight becomes sparse.
     """
-    parsed = {glob: None if rule == "dense" else NMPattern.parse(rule) for glob, rule in (rules or {}).items()}
+    parsed = parse_rules(rules or {})
     candidates = list(_weights(model))
     _check_rules(parsed, [name for name, *_ in candidates])
     linears = [name for name, module, _ in candidates if isinstance(module, nn.Linear)]
@@ -152,6 +152,21 @@ def plan_layers(
     return result
 
 
+def parse_rules(rules: Mapping[str, str | NMPattern]) -> dict[str, NMPattern | None]:
+    """Read layer rules, None standing for "dense".
+
+    Raises:
+        ValueError: If a rule is neither a pattern nor "dense".
+    """
+    parsed = {}
+    for glob, rule in rules.items():
+        try:
+            parsed[glob] = None if rule == "dense" else NMPattern.parse(rule)
+        except ValueError as error:
+            raise ValueError(f"`layers` has a wrong rule for {glob!r}: {error} Or write 'dense'.") from None
+    return parsed
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
@@ -188,6 +203,8 @@ def _why_dense(
     attention = isinstance(module, nn.MultiheadAttention) and short in _ATTENTION
     if not (linear or attention):
         return f"no N:M view for {type(module).__name__}.{short}"
+    if not weight.is_floating_point():
+        return f"not real floating point but {str(weight.dtype).removeprefix('torch.')}"
     if not weight.requires_grad:
         return "not trained (requires_grad=False)"
     if trained is not None and id(weight) not in trained:

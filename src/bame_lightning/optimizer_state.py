@@ -53,8 +53,9 @@ class UpdateRule(NamedTuple):
 def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
     """Read off the optimizer how far it moves `weight` for a gradient.
 
-    An optimizer that keeps a second moment (Adam, AdamW, RMSprop, Adagrad) divides by its root; any other is taken to
-    step like SGD.
+    Optimizers with a `momentum` step like SGD; Adam, AdamW, NAdam, RAdam, RMSprop and Adagrad divide by the root of their
+    second moment (RAdam's first, unrectified steps, amsgrad and Adagrad's `lr_decay` are not followed). The step of any
+    other is not known: it is taken to be that of SGD without momentum, with a warning.
 
     Args:
         optimizer: An optimizer that holds `weight`.
@@ -74,7 +75,15 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
     state: dict[str, Any] = optimizer.state.get(weight, {})
     momentum = group.get("momentum", 0.0)
     rate = group["lr"] * (1 - group.get("dampening", 0.0) * (momentum > 0)) / (1 - momentum)
-    moment = next((state[key] for key in ("exp_avg_sq", "square_avg", "sum") if key in state), None)
+    # Adadelta keeps a `square_avg`, too, but steps by a ratio of two means.
+    keys = () if "rho" in group else ("exp_avg_sq", "square_avg", "sum")
+    moment = next((state[key] for key in keys if key in state), None)
+    if moment is None and "momentum" not in group:
+        warn(
+            f"How far {type(optimizer).__name__} moves a weight is not known; evidence of pruned weights moves by lr times "
+            "the gradient. Use SGD, Adam, AdamW, RMSprop or Adagrad for evidence of the right size.",
+            stacklevel=2,
+        )
     correction: float | Tensor = 1.0
     if "betas" in group and "step" in state:
         correction = 1 - group["betas"][1] ** state["step"]
@@ -84,28 +93,34 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
 def block_rates(
     rule: UpdateRule,
     second_moment: Float[Tensor, "blocks m"] | None,
+    gradient: Float[Tensor, "blocks m"],
     mask: Bool[Tensor, "blocks m"],
     n: int,
-    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "blocks 1"]:
     r"""Step size of the optimizer in each block, $\eta_b$ with $u = \eta_b g$.
+
+    Pruned weights have no second moment of their own: the mean $\bar s$ over the kept ones stands in, but no less than the
+    mean square of the gradient that was read (ours). For where kept weights get no gradient (a dead input), or have
+    just been revived, $\bar s$ is about 0, and one reading would throw the evidence as far as $lr / \epsilon$.
 
     Args:
         rule: The optimizer's rule.
         second_moment: s in these blocks; None for SGD.
-        mask: True where kept. Pruned weights have no second moment of their own: the mean over kept ones stands in.
+        gradient: g, the dense gradient of these blocks.
+        mask: True where kept.
         n: Weights kept per block.
-        dtype: Of the result.
 
     Returns:
-        $\eta$ for SGD, $lr / (\sqrt{\bar s / \text{correction}} + \epsilon)$ for adaptive optimizers.
+        $\eta$ for SGD, $lr / (\sqrt{\max(\bar s / \text{correction}, \overline{g^2})} + \epsilon)$ for adaptive optimizers
+        (0 where nothing is known at all), in the type of `gradient`.
     """
-    rate = torch.as_tensor(rule.learning_rate, dtype=dtype, device=mask.device)
+    rate = torch.as_tensor(rule.learning_rate, dtype=gradient.dtype, device=mask.device)
     if second_moment is None:
         return rate.expand(len(mask), 1)
-    correction = torch.as_tensor(rule.correction, dtype=dtype, device=mask.device)
-    mean = (second_moment.to(dtype) * mask).sum(-1, keepdim=True) / n
-    return rate / ((mean / correction).sqrt() + rule.eps)
+    correction = torch.as_tensor(rule.correction, dtype=gradient.dtype, device=mask.device)
+    kept = (second_moment.to(gradient.dtype) * mask).sum(-1, keepdim=True) / n
+    mean = torch.maximum(kept / correction, gradient.square().mean(-1, keepdim=True))
+    return torch.where(mean > 0, rate / (mean.sqrt() + rule.eps), 0)
 
 
 def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -120,12 +135,17 @@ def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> 
         Key and tensor, shaped like the weight.
 
     Raises:
-        ValueError: If state under an unknown key has the shape of a square weight: it may be a factor that mixes inputs or
-            outputs (as Shampoo keeps), where a zero means something else.
+        ValueError: If state has the shape of the weight, but a zero in it may mean something else: codes of a quantised
+            optimizer, or, under an unknown key of a square weight, a factor that mixes inputs or outputs (as Shampoo's).
     """
     for key, value in optimizer.state.get(weight, {}).items():
         if not isinstance(value, Tensor) or value.shape != weight.shape or key in STEP_SIZES:
             continue
+        if not value.is_floating_point():
+            raise ValueError(
+                f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as {value.dtype}; a zero there may not be "
+                "the value zero. Use an optimizer with floating-point state."
+            )
         if key not in ELEMENTWISE:
             _check_unknown(optimizer, weight, name, key)
         yield key, value

@@ -26,15 +26,18 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, bound in (("start", self.start), ("stop", self.stop)):
-            if bound < 0 or (isinstance(bound, float) and not bound <= 1):
+            number = isinstance(bound, int | float) and not isinstance(bound, bool)
+            if not number or not bound >= 0 or (isinstance(bound, float) and not bound <= 1):
                 raise ValueError(
                     f"`schedule.{name}` must be a fraction of the run in [0.0, 1.0] (a float) or a number of optimizer "
                     f"steps (an int >= 0); got {bound!r}."
                 )
         if isinstance(self.start, float) == isinstance(self.stop, float):
             _check_order(self.start, self.stop)
-        if self.every < 1:
-            raise ValueError(f"`schedule.every` must be at least 1 optimizer step; got {self.every}.")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"`schedule.every` must be a whole number of optimizer steps, at least 1; got {self.every!r}."
+            )
 
     def window(self, total_steps: float | int) -> Window:
         """Resolve fractions against the length of a run.
@@ -60,7 +63,8 @@ class Schedule:
         if not math.isfinite(total_steps):
             raise ValueError(
                 f"`schedule.{name}` = {bound} is a fraction of the run, but the Trainer cannot tell how many optimizer "
-                "steps the run has. Give `start` and `stop` in optimizer steps (ints), or set `max_epochs` or `max_steps`."
+                "steps the run has. Give `start` and `stop` in optimizer steps (ints), or set `max_steps` or "
+                "`limit_train_batches`."
             )
         return round(bound * total_steps)
 

@@ -9,7 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.amp import GradScaler
 
@@ -189,6 +192,29 @@ class TestCheckpoints:
         trainer(callback, Look()).fit(Task(), ckpt_path=tmp_path / "plain.ckpt")
         assert torch.equal(start[0], support)
 
+    def test_rebuilding_masks_scales_nothing_and_goes_on_counting(self, tmp_path: Path) -> None:
+        task, callback = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), bame()
+        fit = trainer(callback, max_epochs=1)
+        fit.fit(task)
+        fit.callbacks.clear()
+        fit.save_checkpoint(tmp_path / "plain.ckpt")
+        again, rebuilt = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), bame(init="nonzero", rescale=True)
+        trainer(rebuilt, max_epochs=2).fit(again, ckpt_path=tmp_path / "plain.ckpt")
+        assert torch.equal(again.model[6].weight, task.model[6].weight)
+        assert rebuilt.steps == 16
+
+    def test_a_run_may_change_its_precision(self, tmp_path: Path) -> None:
+        path = save(bame(), tmp_path / "a.ckpt")
+
+        class Double(Task):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return super().training_step((batch[0].double(), batch[1]), batch_idx)
+
+        callback = bame()
+        trainer(callback, max_epochs=2, precision="64-true").fit(Double(), ckpt_path=path)
+        assert callback.evolving[0].evidence.dtype == torch.float64
+        assert callback.steps == 16
+
     def test_masks_that_do_not_fit_the_model_are_refused(self, tmp_path: Path) -> None:
         path = save(bame(), tmp_path / "a.ckpt")
         with pytest.raises(ValueError, match=r"`model\.2\.weight`, which is 2:4 of shape .* and 1:4 of shape"):
@@ -215,6 +241,76 @@ class TestCheckpoints:
             task.model[6].weight.zero_()
         trainer(callback, max_epochs=1).fit(task)
         assert torch.equal(callback.weights[2].pruned, mask)
+
+
+class TestOtherTools:
+    def test_a_learning_rate_finder_that_puts_everything_back_leaves_a_fresh_start(self, tmp_path: Path) -> None:
+        task, twin = Task(), Task()
+        callback, other = bame(rescale=True), bame(rescale=True)
+        fit = trainer(callback, max_epochs=2, default_root_dir=tmp_path)
+        task.lr = 0.1
+        Tuner(fit).lr_find(task, num_training=8, update_attr=False)
+        fit.fit(task)
+        trainer(other, max_epochs=2).fit(twin)
+        assert callback.steps == other.steps == 16
+        for a, b in zip(task.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_testing_a_checkpoint_does_not_lend_its_masks_to_the_next_fit(self, tmp_path: Path) -> None:
+        class Tested(Task):
+            def test_step(self, batch: Any, batch_idx: int) -> None:
+                pass
+
+            def test_dataloader(self) -> Any:
+                return self.train_dataloader()
+
+        callback = bame()
+        path = save(callback, tmp_path / "a.ckpt", Tested())
+        trainer(callback).test(Tested(), ckpt_path=path, verbose=False)
+        fresh = Tested()
+        with torch.no_grad():
+            fresh.model[6].weight.copy_(torch.randn(16, 128, generator=torch.Generator().manual_seed(9)))
+        expected = fresh.model[6].weight.detach().view(-1, 4).abs().argsort(descending=True)[:, :2].sort().values
+        masks: list[torch.Tensor] = []
+        look = Spy(lambda *_: masks.append(~callback.weights[2].pruned))
+        trainer(callback, look, max_epochs=1).fit(fresh)
+        assert callback.steps == 8
+        assert torch.equal(masks[0].view(-1, 4).nonzero()[:, 1].view(-1, 2), expected)
+
+    @pytest.mark.parametrize(
+        "average",
+        [
+            lambda: StochasticWeightAveraging(swa_lrs=0.1),
+            pytest.param(
+                lambda: callbacks.EMAWeightAveraging(),
+                marks=pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6"),
+            ),
+        ],
+    )
+    def test_weight_averaging_is_refused_by_name(self, average: Any) -> None:
+        averaging = average()
+        with pytest.raises(ValueError, match=rf"`callbacks` holds {type(averaging).__name__}.*not N:M"):
+            trainer(bame(), averaging).fit(Task())
+
+    def test_whoever_densifies_at_the_end_is_told_about(self) -> None:
+        class Densify(L.Callback):
+            def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                pl_module.model[6].weight.data.fill_(1.0)
+
+        with pytest.warns(UserWarning, match=r"trained network is not sparse.*`model\.6\.weight`"):
+            trainer(Densify(), bame()).fit(Task())
+
+    def test_dead_inputs_do_not_throw_evidence_away_under_adam(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 5))
+        dead = torch.arange(48) % 2 == 0
+        model[0].register_forward_hook(lambda _, __, output: output.masked_fill(dead, 0))
+        task = Task(model, lambda p: torch.optim.AdamW(p, lr=1e-2))
+        callback = BAMECallback(
+            "1:8", schedule=Schedule(every=2), evidence=Evidence(read_every=2), layers={"*.3": "dense"}
+        )
+        trainer(callback, max_epochs=10).fit(task)
+        assert callback.summary()["flips"] > 0
+        assert task.model[1].weight.abs().max() < 2
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -247,7 +343,8 @@ class TestBadInput:
             ({"pattern": 124}, "got the integer 124: YAML"),
             ({"init": "zeros"}, "`init` must be .* got 'zeros'"),
             ({"freeze_after": -1}, "`freeze_after` .* got -1"),
-            ({"layers": {"a": "4:2"}}, "got 4:2"),
+            ({"layers": {"a": "4:2"}}, "`layers` has a wrong rule for 'a'.* got 4:2.*Or write 'dense'"),
+            ({"layers": {"a": 124}}, "`layers` has a wrong rule for 'a'.*integer 124"),
         ],
     )
     @pytest.mark.usefixtures("unchecked_types")

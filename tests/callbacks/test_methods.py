@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_steps_that_a_loss_scaler_skips_leave_a_sparse_network(name: str) -> Non
     def look(trainer: L.Trainer, module: L.LightningModule) -> None:
         assert_sparse(module)
         scales.append(scaler.get_scale())
-        skipped = sum(now < before for before, now in zip(scales, scales[1:], strict=False))
+        skipped = sum(now < before for before, now in pairwise(scales))
         assert callback.steps == len(scales) - 1 - skipped
 
     task = Validated()
@@ -217,7 +218,9 @@ def mask_by_loops(weight: torch.Tensor) -> torch.Tensor:
 
 def rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Views of the last dimension, also of a tensor that cannot be flattened without a copy."""
-    return [tensor[o, y, x] for o in range(tensor.shape[0]) for y in range(tensor.shape[1]) for x in range(tensor.shape[2])]
+    return [
+        tensor[o, y, x] for o in range(tensor.shape[0]) for y in range(tensor.shape[1]) for x in range(tensor.shape[2])
+    ]
 
 
 class TestRigL:

@@ -2,62 +2,16 @@
 
 import csv
 import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import wandb
 
-from bame_lightning.cli import train
 from bame_lightning.cli.loggers import wandb_logger
 
-TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run")
-QUIET_HYDRA = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
-
 Run = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _levels_are_restored() -> Iterator[None]:
-    names = ("lightning.pytorch", "lightning.fabric")
-    before = {name: logging.getLogger(name).level for name in names}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(level)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call `bame-train` in this process; returns its run folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(*overrides: str) -> Path:
-        flags = [override for override in overrides if override.startswith("-")]
-        rest = [override for override in overrides if not override.startswith("-")]
-        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *TINY, *QUIET_HYDRA, *rest])
-        train.main()
-        return tmp_path / "run"
-
-    return call
-
-
-@pytest.fixture
-def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B without account or settings; it reads the environment once per process, hence the teardown."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()
-    yield
-    wandb.teardown()
 
 
 def failure(run: Run, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -162,30 +116,30 @@ def test_trains_without_a_validation_set(run: Run) -> None:
     assert summary["steps"] == 1437 // 64
 
 
-def test_a_sweep_runs_every_combination(run: Run, tmp_path: Path) -> None:
-    run("-m", "pattern=1:4,1:16", "method=static,dense", "hydra.sweep.dir=sweep", "quiet=true")
-    found = {(s["pattern"], s["method"]) for s in (read_summary(tmp_path / "sweep" / str(job)) for job in range(4))}
-    assert found == {("1:4", "static"), ("1:16", "static"), (None, "dense")}
+def test_a_number_that_is_not_finite_is_null_in_strict_json(run: Run) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (run("optimizer.lr=1e30") / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["train_loss"] is None
 
 
-def test_one_bad_job_of_a_sweep_fails_it_but_spares_the_others(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_skip_finished_takes_results_of_the_same_configuration_only(
+    run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run("-m", "pattern=16:1,1:16", "hydra.sweep.dir=sweep", "quiet=true")
-    assert caught.value.code == 1
-    error = capsys.readouterr().err
-    assert "N <= M; got 16:1" in error
-    assert "Traceback" not in error
-    assert read_summary(tmp_path / "sweep" / "1")["pattern"] == "1:16"
+    path = run("method=static", "seed=3") / "summary.json"
+    written = path.stat().st_mtime_ns
+    run("method=static", "seed=3", "skip_finished=true", "logger=[]", "quiet=true")
+    assert "run is finished; skipped" in capsys.readouterr().out
+    line = failure(run, capsys, "method=static", "seed=4", "skip_finished=true", "quiet=true")
+    assert "the results of another configuration (seed was 3, is 4). Choose another folder" in line
+    assert path.stat().st_mtime_ns == written
 
 
-@pytest.mark.usefixtures("logged_out")
-def test_wandb_runs_offline_and_apart(run: Run, tmp_path: Path) -> None:
-    run("-m", "seed=0,1", "logger=csv_wandb", "hydra.sweep.dir=sweep", "quiet=true", "method=static")
-    files = [list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*/run-*.wandb")) for job in ("0", "1")]
-    assert [len(found) for found in files] == [1, 1]
-    assert files[0][0].name != files[1][0].name
+def test_results_vanish_before_they_are_replaced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run("method=static") / "summary.json"
+    failure(run, capsys, "method=static", "pattern=1:7", "quiet=true")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +173,7 @@ def test_wandb_is_offline_unless_logged_in(
         ("ckpt_path=nowhere.ckpt", "`ckpt_path` must be a checkpoint file to resume from; nowhere.ckpt does not exist"),
         ("threads=0", "`threads` must be at least 1"),
         ("data.batch_size=0", "`batch_size` must be at least 1"),
-        ("method.schedule.every=0", "`schedule.every` must be at least 1"),
+        ("method.schedule.every=0", "`schedule.every` must be a whole number of optimizer steps, at least 1; got 0"),
         ("method.evidence.share=2.0", "`evidence.share` is a share of blocks in [0, 1]; got 2.0"),
         ("pattern=1:7", "No layer is eligible for `pattern` 1:7"),
         ("scheduler.warmup_steps=1000", "`warmup_steps` must lie in [0, 19)"),
@@ -265,9 +219,8 @@ def test_an_unknown_choice_lists_the_known_ones(run: Run, capsys: pytest.Capture
 
 def test_full_error_shows_where(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(sys, "argv", ["bame-train", *TINY, *QUIET_HYDRA, "pattern=16:1"])
     with pytest.raises(ValueError, match="16:1"):
-        train.main()
+        run("pattern=16:1")
 
 
 def test_help_tells_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,5 +236,7 @@ def test_help_tells_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) 
         "quiet=true",
         "--cfg job",
         "-m pattern=1:4,1:16",
+        "skip_finished=true",
+        "hydra/launcher=joblib",
     ):
         assert part in text

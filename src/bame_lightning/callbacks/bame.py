@@ -170,6 +170,7 @@ class BAMECallback(MaskedCallback):
             The summary of `SparseCallback`, and adaptations, mask positions flipped, final share of frozen blocks, mean
             oscillation frequency, discarded readings.
         """
+        summary = super().summary()
         totals = {
             "adaptations": self.adaptations,
             "flips": sum(int(weight.flips) for weight in self.evolving),
@@ -177,4 +178,4 @@ class BAMECallback(MaskedCallback):
         }
         names = ("oscillation_frequency", "frozen_fraction")
         statistics = self.method_statistics()
-        return super().summary() | totals | {name: float(statistics[f"bame/{name}"]) for name in names}
+        return summary | totals | {name: float(statistics[f"bame/{name}"]) for name in names}

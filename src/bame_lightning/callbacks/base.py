@@ -9,21 +9,26 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import callbacks
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from bame_lightning import statistics
+from bame_lightning import invariants, statistics
 from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
-from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
 from bame_lightning.schedule import Schedule
 
+# WeightAveraging came with Lightning 2.6.
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 Init = Literal["magnitude", "random", "nonzero"]
 
 
@@ -63,7 +68,8 @@ class SparseCallback(L.Callback):
         if init not in ("magnitude", "random", "nonzero"):
             raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
         self.pattern = NMPattern.parse(pattern)
-        self.rules = {glob: r if r == "dense" else NMPattern.parse(r) for glob, r in (layers or {}).items()}
+        parse_rules(layers or {})
+        self.rules = dict(layers or {})
         self.init = init
         self.rescale = rescale
         self.verify = verify
@@ -73,6 +79,7 @@ class SparseCallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
+        self._blank = False
         self._stepping = False
         self._ranks = 1
 
@@ -121,12 +128,25 @@ class SparseCallback(L.Callback):
                 f"The checkpoint's {type(self).__name__} state has version {version!r}, this release reads {STATE_VERSION}."
                 " Resume with the release that wrote it, or load the weights and start with `init='nonzero'`."
             )
-        self._restored = state_dict
+        if state_dict["layers"]:
+            self._restored = state_dict
+        else:
+            # Saved before a first fit, as by a learning-rate finder that puts everything back: start anew.
+            self._restored, self.weights, self.steps = None, [], 0
+            self._blank = True
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            # Lightning restores callbacks for testing, too; the next fit may be that of another model.
+            self._restored = None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         restored, self._restored = self._restored, None
-        if restored is None and trainer.ckpt_path and self.init != "nonzero":
+        blank, self._blank = self._blank, False
+        _refuse_averaging(trainer)
+        if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
             raise ValueError(
                 f"The checkpoint `ckpt_path` = {trainer.ckpt_path} holds no state of {type(self).__name__}, so its masks are "
                 f"unknown. Resume with {type(self).__name__}(..., init='nonzero') to rebuild them from the zeros of its "
@@ -152,6 +172,8 @@ class SparseCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._optimizer is not None
         self.enforce(self._optimizer)
+        if trainer.ckpt_path and not self.steps:
+            self.steps = trainer.global_step  # masks were rebuilt in the middle of a run
         # No hook of Lightning follows the update before validation and checkpoints see the weights.
         self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
 
@@ -167,8 +189,8 @@ class SparseCallback(L.Callback):
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Under manual optimization users clip before `on_before_optimizer_step`. Gradients are whole there after each
-        # backward; under automatic optimization they may still be scaled, or local to a rank.
+        # Under manual optimization users clip before `on_before_optimizer_step`, so this is the last moment. Under
+        # automatic optimization gradients may still be scaled here, or local to a rank.
         if not pl_module.automatic_optimization:
             self.handle_gradients()
 
@@ -210,6 +232,10 @@ class SparseCallback(L.Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_hooks()
+        try:
+            invariants.check_weights(self.weights, self.steps)
+        except invariants.InvariantError as error:
+            rank_zero_warn(f"The trained network is not sparse. {error}")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -227,7 +253,12 @@ class SparseCallback(L.Callback):
 
         Returns:
             Pattern, pattern by layer, share of non-zeros, optimizer steps, training FLOPs (counted, not executed).
+
+        Raises:
+            RuntimeError: Before the first fit.
         """
+        if not self.weights:
+            raise RuntimeError(f"{type(self).__name__} has not been fitted, so there is nothing to sum up.")
         return {
             "pattern": str(self.pattern),
             "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
@@ -249,7 +280,7 @@ class SparseCallback(L.Callback):
             if plan.pattern and id(plan.weight) not in known:
                 blocks = to_blocks(plan.weight.detach(), plan.pattern.m)
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
-        if self.rescale:
+        if self.rescale and self.init != "nonzero":  # those were trained already
             for sparse in fresh.values():
                 sparse.weight.detach().mul_(sparse.pattern.density**-0.5)
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
@@ -267,6 +298,15 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
         return math.inf  # nobody asks, and counting may need the data
     steps = trainer.estimated_stepping_batches
     return math.inf if steps == -1 else steps
+
+
+def _refuse_averaging(trainer: L.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _AVERAGING):
+            raise ValueError(
+                f"`callbacks` holds {type(callback).__name__}: the average of weights under changing masks is not N:M sparse. "
+                "Leave it out."
+            )
 
 
 def _trained(trainer: L.Trainer) -> set[int]:

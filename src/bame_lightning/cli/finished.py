@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bame_lightning.runs import SUMMARY, flatten, read_summary, strict_json
 
-_NOT_OF_THE_EXPERIMENT = {"quiet": False, "skip_finished": False, "run_dir": "."}
+_NO_MATTER = ("logger", "quiet", "run_dir", "skip_finished")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Reduce a configuration to what the results may depend on: neither the run folder nor what is printed.
+    """Reduce a configuration to what results may depend on: not the run folder, nor what is printed or logged.
 
     Args:
         cfg: The composed configuration.
@@ -37,8 +37,11 @@ def experiment(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The values as JSON gives them back; paths in the run folder are relative to it.
     """
-    values = plain(OmegaConf.merge(cfg, _NOT_OF_THE_EXPERIMENT))  # type: ignore[arg-type]
-    reduced: dict[str, Any] = strict_json({k: v for k, v in values.items() if k not in _NOT_OF_THE_EXPERIMENT})
+    merged = OmegaConf.merge(cfg, {"quiet": False, "run_dir": "."})
+    assert isinstance(merged, DictConfig)
+    values = plain(merged)
+    values["choices"] = {name: option for name, option in values["choices"].items() if name != "logger"}
+    reduced: dict[str, Any] = strict_json({key: value for key, value in values.items() if key not in _NO_MATTER})
     return reduced
 
 

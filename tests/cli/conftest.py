@@ -1,0 +1,50 @@
+"""Commands called in this process."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+
+from bame_lightning.cli import train
+
+TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run")
+QUIET_HYDRA = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Call `bame-train` in this process; returns its run folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    threads = torch.get_num_threads()
+
+    def call(*overrides: str) -> Path:
+        flags = [override for override in overrides if override.startswith("-")]
+        rest = [override for override in overrides if not override.startswith("-")]
+        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *TINY, *QUIET_HYDRA, *rest])
+        train.main()
+        return tmp_path / "run"
+
+    yield call
+    torch.set_num_threads(threads)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B without account or settings; it reads the environment once per process, hence the teardown."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+    yield
+    wandb.teardown()
