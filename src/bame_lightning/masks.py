@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
-from bame_lightning.pattern import from_blocks, to_blocks
-
 
 def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
     r"""Keep the `n` highest-scoring weights of every block.
@@ -35,41 +33,6 @@ def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "bloc
     # `topk` leaves the order of equal scores unspecified; a stable sort does not.
     kept = scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
-
-
-def transposable_mask(scores: Shaped[Tensor, "out inp *kernel"], n: int, m: int) -> Bool[Tensor, "out inp *kernel"]:
-    """Keep at most `n` of every `m` weights along the input *and* along the output dimension.
-
-    Such a mask serves the forward pass and, transposed, the input gradient. Greedy, tile by tile of m x m weights: take
-    the highest scores first, unless their row or column is full (the 2-approximation of Hubara et al., "Accelerated
-    Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks", 2021). Rows or columns that
-    end with fewer than `n` are possible.
-
-    Args:
-        scores: One score per weight; higher means keep. `m` divides both the input and the output dimension.
-        n: Weights kept per row and column of a tile.
-        m: Side of a tile.
-
-    Returns:
-        Mask shaped like `scores`.
-    """
-    rows = to_blocks(scores, m)
-    per_row, positions = scores.shape[1] // m, scores.shape[2:].numel()
-    # Filters come first in the order of blocks: group m of them into tiles.
-    grid = rows.view(-1, m, positions * per_row, m).transpose(1, 2)
-    tiles = grid.reshape(-1, m * m)
-    order = tiles.argsort(dim=-1, descending=True, stable=True)
-    every = torch.arange(len(tiles), device=scores.device)
-    kept = torch.zeros(len(tiles), m, m, dtype=torch.bool, device=scores.device)
-    in_row, in_column = (torch.zeros(len(tiles), m, dtype=torch.int32, device=scores.device) for _ in range(2))
-    for rank in range(m * m):
-        row, column = order[:, rank] // m, order[:, rank] % m
-        free = (in_row[every, row] < n) & (in_column[every, column] < n)
-        kept[every, row, column] = free
-        in_row[every, row] += free
-        in_column[every, column] += free
-    back = kept.view(-1, positions * per_row, m, m).transpose(1, 2).reshape(-1, m)
-    return from_blocks(back, scores.shape)
 
 
 def random_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:

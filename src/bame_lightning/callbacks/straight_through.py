@@ -17,6 +17,7 @@ from bame_lightning.flops import Shares
 from bame_lightning.latent import LatentWeight
 from bame_lightning.masks import top_n_mask
 from bame_lightning.pattern import NMPattern, from_blocks
+from bame_lightning.transposable import transposable_mask
 
 
 class SRSTE(SparseCallback):
@@ -131,3 +132,67 @@ class SRSTE(SparseCallback):
     @override
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"flips": sum(int(latent.flips) for latent in self.latents)}
+
+
+class TransposableSTE(SRSTE):
+    """SR-STE under masks that are N:M along the input and the output dimension: the input gradient is sparse, too.
+
+    The mask is renewed every `refresh_every` optimizer steps, since finding it is dear. Hubara et al., "Accelerated Sparse
+    Neural Training" (NeurIPS 2021) train so; that pruned weights decay as in SR-STE is ours.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`. M must divide the output dimension of every sparse layer, too.
+        layers: Rules that override the default choice of layers, as in `BAMECallback`.
+        decay: Decay of pruned weights, lambda.
+        refresh_every: Optimizer steps between two masks.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+    """
+
+    transposable = True
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        decay: float = 2e-4,
+        refresh_every: int = 40,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(pattern, layers=layers, decay=decay, verify=verify)
+        if refresh_every < 1:
+            raise ValueError(f"`refresh_every` must be at least 1 optimizer step; got {refresh_every}.")
+        self.refresh_every = refresh_every
+
+    @override
+    def choose_mask(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"] | None:
+        if (self.steps + 1) % self.refresh_every:
+            return None
+        return self._transposable(latent)
+
+    @override
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        # First of all, since it may refuse.
+        for sparse in self.weights:
+            if sparse.weight.shape[0] % sparse.pattern.m:
+                raise ValueError(
+                    f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not divide "
+                    f"its output dimension {sparse.weight.shape[0]}. Keep it dense with layers={{'{sparse.label}': 'dense'}}."
+                )
+        super().start(restored)
+        if not restored and not self.steps:
+            for latent in self.latents:
+                latent.sparse.weight.detach().copy_(latent.value)
+                latent.sparse.pruned.copy_(~self._transposable(latent))
+            self.enforce()
+
+    @override
+    def shares(self) -> dict[str, Shares]:
+        return {sparse.name: Shares.bi_mask(sparse.pattern.density) for sparse in self.weights}
+
+    def _transposable(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"]:
+        pattern = latent.sparse.pattern
+        return transposable_mask(latent.value.abs(), pattern.n, pattern.m)
