@@ -1,8 +1,28 @@
 """Train N:M sparse networks by Block-Aware Mask Evolution, as a Lightning callback."""
 
-from bame_lightning.callbacks import SRSTE, BAMECallback, RigL, StaticMask
+from bame_lightning.callbacks import (
+    SRSTE,
+    BAMECallback,
+    Dense,
+    OneShotMagnitude,
+    RigL,
+    StaticMask,
+    TransposableSTE,
+)
 from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule
 
-__all__ = ["SRSTE", "BAMECallback", "Evidence", "NMPattern", "OneBatch", "RigL", "Schedule", "StaticMask"]
+__all__ = [
+    "SRSTE",
+    "BAMECallback",
+    "Dense",
+    "Evidence",
+    "NMPattern",
+    "OneBatch",
+    "OneShotMagnitude",
+    "RigL",
+    "Schedule",
+    "StaticMask",
+    "TransposableSTE",
+]

@@ -10,11 +10,23 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from bame_lightning import BAMECallback, Evidence, OneBatch, Schedule, StaticMask
+from bame_lightning import (
+    SRSTE,
+    BAMECallback,
+    Dense,
+    Evidence,
+    OneBatch,
+    OneShotMagnitude,
+    RigL,
+    Schedule,
+    StaticMask,
+    TransposableSTE,
+)
 from bame_lightning.cli import conf
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.layers import plan_layers
@@ -83,7 +95,7 @@ def test_the_defaults_of_a_command_compose_and_instantiate(root: str, config: An
 
 @pytest.mark.parametrize("override", CHOICES)
 def test_a_choice_composes_and_instantiates(override: str, config: Any) -> None:
-    make_everything(config(override))
+    make_everything(config(override, *(["ckpt=dense.ckpt"] if override == "method=magnitude" else [])))
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
@@ -101,7 +113,15 @@ def test_sweeping_over_patterns_reaches_the_method(config: Any) -> None:
 
 
 def test_the_methods_are_what_their_names_say(config: Any) -> None:
-    assert not config("method=dense").method
+    assert type(instantiate(config("method=dense").method)) is Dense
+    assert type(instantiate(config("method=sr_ste").method)) is SRSTE
+    assert type(instantiate(config("method=rigl").method)) is RigL
+    assert type(instantiate(config("method=transposable").method)) is TransposableSTE
+    magnitude = instantiate(config("method=magnitude", "ckpt=dense.ckpt").method)
+    assert type(magnitude) is OneShotMagnitude
+    assert str(magnitude.checkpoint) == "dense.ckpt"
+    with pytest.raises(InstantiationException, match="ckpt=PATH"):
+        instantiate(config("method=magnitude").method)
     assert type(instantiate(config("method=static").method)) is StaticMask
     literal = instantiate(config("method=bame_one_batch").method)
     assert isinstance(literal.evidence, OneBatch)

@@ -73,6 +73,34 @@ def test_a_dense_run_has_no_sparse_part(run: Run, capsys: pytest.CaptureFixture[
     assert "╭─ dense ─" in capsys.readouterr().out
 
 
+def test_magnitude_prunes_the_network_of_a_dense_run_and_books_it_apart(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("method=dense", "trainer.max_epochs=2")
+    booked = read_summary(folder)["flops"]
+    assert booked["flops/train_vs_dense"] == 1
+    dense = (folder / "checkpoints/last.ckpt").rename(tmp_path / "dense.ckpt")
+    summary = read_summary(run("method=magnitude", f"ckpt={dense}", "pattern=2:4", "optimizer.lr=0"))
+    assert summary["flops"]["flops/dense_run/train_total"] == booked["flops/train_total"]
+    assert summary["compliant"]
+    before, after = (
+        torch.load(path, weights_only=True)["state_dict"]["model.hidden1.weight"].view(-1, 4)
+        for path in (dense, folder / "checkpoints/last.ckpt")
+    )
+    assert torch.equal(after, before.scatter(-1, before.abs().argsort(-1)[:, :2], 0))
+    capsys.readouterr()
+    assert "ckpt=PATH" in failure(run, capsys, "method=magnitude", "pattern=2:4")
+
+
+@pytest.mark.parametrize("method", ["sr_ste", "rigl", "transposable", "static", "bame_one_batch"])
+def test_every_method_leaves_a_compliant_checkpoint_and_its_costs(run: Run, method: str) -> None:
+    often = ["method.schedule.every=2"] if method == "bame_one_batch" else []
+    summary = read_summary(run(f"method={method}", "pattern=2:4", *often))
+    assert summary["compliant"]
+    assert (summary["flops"]["flops/train_vs_sr_ste"] == 1) == (method == "sr_ste")
+    assert 0 < summary["flops"]["flops/train_vs_dense"] < 1
+
+
 def test_bame_that_never_flips_a_mask_says_so_loudly(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     summary = read_summary(run("optimizer.lr=0.0"))
     assert summary["sparse"]["adaptations"] > 0

@@ -1,8 +1,10 @@
 """Lightning callbacks: one per method, over a common base."""
 
 from bame_lightning.callbacks.bame import BAMECallback
+from bame_lightning.callbacks.dense import Dense
+from bame_lightning.callbacks.magnitude import OneShotMagnitude
 from bame_lightning.callbacks.masked import StaticMask
 from bame_lightning.callbacks.rigl import RigL
-from bame_lightning.callbacks.straight_through import SRSTE
+from bame_lightning.callbacks.straight_through import SRSTE, TransposableSTE
 
-__all__ = ["SRSTE", "BAMECallback", "RigL", "StaticMask"]
+__all__ = ["SRSTE", "BAMECallback", "Dense", "OneShotMagnitude", "RigL", "StaticMask", "TransposableSTE"]

@@ -179,8 +179,8 @@ class TransposableSTE(SRSTE):
         for sparse in self.weights:
             if sparse.weight.shape[0] % sparse.pattern.m:
                 raise ValueError(
-                    f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not divide "
-                    f"its output dimension {sparse.weight.shape[0]}. Keep it dense with layers={{'{sparse.label}': 'dense'}}."
+                    f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
+                    f"divide its output dimension {sparse.weight.shape[0]}. Keep it dense with layers={{'{sparse.label}': 'dense'}}."
                 )
         super().start(restored)
         if not restored and not self.steps:

@@ -14,7 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from bame_lightning.audit import audit_checkpoint
+from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.flops import LABEL
 from bame_lightning.runs import strict_json
 
 _NEVER_FLIPPED = (
@@ -26,7 +28,7 @@ _NEVER_FLIPPED = (
 
 def summarize(
     trainer: Trainer,
-    method: SparseCallback | None,
+    method: SparseCallback | Dense,
     *,
     metrics: Mapping[str, Any],
     seconds: float,
@@ -37,7 +39,7 @@ def summarize(
 
     Args:
         trainer: The trainer that fitted and tested.
-        method: The callback that made the network sparse; None for a dense network.
+        method: The callback that made the network sparse, or kept the books of a dense one.
         metrics: What was logged last, by key.
         seconds: Wall time of training.
         config: The configuration of the run.
@@ -49,7 +51,7 @@ def summarize(
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     summary: dict[str, Any] = {
         **{name: config["choices"].get(name) for name in ("recipe", "data", "model", "method", "sparsity")},
-        "pattern": None if method is None else config["pattern"],
+        "pattern": None if isinstance(method, Dense) else config["pattern"],
         "seed": config["seed"],
         **{
             f"{stage}_{name}": float(metrics[f"{stage}/{name}"]) if f"{stage}/{name}" in metrics else None
@@ -61,9 +63,11 @@ def summarize(
         "wall_seconds": round(seconds, 2),
         "checkpoint": str(checkpoint.relative_to(run_dir)) if checkpoint.is_file() else None,
     }
-    if method is None:
+    sparse = method.summary()
+    summary["flops"] = sparse.pop("flops")
+    if isinstance(method, Dense):
         return summary
-    summary |= {"sparse": method.summary(), "warning": None}
+    summary |= {"sparse": sparse, "warning": None}
     if checkpoint.is_file():
         report = audit_checkpoint(checkpoint)
         summary["compliant"] = report.compliant
@@ -123,8 +127,13 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "compliance", f"all {blocks:,} blocks obey" if summary["compliant"] else f"{bad:,} of {blocks:,} VIOLATE"
     sparse = summary.get("sparse", {})
     if "flips" in sparse:
-        yield "masks", f"{sparse['flips']:,} flips in {sparse['adaptations']:,} adaptations"
+        adaptations = f" in {sparse['adaptations']:,} adaptations" if "adaptations" in sparse else ""
+        yield "masks", f"{sparse['flips']:,} flips{adaptations}"
+    if "frozen_fraction" in sparse:
         yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
+    if flops := summary.get("flops"):
+        ratios = f"{flops['flops/train_vs_dense']:.3f} of dense, {flops['flops/train_vs_sr_ste']:.3f} of SR-STE"
+        yield "training cost", f"{flops['flops/train_total']:.3g} FLOPs, {ratios} ({LABEL})"
     yield "length", f"{summary['epochs']} epochs, {summary['steps']:,} steps, {summary['wall_seconds']:.1f} s"
 
 

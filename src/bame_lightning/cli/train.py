@@ -16,6 +16,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
+from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
@@ -82,10 +83,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data = instantiate(cfg.data)
     model = instantiate(cfg.model)(data.input_shape, data.num_classes)
     task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
-    method: SparseCallback | None = instantiate(cfg.method) if cfg.method else None
+    method: SparseCallback | Dense = instantiate(cfg.method)
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]
-    if method is not None:
-        callbacks.append(method)
+    callbacks.append(method)
     if not bar and not cfg.quiet:
         callbacks.append(EpochLines())
     loggers = list[Logger]()

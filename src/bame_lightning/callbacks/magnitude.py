@@ -1,0 +1,74 @@
+"""One-shot magnitude pruning of a trained network, then masked fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from typing_extensions import override
+
+from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.pattern import NMPattern
+from bame_lightning.untrusted import UnreadableError, load_untrusted, state_dict_of
+
+
+class OneShotMagnitude(MaskedCallback):
+    """Load a trained dense network, keep the largest weights of every block, and fine-tune them.
+
+    The recipe of NVIDIA's ASP (Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021): prune once by magnitude,
+    then train again under the fixed mask. The weights are loaded before those of `fit(ckpt_path=...)`, which win. What the
+    dense run cost is reported apart, if its checkpoint says so (`Dense` writes it).
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        checkpoint: Checkpoint of the dense network, Lightning's or a state dict of the same module; only tensors and plain
+            types are read from it.
+        layers: Rules that override the default choice of layers, as in `BAMECallback`.
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed, or the checkpoint cannot be read or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        checkpoint: str | Path | None,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        verify: bool = False,
+    ) -> None:
+        super().__init__(pattern, layers=layers, init="magnitude", verify=verify)
+        if checkpoint is None:
+            raise ValueError(
+                "`checkpoint` must name a trained dense network to prune; got None. With bame-train: ckpt=PATH, from a run "
+                "with method=dense."
+            )
+        self.checkpoint = Path(checkpoint)
+        self.dense_run: dict[str, float] = {}
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        try:
+            checkpoint = load_untrusted(self.checkpoint)
+            pl_module.load_state_dict(state_dict_of(checkpoint))
+        except UnreadableError as error:
+            raise ValueError(f"`checkpoint` {self.checkpoint} {error}") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`checkpoint` {self.checkpoint} does not fit the model: {reason}") from None
+        for state in dict(checkpoint.get("callbacks") or {}).values():
+            if isinstance(state, Mapping) and "algorithmic" in (booked := state.get("flops") or {}):
+                self.dense_run = {
+                    "flops/dense_run/train_total": 2 * float(booked["algorithmic"]),
+                    "flops/dense_run/steps": float(state["steps"]),
+                }
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        summary = super().summary()
+        return summary | {"flops": summary["flops"] | self.dense_run}

@@ -1,0 +1,150 @@
+"""What the documents show runs: Python blocks, commands, links, and the tables of the method cards."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from bame_lightning.cli.conf import conf_dir
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARDS = sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "README")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Language and text of the fenced blocks of a document."""
+    return [(match[1], match[2]) for match in FENCE.finditer(path.read_text())]
+
+
+PYTHON = [
+    pytest.param(text, id=f"{name(path)}-{index}")
+    for path in DOCUMENTS
+    for index, (language, text) in enumerate(blocks(path))
+    if language == "python"
+]
+
+
+def commands(path: Path) -> Iterator[str]:
+    """Lines of the blocks that call a command of Hydra, without comments, options and what they are piped into."""
+    for language, text in blocks(path):
+        for line in text.replace("\\\n", " ").splitlines() if language != "python" else ():
+            command = re.split(r"\s[#|]", re.sub(r"\[.*?\]", "", line))[0]
+            if command.startswith(("bame-train", "bame-flops")) and "..." not in command:
+                yield command
+
+
+COMMANDS = [pytest.param(command, id=f"{name(path)}: {command}") for path in DOCUMENTS for command in commands(path)]
+
+
+class Task(L.LightningModule):
+    """The reader's own model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("text", PYTHON)
+def test_a_python_block_runs(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small model, data and a trained network in place of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    for option, value in {"logger": "0", "enable_progress_bar": "0", "accelerator": "cpu"}.items():
+        monkeypatch.setenv(f"PL_TRAINER_{option.upper()}", value)
+    for option in ("enable_checkpointing", "enable_model_summary"):
+        monkeypatch.setenv(f"PL_TRAINER_{option.upper()}", "0")
+    torch.manual_seed(0)
+    images = torch.randn(20, 16)
+    data = torch.utils.data.TensorDataset(images, (images[:, 0] > 0).long())
+    mine = {
+        "my_lightning_module": Task(),
+        "my_datamodule": torch.utils.data.DataLoader(data, batch_size=4),
+        "model": Task(),
+        "batch": images,
+    }
+    torch.save({"state_dict": Task().state_dict()}, "dense.ckpt")
+    exec(compile(text, "block", "exec"), mine)
+
+
+def overrides(command: str) -> Iterator[list[str]]:
+    """What a command overrides; one list for each value of a sweep, until all values of all choices have come."""
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("-") and word != "job"]
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in OverridesParser.create().parse_overrides(words)
+    ]
+    for index in range(max(map(len, choices), default=1)):
+        yield [values[index % len(values)] for values in choices]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes(command: str) -> None:
+    root = "config" if command.startswith("bame-train") else "flops"
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for words in overrides(command):
+            cfg = compose(root, words, return_hydra_config=True)
+            instantiate(cfg.method if root == "config" else cfg.evidence)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s#]+)", FENCE.sub("", path.read_text()))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_every_method_has_a_card_in_the_index() -> None:
+    methods = {path.stem for path in (conf_dir() / "method").glob("*.yaml")}
+    index = (ROOT / "docs" / "methods" / "README.md").read_text()
+    assert {path.stem for path in CARDS} == methods
+    assert set(re.findall(r"^\| \[\w+\]\((\w+)\.md\)", index, re.MULTILINE)) == methods
+
+
+@pytest.mark.parametrize("path", CARDS, ids=name)
+def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \| `?(.*?)`? \| `(.*?)` \|", path.read_text(), re.MULTILINE)
+    choose = ["ckpt=dense.ckpt"] if path.stem == "magnitude" else []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [f"method={path.stem}"])
+        method = instantiate(compose("config", [f"method={path.stem}", *choose]).method)
+    evidence = {"evidence": type(method.evidence)()} if "evidence" in cfg.method else {}
+    required = {"checkpoint": "dense.ckpt"} if path.stem == "magnitude" else {}
+    default = type(method)("1:16", **required, **evidence)
+    for parameter, key, in_python, in_conf in rows:
+        # Without quotes YAML reads 1:16 as the number 76.
+        assert OmegaConf.select(cfg, key) == (in_conf if ":" in in_conf else yaml.safe_load(in_conf)), key
+        if in_python != "required":
+            value: Any = default
+            for part in parameter.replace("layers", "rules").split("."):
+                value = getattr(value, part)
+            assert value == (yaml.safe_load(in_python) if in_python != "None" else parameter == "layers" and {}), key
+    if path.stem != "bame_one_batch":  # which refers to the card of bame for the others
+        named = {parameter.partition(".")[0] for parameter, *_ in rows}
+        assert named == {key for key in cfg.method if not str(key).startswith("_")}
