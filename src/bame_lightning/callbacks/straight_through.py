@@ -180,7 +180,8 @@ class TransposableSTE(SRSTE):
             if sparse.weight.shape[0] % sparse.pattern.m:
                 raise ValueError(
                     f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
-                    f"divide its output dimension {sparse.weight.shape[0]}. Keep it dense with layers={{'{sparse.label}': 'dense'}}."
+                    f"divide its output dimension {sparse.weight.shape[0]}. Keep it dense with "
+                    f"layers={{'{sparse.label}': 'dense'}}."
                 )
         super().start(restored)
         if not restored and not self.steps:
