@@ -35,11 +35,6 @@ class Bookkeeper:
         self._batches += 1
         if self.ledger is not None or self._counter is not None:
             return
-        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
-            # A compiled module would be compiled anew under the counter, and show no products.
-            rank_zero_warn("Training FLOPs are not counted: the model holds modules compiled by torch.compile.")
-            self.ledger = Ledger({}, MacCounter(nn.Identity()).other, {})
-            return
         self._counter = MacCounter(model)
         self._counter.__enter__()
 
@@ -50,6 +45,10 @@ class Bookkeeper:
         counter, self._counter = self._counter, None
         counter.__exit__(None, None, None)
         self.ledger = Ledger(counter.weights, counter.other, self._densities, transposable=self._transposable)
+        if self.ledger.uncounted:
+            rank_zero_warn(
+                f"Training FLOPs leave out {', '.join(self.ledger.uncounted)}: the first batch multiplied nothing with them."
+            )
         if self._restored:
             self.ledger.load_state_dict(self._restored)
 

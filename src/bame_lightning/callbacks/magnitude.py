@@ -10,6 +10,7 @@ import lightning as L
 from typing_extensions import override
 
 from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.layers import VERSION_KEY
 from bame_lightning.pattern import NMPattern
 from bame_lightning.untrusted import UnreadableError, load_untrusted, state_dict_of
 
@@ -62,7 +63,8 @@ class OneShotMagnitude(MaskedCallback):
             reason = " ".join(str(error).split())
             raise ValueError(f"`checkpoint` {self.checkpoint} does not fit the model: {reason}") from None
         for state in dict(checkpoint.get("callbacks") or {}).values():
-            if isinstance(state, Mapping) and "algorithmic" in (booked := state.get("flops") or {}):
+            dense = isinstance(state, Mapping) and VERSION_KEY not in state
+            if dense and "algorithmic" in (booked := state.get("flops") or {}):
                 self.dense_run = {
                     "flops/dense_run/train_total": 2 * float(booked["algorithmic"]),
                     "flops/dense_run/steps": float(state["steps"]),
