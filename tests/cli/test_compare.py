@@ -24,12 +24,18 @@ def sweep(folder: Path, *, flops: bool = True, **rest: Any) -> str:
 
 
 @pytest.mark.parametrize("flops", [True, False])
-def test_writes_and_prints(flops: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_and_prints(
+    flops: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "9").mkdir()
     (tmp_path / "9" / "error.txt").write_text("pattern=9:4: too many\n")
     assert main([sweep(tmp_path, flops=flops), "--baseline", "sr_ste"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
+    names = [line.split()[1] for line in out.splitlines() if line.startswith((" 1:4 ", " 1:16 "))]
+    assert sorted(names) == ["bame", "bame", "sr_ste", "sr_ste"]
     assert "digits, mlp" in out
     assert "85.50 ± 0.71" in out
     assert "+5.00 [+5.00, +5.00]" in out

@@ -77,12 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print(comparison: Comparison, console: Console) -> None:
     for task, rows in tasks(comparison):
         names, table = cells(rows, comparison.baseline)
+        # The files hold every column; a terminal those that fit, and no cell cut, least of all the name of a method.
+        left_out = {"FLOPs", "vs dense"} if console.width < 100 else set()
+        kept = [index for index, name in enumerate(names) if name not in left_out]
         shown = Table(box=box.SIMPLE_HEAD, title=Text(task, "bold"), title_justify="left", padding=(0, 1, 0, 0))
-        for name in names:
-            words = name in WORDS
-            shown.add_column(name, justify="left" if words else "right", no_wrap=not words)
+        for index in kept:
+            width = None if names[index] == "settings" else max(len(row[index]) for row in table)
+            title = names[index].replace(" vs ", "\nvs ").replace(" to ", "\nto ")
+            shown.add_column(title, justify="left" if names[index] in WORDS else "right", min_width=width)
         for row in table:
-            shown.add_row(*row)
+            shown.add_row(*(row[index] for index in kept))
         console.print(shown)
     console.print(explanation(comparison), style="dim")
     for note in comparison.notes:

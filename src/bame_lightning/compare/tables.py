@@ -104,7 +104,7 @@ def cells(rows: list[Row], baseline: str | None) -> tuple[list[str], list[list[s
     Returns:
         Titles of the columns, and cells by row.
     """
-    names = ["pattern", "method", "settings", "seeds", "accuracy", "loss", "FLOPs", "vs dense", "vs SR-STE"]
+    names = ["pattern", "method", "settings", "seeds", "accuracy", "loss", "FLOPs", "vs dense", "FLOPs vs SR-STE"]
     names += [] if baseline is None else [f"difference to {baseline}"]
     table = [_cells(row, baseline) for row in rows]
     kept = [index for index, _ in enumerate(names) if any(row[index] for row in table)]
