@@ -54,8 +54,8 @@ def main() -> None:
         else:
             lines.append(f"| {path.stem} | | | not measured | | |")
     source = "`python -m benchmarks.accuracy.study` ([script](../benchmarks/accuracy/study.py))"
-    note = f"Mean ± standard deviation over seeds, measured by {source}, minutes while other runs shared the machine. Hardware: {hardware}."
-    _fill(ROOT / "recipes/README.md", "recipes", "\n".join([*lines, "", note]))
+    note = f"Mean ± standard deviation over seeds, measured by {source}; minutes, while other runs shared the machine."
+    _fill(ROOT / "recipes/README.md", "recipes", "\n".join([*lines, "", note, f"Hardware: {hardware}."]))
 
 
 def _cells(group: list[Row]) -> list[str]:
