@@ -1,4 +1,4 @@
-"""What a training step costs under each method, as a ratio to dense training in the same process.
+"""What a training step costs under each method, as a ratio to dense training and beside SR-STE in the same process.
 
     python -m benchmarks.step_time [--models mlp resnet18] [--patterns 2:4 1:16] [--rounds 5]
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from bame_lightning import BAMECallback, Schedule, StaticMask
+from bame_lightning import SRSTE, BAMECallback, Schedule, StaticMask
 from bame_lightning.tasks.models import mlp, resnet18
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 METHODS: dict[str, Callable[[str], L.Callback | None]] = {
     "dense": lambda pattern: None,
+    "sr_ste": lambda pattern: SRSTE(pattern),
     "static": lambda pattern: StaticMask(pattern),
     "bame": lambda pattern: BAMECallback(pattern, schedule=Schedule(0, 10**6)),
 }

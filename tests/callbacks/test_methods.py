@@ -15,7 +15,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
-from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask
+from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
 from tests.callbacks.test_base import assert_same
 from tests.training import Spy, Task, blocks_over, trainer
 
@@ -29,6 +29,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), verify=True, **kwargs),
     "sr_ste": lambda **kwargs: SRSTE("2:4", verify=True, **kwargs),
     "static": lambda **kwargs: StaticMask("2:4", verify=True, **kwargs),
+    "transposable": lambda **kwargs: TransposableSTE("2:4", refresh_every=3, verify=True, **kwargs),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 MOVING = sorted(METHODS.keys() - {"static"})
@@ -221,6 +222,23 @@ def rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [
         tensor[o, y, x] for o in range(tensor.shape[0]) for y in range(tensor.shape[1]) for x in range(tensor.shape[2])
     ]
+
+
+def test_transposable_masks_hold_along_the_output_dimension_too_and_move_every_few_steps() -> None:
+    callback, masks = TransposableSTE("1:4", refresh_every=4), []
+    look = Spy(lambda *_: masks.append([~sparse.pruned for sparse in callback.weights]))
+    trainer(callback, look, max_epochs=3).fit(Task())
+    for step, kept in enumerate(masks, 1):
+        for mask in kept:
+            matrix = mask.flatten(2).movedim(-1, 0) if mask.dim() > 2 else mask[None]
+            for position in matrix:
+                assert (position.view(len(position), -1, 4).sum(-1) == 1).all()
+                assert (position.T.reshape(position.shape[1], -1, 4).sum(-1) == 1).all()
+        if step > 1 and step % 4:
+            assert all(torch.equal(a, b) for a, b in zip(kept, masks[step - 2], strict=True))
+    assert callback.summary()["flips"] > 0
+    with pytest.raises(ValueError, match=r"`pattern` 1:16 cannot be transposable in `model\.1`: 16 does not divide"):
+        trainer(TransposableSTE("1:16")).fit(Task(nn.Sequential(nn.Flatten(), nn.Linear(48, 24), nn.Linear(24, 5))))
 
 
 class TestRigL:

@@ -183,12 +183,13 @@ class TransposableSTE(SRSTE):
                     f"divide its output dimension {sparse.weight.shape[0]}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
+        known = {id(latent.sparse) for latent in self.latents}
         super().start(restored)
-        if not restored and not self.steps:
-            for latent in self.latents:
-                latent.sparse.weight.detach().copy_(latent.value)
+        for latent in self.latents:
+            if not restored and id(latent.sparse) not in known:
+                latent.expose()
                 latent.sparse.pruned.copy_(~self._transposable(latent))
-            self.enforce()
+        self.enforce()
 
     @override
     def shares(self) -> dict[str, Shares]:
