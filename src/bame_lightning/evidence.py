@@ -123,8 +123,8 @@ class OneBatch:
         return Reading(everywhere=True, steps=1) if window.adapts(step) else None
 
     def adaptable_share(self, step: int, window: Window) -> float:
-        r"""Share of blocks that may adapt, $\rho(t) = \frac{\rho}{2} (1 + \cos(\pi\,\text{progress}))$."""
-        return self.share / 2 * (1 + math.cos(math.pi * window.progress(step)))
+        """Share of blocks that may adapt, annealed from `share` to 0."""
+        return window.annealed(self.share, step)
 
     def worth(
         self,

@@ -104,6 +104,10 @@ class Window:
         """How far through the window `step` is, from 0 at its first step to 1 at its end."""
         return (step - self.start) / (self.stop - self.start)
 
+    def annealed(self, share: float, step: int) -> float:
+        r"""Anneal a share along a cosine, $\frac{\rho}{2} (1 + \cos(\pi\,\text{progress}))$: from `share` to 0 at the end."""
+        return share / 2 * (1 + math.cos(math.pi * self.progress(step)))
+
     @property
     def adaptations(self) -> int:
         """Adaptations in the whole window."""

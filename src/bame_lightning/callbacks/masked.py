@@ -23,7 +23,6 @@ class MaskedCallback(SparseCallback):
     element-wise optimizer state are zeroed; then a method may change the masks. Takes the arguments of `SparseCallback`.
     """
 
-    _optimizer: Optimizer | None
     _expected: dict[str, Bool[Tensor, "*shape"]]
 
     # What a method overrides.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +70,9 @@ class RigL(MaskedCallback):
         layers = restored["layers"] if restored else {}
         for sparse in self.weights:
             flips = layers.get(sparse.name, {}).get("flips", torch.zeros((), dtype=torch.int64))
-            self.flips[sparse.name] = flips.to(sparse.weight.device)
+            self.flips[sparse.name] = flips.to(
+                sparse.weight.device, copy=True
+            )  # counted in place; the checkpoint is the caller's
 
     @override
     def read_gradients(self) -> None:
@@ -87,7 +88,7 @@ class RigL(MaskedCallback):
     def evolve(self, optimizer: Optimizer) -> bool:
         if not self._gradients:
             return False
-        share = self.share / 2 * (1 + math.cos(math.pi * self._window.progress(self.steps)))
+        share = self._window.annealed(self.share, self.steps)
         finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients.values()]).all()
         for sparse in self.weights:
             gradient = self._gradients.get(sparse.name)
