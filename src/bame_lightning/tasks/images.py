@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Num
-from lightning import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
+
+from bame_lightning.tasks.in_memory import InMemoryData
 
 
 class Images(NamedTuple):
@@ -37,8 +37,8 @@ class Images(NamedTuple):
         return Images(self.pixels[stay], self.labels[stay]), Images(self.pixels[aside], self.labels[aside])
 
 
-class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Serves a whole batch by a few operations: on small models a loop over samples costs more than a step.
+class StandardisedImages:
+    """Images as batches of floating-point numbers.
 
     Args:
         images: The images, values as they come.
@@ -59,11 +59,6 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images.labels)
 
-    @override
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pixels, labels = self.__getitems__([index])
-        return pixels[0], labels[0]
-
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         pixels = self.images.pixels[indices]
         if self.augmentation is not None:
@@ -71,11 +66,7 @@ class InMemoryDataset(Dataset[tuple[Tensor, Tensor]]):
         return (pixels.float() - self.mean) / self.std, self.images.labels[indices]
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-class InMemoryImages(LightningDataModule):
+class InMemoryImages(InMemoryData):
     """A data set held in memory, each channel standardised by the training images' mean and standard deviation.
 
     A data set of its own is a subclass that names its shape and its classes and implements `load`. Values stay as they
@@ -94,6 +85,7 @@ class InMemoryImages(LightningDataModule):
     input_shape: ClassVar[tuple[int, int, int]]
     """Channels, height and width of an image."""
     num_classes: ClassVar[int]
+    evaluation_batch_size = 1000
 
     def __init__(
         self,
@@ -102,26 +94,20 @@ class InMemoryImages(LightningDataModule):
         num_workers: int,
         augmentation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+        super().__init__(batch_size, num_workers)
         if val_size != 0 and val_size < self.num_classes:
             raise ValueError(
                 f"`val_size` must be 0 (no validation) or at least one image for each of the {self.num_classes} "
                 f"classes; got {val_size}."
             )
-        self.batch_size, self.val_size, self.num_workers = batch_size, val_size, num_workers
-        self._augmentation = augmentation
-        self._splits: list[InMemoryDataset] | None = None
+        self.val_size, self._augmentation = val_size, augmentation
 
     @abstractmethod
     def load(self) -> tuple[Images, Images]:
         """Read the training and the test images, values as they come."""
 
     @override
-    def setup(self, stage: str) -> None:
-        if self._splits is not None:
-            return
+    def split(self) -> tuple[StandardisedImages, StandardisedImages, StandardisedImages]:
         train, test = self.load()
         if max(self.batch_size, self.num_classes) + self.val_size > len(train.labels):
             raise ValueError(
@@ -131,34 +117,8 @@ class InMemoryImages(LightningDataModule):
         train, val = train.split(self.val_size)
         pixels = train.pixels.float()
         mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
-        self._splits = [
-            InMemoryDataset(train, mean, std, self._augmentation),
-            InMemoryDataset(val, mean, std),
-            InMemoryDataset(test, mean, std),
-        ]
-
-    @override
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader(0, training=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[object]:
-        return self._loader(1) if self.val_size else []
-
-    @override
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader(2)
-
-    def _loader(self, split: int, *, training: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        if self._splits is None:
-            self.setup("fit")
-        assert self._splits is not None
-        return DataLoader(
-            self._splits[split],
-            batch_size=self.batch_size if training else 1000,
-            shuffle=training,
-            drop_last=training,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+        return (
+            StandardisedImages(train, mean, std, self._augmentation),
+            StandardisedImages(val, mean, std),
+            StandardisedImages(test, mean, std),
         )
