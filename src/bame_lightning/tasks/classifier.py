@@ -1,4 +1,4 @@
-"""Supervised classification of images."""
+"""Supervised classification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 Batch = Sequence[Tensor]
-"""Images and the class of each: a tuple or, from torch's default collation, a list."""
+"""Inputs, and the class of each or of each of its positions: a tuple or, from torch's default collation, a list."""
 
 
 class Classifier(LightningModule):
@@ -28,7 +28,7 @@ class Classifier(LightningModule):
     `model.*`.
 
     Args:
-        model: Maps images to one logit per class.
+        model: Maps inputs to one logit per class.
         optimizer: Makes the optimizer from parameters, or groups of them.
         scheduler: Makes a learning-rate schedule from the optimizer and the number of its steps; stepped after each
             optimizer step. None keeps the learning rate.
@@ -86,11 +86,14 @@ class Classifier(LightningModule):
         return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
     def _step(self, batch: Batch, stage: str, accuracy: MeanMetric, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
-        images, labels = batch
-        logits = self(images)
-        loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        inputs, labels = batch
+        logits = self(inputs)
+        loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
         accuracy.update(logits.detach().argmax(-1) == labels)
-        shown = stage != "test"
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
+        self._log_mean(stage, "loss", loss, batch)
+        self._log_mean(stage, "accuracy", accuracy, batch)
         return loss
+
+    def _log_mean(self, stage: str, name: str, value: Tensor | MeanMetric, batch: Batch) -> None:
+        shown, samples = stage != "test", len(batch[1])
+        self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=samples)
