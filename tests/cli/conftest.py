@@ -29,7 +29,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     def call(*overrides: str) -> Path:
         flags = [override for override in overrides if override.startswith("-")]
         rest = [override for override in overrides if not override.startswith("-")]
-        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *TINY, *QUIET_HYDRA, *rest])
+        other_model = any(override.startswith("model=") for override in rest)
+        tiny = [override for override in TINY if not (other_model and override.startswith("model."))]
+        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *tiny, *QUIET_HYDRA, *rest])
         train.main()
         return tmp_path / "run"
 

@@ -68,7 +68,10 @@ def config(tmp_path: Path) -> Iterator[Any]:
 def make_everything(cfg: DictConfig) -> tuple[L.Trainer, L.LightningModule, L.LightningDataModule]:
     data = instantiate(cfg.data)
     model = instantiate(cfg.model)(data.input_shape, data.num_classes)
-    assert model(torch.randn(2, *data.input_shape)).shape == (2, data.num_classes)
+    tokens = len(data.input_shape) == 1
+    inputs = torch.zeros(2, *data.input_shape, dtype=torch.int64) if tokens else torch.randn(2, *data.input_shape)
+    positions = data.input_shape if tokens else ()
+    assert model(inputs).shape == (2, *positions, data.num_classes)
     optimizer = instantiate(cfg.optimizer)
     instantiate(cfg.scheduler)(optimizer(model.parameters()), 100)
     task = instantiate(cfg.task)(model, optimizer, instantiate(cfg.scheduler))
@@ -82,7 +85,8 @@ def make_everything(cfg: DictConfig) -> tuple[L.Trainer, L.LightningModule, L.Li
 
 def test_every_group_is_covered() -> None:
     groups = {name.partition("=")[0] for name in CHOICES}
-    assert {"data", "model", "sparsity", "method", "optimizer", "scheduler", "trainer", "logger", "callbacks"} <= groups
+    assert {"data", "model", "task", "sparsity", "method", "optimizer", "scheduler", "trainer", "logger"} <= groups
+    assert "callbacks" in groups
     assert RECIPE_FILES
 
 
@@ -93,9 +97,12 @@ def test_the_defaults_of_a_command_compose_and_instantiate(root: str, config: An
     assert callable(made["model"])
 
 
+NEEDS = {"method=magnitude": "ckpt=dense.ckpt", "model=gpt": "data=python_source", "data=python_source": "model=gpt"}
+
+
 @pytest.mark.parametrize("override", CHOICES)
 def test_a_choice_composes_and_instantiates(override: str, config: Any) -> None:
-    make_everything(config(override, *(["ckpt=dense.ckpt"] if override == "method=magnitude" else [])))
+    make_everything(config(override, *([NEEDS[override]] if override in NEEDS else [])))
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
@@ -152,7 +159,7 @@ def planned(cfg: DictConfig) -> dict[str, str]:
     """The pattern of each sparse layer of the model that `cfg` names."""
     module = L.LightningModule()
     with torch.device("meta"):  # shapes are all that counts
-        module.model = instantiate(cfg.model)((1, 28, 28), 10)
+        module.model = instantiate(cfg.model)((128,) if cfg.model._target_.endswith("gpt") else (1, 28, 28), 10)
     rules = cfg.sparsity.layers and OmegaConf.to_container(cfg.sparsity.layers)
     plans = plan_layers(module, NMPattern.parse(cfg.pattern), rules)
     return {plan.name.removesuffix(".weight"): str(plan.pattern) for plan in plans if plan.pattern}
@@ -172,6 +179,7 @@ def test_layer_rules_hold_for_every_model(model: str, config: Any) -> None:
 
 VIT_BLOCKS = [f"model.encoder.layers.encoder_layer_{index}." for index in range(4)]
 DEIT_BLOCKS = [f"model.blocks.{index}." for index in range(12)]
+GPT_BLOCKS = [f"model.blocks.{index}." for index in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +192,7 @@ DEIT_BLOCKS = [f"model.blocks.{index}." for index in range(12)]
             ["mlp.0", "mlp.3"],
         ),
         ("deit_small", DEIT_BLOCKS, ["attn.qkv", "attn.proj"], ["mlp.fc1", "mlp.fc2"]),
+        ("gpt", GPT_BLOCKS, ["attention.qkv", "attention.proj"], ["mlp.fc1", "mlp.fc2"]),
     ],
 )
 def test_layer_rules_of_transformers(
@@ -209,10 +218,10 @@ def test_mobilenet_is_sparse_where_channels_mix(config: Any) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_knows_its_native_images_and_classes(path: Path, config: Any) -> None:
+def test_every_model_knows_its_native_input_and_classes(path: Path, config: Any) -> None:
     arguments = inspect.signature(instantiate(config(f"model={path.stem}").model)).parameters
-    assert arguments["input_shape"].default in {(3, 224, 224), (3, 32, 32), (1, 28, 28)}
-    assert arguments["num_classes"].default in {10, 1000}
+    assert arguments["input_shape"].default in {(3, 224, 224), (3, 32, 32), (1, 28, 28), (128,)}
+    assert arguments["num_classes"].default in {10, 1000, 256}
 
 
 @pytest.fixture

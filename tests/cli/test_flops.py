@@ -103,6 +103,8 @@ def test_bame_and_the_run_are_counted_as_by_hand(report: Any) -> None:
         (["model=resnet20", "data=digits"], [1, 8, 8], 10),
         (["model=mobilenet_v2", "data=cifar10"], [3, 32, 32], 10),
         (["model=mlp", "data=imagenet"], [3, 224, 224], 1000),
+        (["model=gpt"], [128], 256),
+        (["model=gpt", "data=python_source", "data.context=32"], [32], 256),
     ],
 )
 def test_models_are_counted_at_their_native_input_or_that_of_data(
@@ -126,7 +128,17 @@ def test_attention_has_products_without_a_weight(report: Any) -> None:
     assert found["products_without_weight_macs"] == 4 * 2 * 50 * 50 * 128
 
 
-@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "vit"])
+def test_a_language_model_is_counted_at_all_positions(report: Any) -> None:
+    found = report("model=gpt", "pattern=1:16")
+    # 128 tokens of width 128 in 2 blocks of 12 widths squared, and the head
+    blocks, head = 2 * 128 * 12 * 128**2, 128 * 128 * 256
+    attention = 2 * 2 * 128 * 128 * 128
+    assert found["products_without_weight_macs"] == attention
+    assert found["dense_forward_macs"] == blocks + head + attention
+    assert found["f"] == pytest.approx((blocks / 16 + head + attention) / (blocks + head + attention))
+
+
+@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "vit", "gpt"])
 def test_the_tables_fit_80_columns_and_say_what_they_are(model: str, run: Run) -> None:
     out = run(f"model={model}", "pattern=1:4")
     assert max(map(len, out.splitlines())) <= 80
@@ -151,6 +163,7 @@ def test_json_is_printed_alone(run: Run) -> None:
         (["batch_size=1.5"], "`batch_size`"),
         (["schedule.every=0"], "`schedule.every`"),
         (["model=mlp", "model._target_=tests.cli.test_flops.mlp_without_defaults", "~model.hidden"], "data=..."),
+        (["model=gpt", "data=digits"], "made for images (1, 8, 8)"),
         (["model=mlp", "model._target_=tests.cli.test_flops.mlp_of_seven", "~model.hidden"], "shape (1, 1, 8)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,42 @@ def test_a_number_that_is_not_finite_is_null_in_strict_json(run: Run) -> None:
     assert json.loads(text, parse_constant=refuse)["train_loss"] is None
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with enough Python for a few batches."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for index in range(20):
+        (folder / f"module{index}.py").write_text(f"def f{index}(x):\n    return x + {index}\n\n\n" * 20)
+    return folder
+
+
+def test_a_language_model_is_judged_by_bits_per_byte(
+    run: Run, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("data.context=16", "model.width=32", "method.schedule.every=2")
+    choices = ("model=gpt", "data=python_source", "task=language_model", "optimizer=adamw")
+    folder = run(*choices, *small, f"data.folder={source}", "pattern=2:4", "optimizer.lr=0.01")
+    summary = read_summary(folder)
+    parts = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
+    names = [f"model.blocks.{index}.{part}.weight" for index in range(2) for part in parts]
+    assert [layer["name"] for layer in summary["layers"]] == names
+    assert summary["compliant"]
+    assert summary["sparse"]["flips"] > 0
+    for stage in ("train", "val", "test"):
+        assert summary[f"{stage}_bits_per_byte"] == pytest.approx(summary[f"{stage}_loss"] / math.log(2), rel=1e-5)
+    assert summary["test_bits_per_byte"] < 8
+    assert 0 < summary["flops"]["flops/train_vs_dense"] < 1
+    out = capsys.readouterr().out
+    assert f"test bits per byte  {summary['test_bits_per_byte']:.4f}" in out
+    assert "train/bits_per_byte" in out[: out.index("╭")]
+
+
+def test_a_classifier_has_no_bits_per_byte(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_summary(run("method=static"))["test_bits_per_byte"] is None
+    assert "bits" not in capsys.readouterr().out
+
+
 def test_skip_finished_takes_results_of_the_same_configuration_only(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +260,22 @@ def test_a_data_dir_without_the_files_says_so(
     monkeypatch.setattr("bame_lightning.tasks.data.TorchvisionFashionMNIST", refuse)
     line = failure(run, capsys, "data=fashion_mnist", "data.data_dir=nowhere", "quiet=true")
     assert "`data_dir` nowhere lacks train-images-idx3-ubyte" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data=python_source",
+            "`model` must be made for sequences of tokens (128), as `data` has them; got one for images",
+        ),
+        ("model=gpt", "`model` must be made for images (1, 8, 8), as `data` has them; got one for sequences of tokens"),
+    ],
+)
+def test_a_model_of_other_data_is_refused(
+    override: str, message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failure(run, capsys, override, "quiet=true")
 
 
 def test_an_unquoted_pattern_in_a_recipe_is_explained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import nn
 
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
+from bame_lightning.cli.models import Build, build_model, native_input
 from bame_lightning.evidence import OneBatch
 from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
 from bame_lightning.layers import plan_layers
@@ -78,8 +78,12 @@ def count(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("data"):
         data = instantiate(cfg.data)
         shape, classes = tuple(data.input_shape), data.num_classes
+    elif native := native_input(build):
+        shape, classes = native
     else:
-        shape, classes = _native(build)
+        raise ValueError(
+            "`model` has no default `input_shape` and `num_classes`, so it has no native input. Choose one with data=..."
+        )
     model, counter = _trace(build, shape, classes)
 
     rules = cfg.sparsity.layers or {}
@@ -128,25 +132,14 @@ def count(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _native(build: Callable[..., nn.Module]) -> tuple[tuple[int, ...], int]:
-    """What a model is made for unless told otherwise."""
-    parameters = inspect.signature(build).parameters
-    values = [parameters[name].default for name in ("input_shape", "num_classes") if name in parameters]
-    if len(values) < 2 or inspect.Parameter.empty in values:
-        raise ValueError(
-            "`model` has no default `input_shape` and `num_classes`, so it has no native input. Choose one with data=..."
-        )
-    return tuple(values[0]), values[1]
-
-
-def _trace(build: Callable[..., nn.Module], shape: tuple[int, ...], classes: int) -> tuple[nn.Module, MacCounter]:
+def _trace(build: Build, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, MacCounter]:
     """Run one forward pass without memory or arithmetic; layers are named as in `bame-train`."""
     with torch.device("meta"):
-        network = build(shape, classes)
+        network = build_model(build, shape, classes)
         model = nn.ModuleDict({"model": network})
         try:
             with MacCounter(model) as counter:
-                network(torch.empty(_SAMPLES, *shape))
+                network(torch.empty(_SAMPLES, *shape, dtype=torch.long if len(shape) == 1 else None))  # tokens
         except RuntimeError as error:
             raise ValueError(f"`model` cannot process inputs of shape {shape}: {error}") from error
     return model, counter

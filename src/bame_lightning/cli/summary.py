@@ -56,7 +56,7 @@ def summarize(
         **{
             f"{stage}_{name}": float(metrics[f"{stage}/{name}"]) if f"{stage}/{name}" in metrics else None
             for stage in ("test", "val", "train")
-            for name in ("accuracy", "loss")
+            for name in ("accuracy", "loss", "bits_per_byte")
         },
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -119,6 +119,8 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "task", f"{summary['data']}, {summary['model']}, seed {summary['seed']}"
     for stage in ("test", "val"):
+        if summary[f"{stage}_bits_per_byte"] is not None:
+            yield f"{stage} bits per byte", f"{summary[f'{stage}_bits_per_byte']:.4f}"
         if summary[f"{stage}_accuracy"] is not None:
             yield f"{stage} accuracy", f"{summary[f'{stage}_accuracy']:.2%}"
     if "compliant" in summary:

@@ -21,13 +21,14 @@ from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.finished import experiment, finished, plain
+from bame_lightning.cli.models import build_model
 from bame_lightning.cli.progress import EpochLines
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.pattern import NMPattern
 from bame_lightning.runs import SUMMARY, strict_json
 
-# Right in general, but not here: images are in memory, and a run folder holds Hydra's files before the run starts.
+# Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (
     ".*does not have many workers which may be a bottleneck",
     "Experiment logs directory .* exists and is not empty",
@@ -46,7 +47,7 @@ def main(cfg: DictConfig) -> float | None:
         cfg: The composed configuration.
 
     Returns:
-        Accuracy on the validation images, for sweepers that optimise; None if there are none or the job failed.
+        Accuracy in validation, for sweepers that optimise; None if there are none or the job failed.
     """
     validated: float | None = None
     with one_line_errors("bame-train"):
@@ -81,7 +82,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     data = instantiate(cfg.data)
-    model = instantiate(cfg.model)(data.input_shape, data.num_classes)
+    model = build_model(instantiate(cfg.model), data.input_shape, data.num_classes)
     task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
     method: SparseCallback | Dense = instantiate(cfg.method)
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]

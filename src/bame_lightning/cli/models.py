@@ -1,0 +1,54 @@
+"""Models as commands build them: for the inputs of a data set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Build = Callable[[Any, int], nn.Module]
+"""Makes a model from the shape of an input (three numbers: an image; one: a sequence of tokens) and the classes."""
+
+
+def native_input(build: Build) -> tuple[tuple[int, ...], int] | None:
+    """What a model is made for unless told otherwise.
+
+    Args:
+        build: Makes the model.
+
+    Returns:
+        Shape of an input, and classes; None if the arguments have no defaults or other names.
+    """
+    parameters = inspect.signature(build).parameters
+    values = [parameters[name].default for name in ("input_shape", "num_classes") if name in parameters]
+    return (tuple(values[0]), values[1]) if len(values) == 2 and inspect.Parameter.empty not in values else None
+
+
+def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a model for inputs of some shape.
+
+    Args:
+        build: Makes the model.
+        input_shape: Shape of an input.
+        num_classes: Outputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model is made for another kind of input.
+    """
+    native = native_input(build)
+    if native is not None and len(native[0]) != len(input_shape):
+        raise ValueError(
+            f"`model` must be made for {_kind(input_shape)}, as `data` has them; got one for {_kind(native[0])}. Choose "
+            "another `model`, or other `data`."
+        )
+    return build(input_shape, num_classes)
+
+
+def _kind(shape: tuple[int, ...]) -> str:
+    kind = {1: "sequences of tokens", 3: "images"}.get(len(shape), "inputs")
+    return f"{kind} ({', '.join(map(str, shape))})"
