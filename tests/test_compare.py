@@ -179,3 +179,35 @@ def test_tables_say_the_same_in_csv_and_markdown() -> None:
     text = to_markdown(comparison)
     assert "| 1:4 | bame | 2 | 60.00 ± 14.14 | 0.2500 | 2e+12 | 0.250 | 0.500 | +20.00 [-107.06, +147.06] |" in text
     assert "| 1:4 | static | 2 | 40.00 ± 0.00 |  |  |  |  | baseline |" in text
+
+
+def test_language_models_are_compared_by_bits_per_byte() -> None:
+    language = {"data": "python_source", "loss": 1.5}
+    runs = [
+        *(run("bame", 0, 0.6, bits_per_byte=2.0, **language), run("bame", 1, 0.6, bits_per_byte=2.2, **language)),
+        *(run("static", 0, 0.5, bits_per_byte=2.5, **language), run("static", 1, 0.5, bits_per_byte=2.5, **language)),
+        run("static", 2, 0.1, bits_per_byte=None, **language),
+    ]
+    comparison = compare_runs(runs, "static")
+    half = 12.706205 * 0.2 / sqrt(2) / sqrt(2)
+    assert comparison.notes == ("left out: static1:42: no test bits per byte, as after a divergence",)
+    text = to_markdown(comparison)
+    assert "| pattern | method | seeds | bits per byte | loss | difference to static |" in text
+    assert f"| 1:4 | bame | 2 | 2.1000 ± 0.1414 | 1.5000 | -0.4000 [{-0.4 - half:+.4f}, {-0.4 + half:+.4f}] |" in text
+    assert "Test bits per byte (fewer are better): mean" in text
+    assert "Difference: to static in bits per byte, paired" in text
+    bame, _ = csv.DictReader(io.StringIO(to_csv(comparison)))
+    assert float(bame["test_bits_per_byte_mean"]) == pytest.approx(2.1)
+    assert float(bame["test_bits_per_byte_std"]) == pytest.approx(0.02**0.5)
+    assert float(bame["test_accuracy_mean"]) == pytest.approx(0.6)
+    assert float(bame["difference_mean"]) == pytest.approx(-0.4)
+
+
+def test_tasks_of_either_kind_stand_side_by_side() -> None:
+    runs = [run("bame", 0, 0.6, data="python_source", bits_per_byte=2.0), run("bame", 0, 0.5)]
+    comparison = compare_runs(runs)
+    text = to_markdown(comparison)
+    assert "| 1:4 | bame | 1 | 50.00 |" in text
+    assert "| 1:4 | bame | 1 | 2.0000 |" in text
+    assert "Test accuracy in percent or bits per byte (fewer are better): mean" in text
+    assert [row["test_bits_per_byte_mean"] for row in csv.DictReader(io.StringIO(to_csv(comparison)))] == ["", "2.0"]

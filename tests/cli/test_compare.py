@@ -48,6 +48,18 @@ def test_writes_and_prints(
     assert imread(tmp_path / "compare.png")[..., :3].std() > 0.05
 
 
+def test_language_models_are_shown_by_bits_per_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([sweep(tmp_path, data="python_source", test_bits_per_byte=2.25), "--baseline", "sr_ste"]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
+    assert "2.2500 ± 0.0000" in out
+    assert "+0.0000 [+0.0000, +0.0000]" in out
+    assert (tmp_path / "compare.png").is_file()
+
+
 def test_several_tasks_have_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for data in ("digits", "fashion_mnist"):
         sweep(tmp_path / data, data=data)

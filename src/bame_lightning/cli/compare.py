@@ -17,9 +17,10 @@ from bame_lightning.compare.figure import draw
 from bame_lightning.compare.tables import WORDS, cells, explanation, tasks
 
 _DESCRIPTION = """\
-Compare the finished runs of a sweep: test accuracy over seeds, training loss,
-training FLOPs, and the difference to a baseline. Reads every summary.json
-below SWEEP_DIR, and writes compare.csv, compare.md and compare.png there."""
+Compare the finished runs of a sweep: test accuracy (of language models: bits
+per byte) over seeds, training loss, training FLOPs, and the difference to a
+baseline. Reads every summary.json below SWEEP_DIR, and writes compare.csv,
+compare.md and compare.png there."""
 
 _EPILOG = """\
 how runs are grouped:

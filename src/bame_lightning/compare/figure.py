@@ -1,4 +1,4 @@
-"""A comparison as a figure: accuracy against training FLOPs, or against the pattern where FLOPs were not counted."""
+"""A comparison as a figure: the metric against training FLOPs, or against the pattern where FLOPs were not counted."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         counted = all(row.flops(_FLOPS) for row in rows)
         (_against_flops if counted else _by_pattern)(axis, rows, colours, markers)
         axis.set_title(title, fontsize=11, color=_INK, loc="left")
+        axis.set_ylabel(f"test {rows[0].metric.title}{rows[0].metric.unit}, mean ± std over seeds", color=_MUTED)
         _calm(axis)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
@@ -53,7 +54,7 @@ def _against_flops(axis: Axes, rows: list[Row], colours: dict[str, str], markers
     for row in rows:
         flops = row.flops(_FLOPS) or 1.0
         _point(axis, flops, row, colours, markers)
-        lines[row.method, row.settings_text].append((flops, 100 * row.accuracy[0]))
+        lines[row.method, row.settings_text].append((flops, row.metric.scale * row.value[0]))
     for (method, _), points in lines.items():  # the patterns of a method
         axis.plot(*zip(*sorted(points), strict=True), color=colours[method], alpha=0.35, linewidth=1.5, zorder=1)
     axis.set_xscale("log")
@@ -77,11 +78,12 @@ def _by_pattern(axis: Axes, rows: list[Row], colours: dict[str, str], markers: d
 
 
 def _point(axis: Axes, x: float, row: Row, colours: dict[str, str], markers: dict[str, str]) -> None:
-    mean, deviation = row.accuracy
+    mean, deviation = row.value
+    scale = row.metric.scale
     axis.errorbar(
         x,
-        100 * mean,
-        yerr=None if deviation is None else 100 * deviation,
+        scale * mean,
+        yerr=None if deviation is None else scale * deviation,
         color=colours[row.method],
         marker=markers[row.pattern or "dense"],
         markersize=_SIZES.get(markers[row.pattern or "dense"], 7.5),
@@ -93,7 +95,6 @@ def _point(axis: Axes, x: float, row: Row, colours: dict[str, str], markers: dic
 
 
 def _calm(axis: Axes) -> None:
-    axis.set_ylabel("test accuracy in %, mean ± std over seeds", color=_MUTED)
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.margins(0.08)

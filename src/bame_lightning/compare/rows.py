@@ -18,6 +18,31 @@ _NOT_A_SETTING = ("logger", "threads", "run_dir")
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What the runs of a task are judged by.
+
+    Args:
+        key: Attribute of `Run`.
+        title: Name for people.
+        unit: That of shown values, as it follows the title in a sentence.
+        difference_unit: That of shown differences.
+        scale: Shown values per value.
+        digits: Decimal places of shown values.
+    """
+
+    key: str
+    title: str
+    unit: str
+    difference_unit: str
+    scale: int
+    digits: int
+
+
+ACCURACY = Metric("accuracy", "accuracy", " in percent", "percentage points", scale=100, digits=2)
+BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", " (fewer are better)", "bits per byte", scale=1, digits=4)
+
+
+@dataclass(frozen=True)
 class Difference:
     r"""Mean difference to the baseline over paired seeds, and its 95 % confidence interval.
 
@@ -25,7 +50,7 @@ class Difference:
     $\bar d \pm t_{0.975,\,n-1}\, s / \sqrt{n}$.
 
     Args:
-        mean: In units of accuracy, positive where the row beats the baseline.
+        mean: Row minus baseline, in units of the metric: the row is better where accuracy is higher, bits are fewer.
         half_width: Half of the interval; None for a single pair.
         seeds: The paired seeds.
     """
@@ -39,8 +64,8 @@ class Difference:
         """Pair two rows by seed.
 
         Args:
-            row: Accuracy by seed.
-            baseline: Accuracy by seed.
+            row: Values by seed.
+            baseline: Values by seed.
 
         Returns:
             The difference; None if they share no seed.
@@ -64,11 +89,13 @@ class Row:
     Args:
         runs: By ascending seed, one for each.
         settings: What sets this row apart beside pattern and method, by dotted key.
+        metric: What it is judged by; the same for all rows of a task.
         difference: To the baseline; None for the baseline itself, and where there is nothing to pair.
     """
 
     runs: tuple[Run, ...]
     settings: Mapping[str, object]
+    metric: Metric = ACCURACY
     difference: Difference | None = None
 
     @property
@@ -97,15 +124,19 @@ class Row:
         return " ".join(f"{key.removeprefix('choices.')}={value}" for key, value in self.settings.items())
 
     @property
-    def accuracies(self) -> dict[int, float]:
-        """Test accuracy by seed."""
-        return {run.seed: run.accuracy for run in self.runs}
+    def accuracy(self) -> tuple[float, float | None]:
+        """Mean and sample standard deviation of the test accuracy over seeds; None for a single one."""
+        return _spread([run.accuracy for run in self.runs])
 
     @property
-    def accuracy(self) -> tuple[float, float | None]:
-        """Mean and sample standard deviation over seeds; None for a single one."""
-        values = list(self.accuracies.values())
-        return statistics.fmean(values), _deviation(values) if len(values) > 1 else None
+    def values(self) -> dict[int, float]:
+        """The metric by seed."""
+        return {run.seed: getattr(run, self.metric.key) for run in self.runs}
+
+    @property
+    def value(self) -> tuple[float, float | None]:
+        """Mean and sample standard deviation of the metric over seeds; None for a single one."""
+        return _spread(list(self.values.values()))
 
     @property
     def loss(self) -> float | None:
@@ -159,11 +190,16 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
         raise CompareError(f"`--baseline` must be a method of these runs ({', '.join(methods)}); got {baseline!r}.")
     rows, notes = list[Row](), list[str]()
     for task in _grouped(runs, lambda run: (run.data, run.model, run.recipe or "")).values():
+        metric = BITS_PER_BYTE if any(run.bits_per_byte is not None for run in task) else ACCURACY
+        lacking = [run.folder for run in task if getattr(run, metric.key) is None]
+        if lacking:
+            notes.append(f"left out: {', '.join(lacking)}: no test {metric.title}, as after a divergence")
+            task = [run for run in task if run.folder not in lacking]
         keys = _settings(task)
         for cell in _grouped(task, partial(_cell, keys=keys)).values():
             settings = {key: cell[0].config[key] for key in keys if key in cell[0].config}
             by_seed = {run.seed: run for run in reversed(cell)}
-            row = Row(tuple(by_seed[seed] for seed in sorted(by_seed)), settings)
+            row = Row(tuple(by_seed[seed] for seed in sorted(by_seed)), settings, metric)
             repeated = [run.folder for run in cell if by_seed[run.seed] is not run]
             if repeated:
                 notes.append(f"left out: {', '.join(repeated)}: {row.label} with a seed that another run already has")
@@ -185,7 +221,7 @@ def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> 
         found = f"{len(partners)} rows" if partners else "no row"
         notes.append(f"no difference: {baseline} has {found} to compare {row.label} with")
         return row
-    here, there = row.accuracies, partners[0].accuracies
+    here, there = row.values, partners[0].values
     for label, lonely in ((row.label, here.keys() - there), (partners[0].label, there.keys() - here)):
         if lonely:
             seeds = ", ".join(map(str, sorted(lonely)))
@@ -240,6 +276,10 @@ def _order(row: Row) -> tuple[object, ...]:
     pattern = None if row.pattern is None else NMPattern.parse(row.pattern)
     sparsity = (-1.0, 0) if pattern is None else (-pattern.n / pattern.m, pattern.m)
     return (*map(str, row.task), sparsity, row.method, row.settings_text)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), _deviation(values) if len(values) > 1 else None
 
 
 def _deviation(values: Sequence[float]) -> float:

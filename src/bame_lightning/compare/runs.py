@@ -25,7 +25,8 @@ class Run:
         data: Option of the group `data`; `model`, `recipe` and `method` alike.
         pattern: "N:M"; None for a dense network.
         seed: Seed of everything random.
-        accuracy: On the test images, in [0, 1].
+        accuracy: In testing, in [0, 1].
+        bits_per_byte: In testing; None if the task is no language modelling.
         loss: Mean training loss of the last epoch.
         flops: Training FLOPs by metric key; empty if they were not counted.
         config: What else was configured, by dotted key.
@@ -39,6 +40,7 @@ class Run:
     method: str
     seed: int
     accuracy: float
+    bits_per_byte: float | None = None
     loss: float | None = None
     flops: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +92,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> Run:
         method=summary["method"],
         seed=summary["seed"],
         accuracy=float(summary["test_accuracy"]),
+        bits_per_byte=summary.get("test_bits_per_byte"),
         loss=summary.get("train_loss"),
         flops={key: value for key, value in summary.get("flops", {}).items() if value is not None},
         config={key: "${pattern}" if value == pattern else value for key, value in config.items() if key != "seed"},

@@ -6,18 +6,21 @@ import csv
 import io
 from itertools import groupby
 
-from bame_lightning.compare.rows import Comparison, Row
+from bame_lightning.compare.rows import BITS_PER_BYTE, Comparison, Row
 
 _COLUMNS = (
     *("data", "model", "recipe", "pattern", "method", "settings", "seeds"),
-    *("test_accuracy_mean", "test_accuracy_std", "train_loss", "flops_train_total", "flops_train_vs_dense"),
-    *("flops_train_vs_sr_ste", "difference_mean", "difference_low", "difference_high", "paired_seeds"),
+    *("test_accuracy_mean", "test_accuracy_std", "test_bits_per_byte_mean", "test_bits_per_byte_std", "train_loss"),
+    *("flops_train_total", "flops_train_vs_dense", "flops_train_vs_sr_ste"),
+    *("difference_mean", "difference_low", "difference_high", "paired_seeds"),
 )
 WORDS = ("pattern", "method", "settings")  # columns of people's tables that hold no numbers
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Write a comparison for programs: accuracies and differences in [0, 1], nothing where there is no number.
+    """Write a comparison for programs: accuracies in [0, 1], nothing where there is no number.
+
+    Differences are of bits per byte where the task has them, else of accuracies.
 
     Args:
         comparison: What to write.
@@ -29,7 +32,7 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for row in comparison.rows:
-        mean, deviation = row.accuracy
+        bits = row.value if row.metric is BITS_PER_BYTE else (None, None)
         seen = row.difference
         half = None if seen is None else seen.half_width
         counts = [row.flops(f"flops/{key}") for key in ("train_total", "train_vs_dense", "train_vs_sr_ste")]
@@ -37,7 +40,7 @@ def to_csv(comparison: Comparison) -> str:
         paired = [None, *interval, None] if seen is None else [seen.mean, *interval, " ".join(map(str, seen.seeds))]
         seeds = " ".join(str(run.seed) for run in row.runs)
         name = [*row.task, row.pattern, row.method, row.settings_text, seeds]
-        writer.writerow([*name, mean, deviation, row.loss, *counts, *paired])
+        writer.writerow([*name, *row.accuracy, *bits, row.loss, *counts, *paired])
     return text.getvalue()
 
 
@@ -70,12 +73,15 @@ def explanation(comparison: Comparison) -> str:
     Returns:
         A paragraph.
     """
-    text = "Test accuracy in percent: mean ± sample standard deviation over seeds. Loss: mean training loss of the last epoch."
+    metrics = list(dict.fromkeys(row.metric for row in comparison.rows))
+    shown = " or ".join(f"{metric.title}{metric.unit}" for metric in metrics)
+    text = f"Test {shown}: mean ± sample standard deviation over seeds. Loss: mean training loss of the last epoch."
     if any(row.flops("flops/train_total") is not None for row in comparison.rows):
         text += " FLOPs: of the whole training, counted, not executed."
     if comparison.baseline is not None:
+        units = " or ".join(metric.difference_unit for metric in metrics)
         text += (
-            f" Difference: to {comparison.baseline} in percentage points, paired by seed, with its 95 % confidence interval "
+            f" Difference: to {comparison.baseline} in {units}, paired by seed, with its 95 % confidence interval "
             "(Student t); an interval that holds 0 leaves open which one is better."
         )
     return text
@@ -104,7 +110,17 @@ def cells(rows: list[Row], baseline: str | None) -> tuple[list[str], list[list[s
     Returns:
         Titles of the columns, and cells by row.
     """
-    names = ["pattern", "method", "settings", "seeds", "accuracy", "loss", "FLOPs", "vs dense", "FLOPs vs SR-STE"]
+    names = [
+        "pattern",
+        "method",
+        "settings",
+        "seeds",
+        rows[0].metric.title,
+        "loss",
+        "FLOPs",
+        "vs dense",
+        "FLOPs vs SR-STE",
+    ]
     names += [] if baseline is None else [f"difference to {baseline}"]
     table = [_cells(row, baseline) for row in rows]
     kept = [index for index, _ in enumerate(names) if any(row[index] for row in table)]
@@ -112,14 +128,15 @@ def cells(rows: list[Row], baseline: str | None) -> tuple[list[str], list[list[s
 
 
 def _cells(row: Row, baseline: str | None) -> list[str]:
-    mean, deviation = row.accuracy
+    mean, deviation = row.value
+    scale, digits = row.metric.scale, row.metric.digits
     total, dense, sr_ste = (row.flops(f"flops/{key}") for key in ("train_total", "train_vs_dense", "train_vs_sr_ste"))
     found = [
         row.pattern or "dense",
         row.method,
         row.settings_text,
         str(len(row.runs)),
-        f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"),
+        f"{scale * mean:.{digits}f}" + ("" if deviation is None else f" ± {scale * deviation:.{digits}f}"),
         "" if row.loss is None else f"{row.loss:.4f}",
         "" if total is None else f"{total:.3g}",
         "" if dense is None else f"{dense:.3f}",
@@ -134,10 +151,13 @@ def _difference(row: Row, baseline: str) -> str:
     seen = row.difference
     if seen is None:
         return ""
+
+    def shown(value: float) -> str:
+        return f"{row.metric.scale * value:+.{row.metric.digits}f}"
+
     if seen.half_width is None:
-        return f"{100 * seen.mean:+.2f} (one pair)"
-    low, high = 100 * (seen.mean - seen.half_width), 100 * (seen.mean + seen.half_width)
-    return f"{100 * seen.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        return f"{shown(seen.mean)} (one pair)"
+    return f"{shown(seen.mean)} [{shown(seen.mean - seen.half_width)}, {shown(seen.mean + seen.half_width)}]"
 
 
 def _escaped(cell: str) -> str:
