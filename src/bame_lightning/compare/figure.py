@@ -41,7 +41,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         counted = all(row.flops(_FLOPS) for row in rows)
         (_against_flops if counted else _by_pattern)(axis, rows, colours, markers)
         axis.set_title(title, fontsize=11, color=_INK, loc="left")
-        axis.set_ylabel(f"test {rows[0].metric.title}{rows[0].metric.unit}, mean ± std over seeds", color=_MUTED)
+        axis.set_ylabel(f"test {rows[0].metric.title}{rows[0].metric.unit},\nmean ± std over seeds", color=_MUTED)
         _calm(axis)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
