@@ -19,11 +19,11 @@ def proximal_worth(
 ) -> Float[Tensor, "blocks m"]:
     r"""Value latent weights by their magnitude, in units of the loss; the default criterion.
 
-    $\text{worth}_i = \frac{x_i^2}{2 S_b}$ (ours), with x the latent weight and $S_b = \sum r k \eta_b$ the learning time
-    over which its block's evidence was gathered (the sum decays as the evidence does). Derivation: evidence from zero is
-    $v = -S \bar g$, the minimiser of the proximal model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at
-    its minimum the loss is lower by $\frac{v^2}{2S}$. A kept weight is taken to stand at the minimum of the same model, and
-    gives up as much when it is pruned. Within a block the order is that of magnitudes.
+    $\text{worth}_i = \frac{x_i^2}{2 S_b}$ (ours), with x the latent weight and $S_b$ the learning time, the sum of steps by
+    which its block's evidence was gathered. Derivation: evidence from zero is $v = -S \bar g$, the minimiser of the proximal
+    model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at its minimum the loss is lower by
+    $\frac{v^2}{2S}$. A kept weight is taken to stand at the minimum of the same model, and gives up as much when it is pruned.
+    Within a block the order is that of magnitudes.
 
     Args:
         latent: Weights where kept, evidence where pruned.
@@ -55,17 +55,20 @@ def first_order_worth(
     return (gradient * latent).abs()
 
 
-def select_mask(worth: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
-    """Swap in every block while the best pruned weight is worth more than the worst kept one.
+def select_mask(
+    worth: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], n: int, margin: float = 0.0
+) -> Bool[Tensor, "blocks m"]:
+    """Swap in every block while the best pruned weight is worth more than the worst kept one, by a margin.
 
     Each swap prunes the kept weight of the least worth and revives the pruned one of the greatest; at most
-    min(n, m - n) swaps can gain. The result keeps the n weights of the greatest worth; on a tie the mask stays as it is,
-    and between equals the lower index swaps first.
+    min(n, m - n) swaps can gain. Without a margin the n weights of the greatest worth are kept. On a tie the mask stays as
+    it is, and between equals the lower index swaps first.
 
     Args:
-        worth: Value of each latent weight, never NaN.
+        worth: Value of each latent weight, at least 0, never NaN.
         mask: The mask in force, exactly `n` kept per block.
         n: Weights kept per block.
+        margin: Swap only where the gain exceeds (1 + margin) times the cost.
 
     Returns:
         The new mask, exactly `n` kept per block.
@@ -74,6 +77,6 @@ def select_mask(worth: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"]
     for _ in range(min(n, mask.shape[-1] - n)):
         cost, weakest = worth.masked_fill(~mask, math.inf).min(-1, keepdim=True)
         gain, strongest = worth.masked_fill(mask, -math.inf).max(-1, keepdim=True)
-        swap = gain > cost
+        swap = gain > (1 + margin) * cost
         mask.scatter_(-1, weakest, ~swap).scatter_(-1, strongest, swap)
     return mask

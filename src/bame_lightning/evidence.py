@@ -1,8 +1,8 @@
 """What pruned weights would have become, from the dense gradients that are read.
 
 A pruned weight holds no value in the network, but something must be known of it before it can be revived. The evidence
-$v$ is that knowledge: the value the weight would have had, had the optimizer moved it by the dense gradients that were
-read. It is ours, not the paper's (see `docs/algorithm.md`); the paper's abstract speaks of the expected loss reduction
+$v$ is that knowledge: the value the weight would have had, had descent moved it by the dense gradients that were read.
+It is ours, not the paper's (see `docs/algorithm.md`); the paper's abstract speaks of the expected loss reduction
 only.
 """
 
@@ -25,11 +25,12 @@ class Reading(NamedTuple):
 
     Args:
         everywhere: Read all unfrozen blocks; otherwise the designated ones.
-        steps: Optimizer steps the reading stands for, r.
+        steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
+            optimizer's (`OneBatch`).
     """
 
     everywhere: bool
-    steps: int
+    steps: float
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,26 @@ class Evidence:
 
     Every `read_every` steps all unfrozen blocks are read and ranked; in between, only the best `share` of them. A
     reading everywhere stands for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without
-    a reading, and standing for all of them would multiply the noise of one batch as well.
+    a reading, and standing for all of them would multiply the noise of one batch as well. How far evidence moves follows
+    from the length of the window, the weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of
+    a layer matters. It shrinks along a cosine to 0 at the end of the window.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.
         share: Share of a layer's unfrozen blocks that is read at every step in between.
-        step_size: Damps the step that evidence takes, k; below 1 where single gradients are noisy.
+        step_size: Multiplies the step that evidence takes, k.
         init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
-        decay: Shrinks evidence like an extra weight decay, lambda; SR-STE's 2e-4.
+        margin: By how much evidence must exceed the weight that it replaces, as a share of it.
 
     Raises:
         ValueError: If an argument is outside its range.
     """
 
     read_every: int = 10
-    share: float = 0.25
+    share: float = 0.3
     step_size: float = 1.0
-    init: Literal["zero", "weights"] = "zero"
-    decay: float = 2e-4
+    init: Literal["zero", "weights"] = "weights"
+    margin: float = 0.2
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -67,16 +70,17 @@ class Evidence:
             raise ValueError(f"`evidence.step_size` must be positive; got {self.step_size}.")
         if self.init not in ("zero", "weights"):
             raise ValueError(f"`evidence.init` must be 'zero' or 'weights'; got {self.init!r}.")
-        if not self.decay >= 0:
-            raise ValueError(f"`evidence.decay` must not be negative; got {self.decay}.")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"`evidence.margin` must be a share of a weight, at least 0; got {self.margin}.")
 
     def reading(self, step: int, window: Window) -> Reading | None:
         """What to read of the dense gradient of `step`."""
         if step not in window:
             return None
+        length = window.annealed(self.step_size, step)
         if (step - window.start) % self.read_every == 0:
-            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)))
-        return Reading(everywhere=False, steps=1) if self.share > 0 else None
+            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length)
+        return Reading(everywhere=False, steps=length) if self.share > 0 else None
 
     def adaptable_share(self, step: int, window: Window) -> float:
         """Share of a layer's blocks that may adapt after `step`: all of them."""
@@ -108,8 +112,7 @@ class OneBatch:
 
     share: float = 0.3
     init: ClassVar[str] = "zero"
-    step_size: ClassVar[float] = 1.0
-    decay: ClassVar[float] = 0.0
+    margin: ClassVar[None] = None
     remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -136,25 +139,19 @@ class OneBatch:
         return torch.zeros_like(latent) if gradient is None else first_order_worth(latent, gradient)
 
 
-def accumulate(
-    evidence: Float[Tensor, "blocks m"],
-    gradient: Float[Tensor, "blocks m"],
-    rate: Float[Tensor, "blocks 1"],
-    shrink: Float[Tensor, ""],
-) -> Float[Tensor, "blocks m"]:
-    r"""Move evidence by one reading.
+def noise_step(steps: int, m: int) -> float:
+    r"""Step of evidence at which noise alone does not swap weights, relative to the weights, tau (ours).
 
-    $v \leftarrow (1 - r k \eta (\mathrm{wd} + \lambda)) v - r k \eta_b g$ (ours)
+    Moved along n gradients that are nothing but noise, by steps of tau times the root mean square of the weights each,
+    evidence is a random walk of deviation $\tau \sqrt{n}$, in weights; the largest of M such values is about
+    $\tau \sqrt{n} \sqrt{2 \ln M}$. It just reaches a typical weight by the end of the window if
+    $\tau = 1 / \sqrt{2 n \ln M}$. Where gradients persist, evidence gets there in $1 / \tau$ steps.
 
     Args:
-        evidence: v, what the pruned weights would have become.
-        gradient: g, the dense gradient of a whole optimizer step.
-        rate: $r k \eta_b$: the steps this reading stands for, its damping, and the step size of the optimizer in each
-            block, $\eta = lr / (1 - \text{momentum})$ for SGD and $lr / (\sqrt{s} + \epsilon)$ for Adam, with s the mean
-            second moment of the block's kept weights.
-        shrink: $r k \eta (\mathrm{wd} + \lambda)$, the share of the evidence that decays.
+        steps: Steps of the window, n.
+        m: Weights in a block, M.
 
     Returns:
-        The new evidence.
+        tau.
     """
-    return (1 - shrink) * evidence - rate * gradient
+    return 1 / math.sqrt(2 * steps * math.log(max(m, 2)))  # nothing is pruned in blocks of 1

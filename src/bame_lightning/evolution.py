@@ -12,13 +12,17 @@ from torch.optim import Optimizer
 
 from bame_lightning.criterion import select_mask
 from bame_lightning.designation import blocks_in_share, designate, urgency
-from bame_lightning.evidence import Evidence, OneBatch, accumulate
+from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, unpack_mask
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, record
-from bame_lightning.pattern import from_blocks, gather_blocks, to_blocks
+from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
 from bame_lightning.statistics import flipped_positions
+
+ALL = slice(None)
+MEMORY = 0.9
+"""Weight of the past in the running mean of squared gradients, at a reading everywhere."""
 
 
 class Adaptation(NamedTuple):
@@ -43,7 +47,9 @@ def adapt(
     mask: Bool[Tensor, "blocks m"],
     adaptable: Bool[Tensor, " blocks"],
     n: int,
+    *,
     share: float = 1.0,
+    margin: float | None = None,
 ) -> Adaptation:
     """Adapt the mask of one weight.
 
@@ -54,11 +60,15 @@ def adapt(
         adaptable: Blocks that may change.
         n: Weights kept per block.
         share: Confine the swaps to this share of all blocks (rounded up), those of the largest predicted reduction.
+        margin: For a worth that grows with the square of a weight: swap only where evidence exceeds the weight that it
+            replaces by this share of it, and start revived weights at no more than that, however far evidence went
+            since the last adaptation. None knows neither.
 
     Returns:
         New mask, weights and evidence, and the predicted loss reduction.
     """
-    proposed = torch.where(adaptable[:, None], select_mask(worth, mask, n), mask)
+    selected = select_mask(worth, mask, n, margin=0.0 if margin is None else (1 + margin) ** 2 - 1)
+    proposed = torch.where(adaptable[:, None], selected, mask)
     # Summed over a block: the worth of what is revived less that of what is pruned.
     reduction = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
     if share < 1:
@@ -66,9 +76,13 @@ def adapt(
         chosen = torch.zeros_like(adaptable).index_fill(0, best, True)
         proposed = torch.where(chosen[:, None], proposed, mask)
         reduction = reduction * chosen
+    start = latent
+    if margin is not None:
+        most = (1 + margin) * latent.abs().masked_fill(~mask | proposed, 0).amax(-1, keepdim=True)
+        start = torch.where(mask, latent, latent.clamp(-most, most))
     return Adaptation(
         mask=proposed,
-        weight=torch.where(proposed, latent, 0),
+        weight=torch.where(proposed, start, 0),
         evidence=torch.where(proposed, 0, latent),
         predicted=reduction.sum(),
     )
@@ -78,11 +92,11 @@ class BlockGradient(NamedTuple):
     """Dense gradient of some blocks.
 
     Args:
-        blocks: Which blocks; None for all.
+        blocks: Which blocks: their indices, or a slice of all.
         gradient: Their gradient in float32; shape (chosen, m).
     """
 
-    blocks: Int[Tensor, " chosen"] | None
+    blocks: Int[Tensor, " chosen"] | slice
     gradient: Float[Tensor, "chosen m"]
 
 
@@ -97,8 +111,10 @@ class EvolvingWeight:
 
     Attributes:
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        learning_time: Learning rate times steps of each block's readings, summed up and decaying as the evidence does;
-            shape (blocks,).
+        learning_time: Steps that each block's evidence took, summed up; weights over gradients, shape (blocks,).
+        noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
+        unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
+            step by which a typical gradient moves evidence as far as a typical weight; scalar.
         history: Oscillations, and positions pruned before.
         designated: Blocks that steps between two readings of all read; shape (chosen,).
         flips: Mask positions changed so far; scalar.
@@ -106,6 +122,7 @@ class EvolvingWeight:
         predicted: Loss reduction that the last adaptation predicted; scalar.
         reading: Dense gradient that this step has read; None if it has not.
         read_share: Share of all blocks whose dense gradient the last step read.
+        due: Whether all blocks were read since the last adaptation; otherwise only the designated ones were.
     """
 
     def __init__(self, sparse: SparseWeight, evidence: Evidence | OneBatch, freeze_after: int | None) -> None:
@@ -116,8 +133,10 @@ class EvolvingWeight:
         device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
-            self.evidence += torch.where(mask, 0, self._blocks(sparse.weight.detach()))
+            self.evidence += torch.where(mask, 0, self._blocks(sparse.weight.detach(), ALL))
         self.learning_time = torch.zeros(len(mask), device=device, dtype=self.dtype)
+        self.noise = torch.zeros((), device=device, dtype=self.dtype)
+        self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
         self.designated = torch.zeros(0, dtype=torch.int64, device=device)
         self.flips = torch.zeros((), dtype=torch.int64, device=device)
@@ -125,6 +144,7 @@ class EvolvingWeight:
         self.predicted = torch.zeros((), device=device, dtype=self.dtype)
         self.reading: BlockGradient | None = None
         self.read_share = 0.0
+        self.due = False
 
     @property
     def frozen(self) -> Bool[Tensor, " blocks"]:
@@ -137,20 +157,22 @@ class EvolvingWeight:
         if gradient is None:
             self.reading, self.read_share = None, 0.0
             return
-        index: Tensor | None = self.designated
+        index: Tensor | slice = self.designated
         if everywhere:
             frozen = self.frozen
-            index = (~frozen).nonzero().squeeze(-1) if frozen.any() else None
-        self.read_share = 1.0 if index is None else len(index) / len(self.learning_time)
+            index = (~frozen).nonzero().squeeze(-1) if self.freeze_after is not None and frozen.any() else ALL
+            self.due = True
+        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.learning_time)
         self.reading = BlockGradient(index, self._blocks(gradient, index).to(self.dtype, copy=True))
 
-    def accumulate(self, optimizer: Optimizer, steps: int, finite: Bool[Tensor, ""]) -> None:
-        """Move the evidence by the reading.
+    def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""], window: int) -> None:
+        """Move the evidence by what was read.
 
         Args:
             optimizer: The optimizer that has just stepped on it.
-            steps: Optimizer steps that the reading stands for, r.
-            finite: False discards the reading, on the device.
+            reading: What the reading is.
+            finite: False discards it, on the device.
+            window: Steps of the window.
         """
         if not self.config.remembers:
             self.evidence.zero_()
@@ -158,37 +180,61 @@ class EvolvingWeight:
         if self.reading is None:
             return
         index = self.reading.blocks
-        chosen = slice(None) if index is None else index
+        # Selecting, not multiplying: infinity times zero is NaN.
+        gradient = torch.where(finite, self.reading.gradient, 0)
+        self.reading = BlockGradient(index, gradient)
         mask = ~self._blocks(self.sparse.pruned, index)
+        pruned_gradient = gradient.masked_fill(mask, 0)
+        if self.config.remembers:
+            if reading.everywhere:
+                self._measure(pruned_gradient, finite)
+            rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
+        else:
+            rate = reading.steps * self._optimizer_step(optimizer, mask)
+        # The optimizer's second moment may be poisoned as well.
+        rate = torch.where(finite, rate, 0)
+        self.evidence[index] -= rate * pruned_gradient
+        self.learning_time[index] += rate.squeeze(-1)
+
+    def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
+        """Follow the size of gradients and of weights at a reading everywhere."""
+        pattern = self.sparse.pattern
+        square = pruned_gradient.square().sum() / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
+        running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
+        self.noise = torch.where(finite, running, self.noise)
+        weights = self.sparse.weight.detach().to(self.dtype).square().mean() / pattern.density
+        self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
+
+    def _optimizer_step(self, optimizer: Optimizer, mask: Tensor) -> Tensor:
+        assert self.reading is not None
+        index, gradient = self.reading
         rule = update_rule(optimizer, self.sparse.weight)
         moment = None if rule.second_moment is None else self._blocks(rule.second_moment, index)
-        scale = steps * self.config.step_size * finite.to(self.dtype)
-        rate = scale * block_rates(rule, moment, self.reading.gradient, mask, self.sparse.pattern.n)
-        shrink = scale * rule.learning_rate * (rule.weight_decay + self.config.decay)
-        # Selecting, not multiplying: infinity times zero is NaN. The optimizer's second moment may be poisoned as well.
-        rate, gradient = torch.where(finite, rate, 0), torch.where(finite, self.reading.gradient, 0)
-        self.reading = BlockGradient(index, gradient)
-        self.evidence[chosen] = accumulate(self.evidence[chosen], gradient.masked_fill(mask, 0), rate, shrink)
-        self.learning_time[chosen] = (1 - shrink) * self.learning_time[chosen] + rate.squeeze(-1)
+        return block_rates(rule, moment, gradient, mask, self.sparse.pattern.n)
 
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
-        weight = self._blocks(self.sparse.weight.detach()).to(self.dtype)
+        weight = self._blocks(self.sparse.weight.detach(), ALL).to(self.dtype)
         self.designated = designate(urgency(weight, self.evidence, self.sparse.mask()), self.frozen, share)
 
     def adapt(self, share: float) -> None:
-        """Adapt the mask: swap weights in place, and enter the swaps into the history."""
-        pattern, weight, mask = self.sparse.pattern, self.sparse.weight.detach(), self.sparse.mask()
-        latent = torch.where(mask, self._blocks(weight).to(self.dtype), self.evidence)
-        worth = self.config.worth(latent, self.learning_time, self._gradient())
+        """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
+        pattern, weight = self.sparse.pattern, self.sparse.weight.detach()
+        index, self.due = (ALL, False) if self.due else (self.designated, False)
+        mask = ~self._blocks(self.sparse.pruned, index)
+        latent = torch.where(mask, self._blocks(weight, index).to(self.dtype), self.evidence[index])
+        time, history = self.learning_time[index], FlipHistory(*(values[index] for values in self.history))
         # A block that was never read knows nothing of its pruned weights.
-        adaptable = ~self.frozen & (self.learning_time > 0)
-        new = adapt(latent, worth, mask, adaptable, pattern.n, share)
-        weight.copy_(from_blocks(new.weight, weight.shape))
-        self.sparse.pruned.copy_(~from_blocks(new.mask, weight.shape))
-        self.evidence = new.evidence
-        self.history = record(self.history, mask, new.mask)
-        self.designated = self.designated[~self.frozen[self.designated]]
+        adaptable = (time > 0) & ~frozen_blocks(history.oscillations, self.freeze_after)
+        worth = self.config.worth(latent, time, self._gradient())
+        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin)
+        self._put(weight, index, new.weight)
+        self._put(self.sparse.pruned, index, ~new.mask)
+        self.evidence[index] = new.evidence
+        for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
+            values[index] = changed
+        if self.freeze_after is not None:
+            self.designated = self.designated[~self.frozen[self.designated]]
         self.last_flips = flipped_positions(mask, new.mask)
         self.flips += self.last_flips
         self.predicted = new.predicted
@@ -198,9 +244,12 @@ class EvolvingWeight:
         state = {
             "evidence": self.evidence[~self.sparse.mask()],
             "learning_time": self.learning_time,
+            "noise": self.noise,
+            "unit": self.unit,
             "oscillations": self.history.oscillations,
             "pruned_before": pack_mask(self.history.pruned_before),
             "designated": self.designated.int(),
+            "due": torch.tensor(self.due),
             "flips": self.flips,
             "last_flips": self.last_flips,
             "predicted": self.predicted,
@@ -216,17 +265,24 @@ class EvolvingWeight:
         mask = self.sparse.mask()
         self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"].to(self.dtype))
         self.learning_time = state["learning_time"].to(self.dtype)
+        self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
         self.history = FlipHistory(state["oscillations"], unpack_mask(state["pruned_before"], mask.shape))
-        self.designated = state["designated"].long()
+        self.designated, self.due = state["designated"].long(), bool(state["due"])
         self.flips, self.last_flips = state["flips"], state["last_flips"]
         self.predicted = state["predicted"].to(self.dtype)
 
-    def _blocks(self, tensor: Tensor, index: Tensor | None = None) -> Tensor:
+    def _blocks(self, tensor: Tensor, index: Tensor | slice) -> Tensor:
         m = self.sparse.pattern.m
-        return to_blocks(tensor, m) if index is None else gather_blocks(tensor, m, index)
+        return to_blocks(tensor, m) if isinstance(index, slice) else gather_blocks(tensor, m, index)
+
+    def _put(self, tensor: Tensor, index: Tensor | slice, blocks: Tensor) -> None:
+        if isinstance(index, slice):
+            tensor.copy_(from_blocks(blocks, tensor.shape))
+        else:
+            scatter_blocks_(tensor, index, blocks)
 
     def _gradient(self) -> Tensor | None:
         """The reading of this step, zero in blocks that were not read."""
-        if self.reading is None or self.reading.blocks is None:
+        if self.reading is None or isinstance(self.reading.blocks, slice):
             return self.reading and self.reading.gradient
         return torch.zeros_like(self.evidence).index_copy(0, self.reading.blocks, self.reading.gradient)

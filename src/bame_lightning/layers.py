@@ -17,7 +17,7 @@ from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
 
 VERSION_KEY = "nm_sparsity_version"
 """Key in a callback's state that marks it as one of sparse weights."""
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -138,9 +138,25 @@ def gather_blocks(
     """
     if weight.dim() == 2:
         return weight.reshape(-1, m)[index]
-    per_row, positions = weight.shape[1] // m, weight.shape[2:].numel()
-    # Filter, kernel position, input block, m: the order of `to_blocks`.
-    grid = weight.reshape(len(weight), per_row, m, positions).permute(0, 3, 1, 2)
-    row = index // (positions * per_row)
-    position = index // per_row % positions
-    return grid[row, position, index % per_row]
+    grid = _grid(weight, m)
+    return grid[torch.unravel_index(index, grid.shape[:-1])]
+
+
+def scatter_blocks_(
+    weight: Shaped[Tensor, "out inp *kernel"], index: Int[Tensor, " chosen"], blocks: Shaped[Tensor, "chosen m"]
+) -> None:
+    """Put some blocks back into a weight, in place: the inverse of `gather_blocks`.
+
+    Args:
+        weight: Weight of shape (out, in, *kernel), however it lies in memory.
+        index: Which blocks, in the order of `to_blocks`, each at most once.
+        blocks: Their new values.
+    """
+    grid = _grid(weight, blocks.shape[-1])
+    grid[torch.unravel_index(index, grid.shape[:-1])] = blocks.to(weight.dtype)
+
+
+def _grid(weight: Tensor, m: int) -> Tensor:
+    """A view of shape (out, *kernel, in / m, m): flattened but for the last dimension, the order of `to_blocks`."""
+    inputs_last = weight.movedim(1, -1)
+    return inputs_last.view(*inputs_last.shape[:-1], -1, m)

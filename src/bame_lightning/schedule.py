@@ -22,7 +22,7 @@ class Schedule:
 
     start: float | int = 0.0
     stop: float | int = 0.9
-    every: int = 10
+    every: int = 2
 
     def __post_init__(self) -> None:
         for name, bound in (("start", self.start), ("stop", self.stop)):
@@ -87,6 +87,9 @@ class Window:
     start: int
     stop: int
     every: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
 
     def __contains__(self, step: int) -> bool:
         return self.start <= step < self.stop

@@ -35,14 +35,14 @@ class BAMECallback(MaskedCallback):
         pattern: "N:M" or an `NMPattern`.
         layers: Rules that override the default choice of layers: module or parameter name, or a glob over such names ->
             a pattern or "dense". The last match wins.
-        schedule: When to adapt; default: every 10 optimizer steps in the first 90 % of the run.
+        schedule: When to adapt; default: every 2 optimizer steps in the first 90 % of the run.
         evidence: What is known of pruned weights: `Evidence`, gathered over many steps, or `OneBatch`, the literal
             one-batch criterion.
         freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: Multiply kept weights by sqrt(M / N) when masks are made. Right for training from scratch, wrong for
-            fine-tuning.
+        rescale: When masks are made, multiply a weight so that what is kept has the norm that all of it had, which
+            restores the variance of a layer's output. Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -61,9 +61,9 @@ class BAMECallback(MaskedCallback):
         layers: Mapping[str, str | NMPattern] | None = None,
         schedule: Schedule = Schedule(),  # noqa: B008 frozen
         evidence: Evidence | OneBatch = Evidence(),  # noqa: B008 frozen
-        freeze_after: int | None = 1,
+        freeze_after: int | None = None,
         init: Init = "magnitude",
-        rescale: bool = False,
+        rescale: bool = True,
         verify: bool = False,
     ) -> None:
         super().__init__(pattern, layers=layers, init=init, rescale=rescale, verify=verify)
@@ -87,7 +87,7 @@ class BAMECallback(MaskedCallback):
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
         if not self._window.adaptations:
             rank_zero_warn(
-                f"BAME will never adapt a mask: its window of {max(0, self._window.stop - self._window.start)} optimizer steps "
+                f"BAME will never adapt a mask: its window of {len(self._window)} optimizer steps "
                 f"is shorter than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
             )
         if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
@@ -119,7 +119,7 @@ class BAMECallback(MaskedCallback):
             finite = torch.stack(read).all() if read else torch.ones((), dtype=torch.bool)
             self.discarded += ~finite
             for weight in self.evolving:
-                weight.accumulate(optimizer, reading.steps, finite)
+                weight.accumulate(optimizer, reading, finite, len(self._window))
                 if reading.everywhere and isinstance(self.evidence, Evidence):
                     weight.designate(self.evidence.share)
         adapts = self._window.adapts(self.steps)

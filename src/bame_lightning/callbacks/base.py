@@ -45,8 +45,8 @@ class SparseCallback(L.Callback):
             a pattern or "dense". The last match wins.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: Multiply kept weights by sqrt(M / N) when masks are made, which restores the variance of a layer's
-            output. Right for training from scratch, wrong for fine-tuning.
+        rescale: When masks are made, multiply a weight so that what is kept has the norm that all of it had, which
+            restores the variance of a layer's output. Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -62,7 +62,7 @@ class SparseCallback(L.Callback):
         *,
         layers: Mapping[str, str | NMPattern] | None = None,
         init: Init = "magnitude",
-        rescale: bool = False,
+        rescale: bool = True,
         verify: bool = False,
     ) -> None:
         if init not in ("magnitude", "random", "nonzero"):
@@ -282,7 +282,9 @@ class SparseCallback(L.Callback):
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
         if self.rescale and self.init != "nonzero":  # those were trained already
             for sparse in fresh.values():
-                sparse.weight.detach().mul_(sparse.pattern.density**-0.5)
+                weight = sparse.weight.detach()
+                kept = weight.masked_fill(sparse.pruned, 0).norm(dtype=torch.float32)
+                weight.mul_(torch.where(kept > 0, weight.norm(dtype=torch.float32) / kept, 1))
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
 
     def _remove_hooks(self) -> None:

@@ -41,7 +41,7 @@ class OneShotMagnitude(MaskedCallback):
         layers: Mapping[str, str | NMPattern] | None = None,
         verify: bool = False,
     ) -> None:
-        super().__init__(pattern, layers=layers, init="magnitude", verify=verify)
+        super().__init__(pattern, layers=layers, init="magnitude", rescale=False, verify=verify)
         if checkpoint is None:
             raise ValueError(
                 "`checkpoint` must name a trained dense network to prune; got None. With bame-train: ckpt=PATH, from a run "

@@ -34,7 +34,7 @@ class MaskedCallback(SparseCallback):
         """Look at the dense gradients, just before they are masked."""
 
     def evolve(self, optimizer: Optimizer) -> bool:
-        """Change masks after an optimizer step that was taken; returns whether any may have changed."""
+        """Change masks after an optimizer step, which may have moved pruned weights; returns whether any may have changed."""
         return False
 
     # What the base calls.
@@ -57,10 +57,10 @@ class MaskedCallback(SparseCallback):
     def after_update(self, optimizer: Optimizer) -> None:
         if self.verify:
             invariants.check_gradients(self.weights, self.steps)
+        evolved = self.evolve(optimizer)
+        # State was zero wherever weights were pruned, so a revived weight starts without history, too.
         self.enforce(optimizer)
-        if self.evolve(optimizer):
-            # State is zero wherever weights were pruned, so a revived weight starts without history, too.
-            self.enforce(optimizer)
+        if evolved:
             self._remember_masks()
 
     @override

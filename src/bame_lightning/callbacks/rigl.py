@@ -33,7 +33,8 @@ class RigL(MaskedCallback):
         schedule: When to swap; default: every 100 optimizer steps in the first 75 % of the run.
         share: Share of blocks that swap at the start, rho.
         init: Which weights the masks keep at first, as in `BAMECallback`.
-        rescale: Multiply kept weights by sqrt(M / N) when masks are made.
+        rescale: When masks are made, multiply a weight so that what is kept has the norm that all of it had, which
+            restores the variance of a layer's output. Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -48,7 +49,7 @@ class RigL(MaskedCallback):
         schedule: Schedule = Schedule(stop=0.75, every=100),  # noqa: B008 frozen
         share: float = 0.3,
         init: Init = "magnitude",
-        rescale: bool = False,
+        rescale: bool = True,
         verify: bool = False,
     ) -> None:
         super().__init__(pattern, layers=layers, init=init, rescale=rescale, verify=verify)
@@ -88,6 +89,7 @@ class RigL(MaskedCallback):
     def evolve(self, optimizer: Optimizer) -> bool:
         if not self._gradients:
             return False
+        self.enforce(optimizer)  # what is grown starts at zero
         share = self._window.annealed(self.share, self.steps)
         finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients.values()]).all()
         for sparse in self.weights:

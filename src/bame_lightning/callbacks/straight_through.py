@@ -53,7 +53,7 @@ class SRSTE(SparseCallback):
         decay: float = 2e-4,
         verify: bool = False,
     ) -> None:
-        super().__init__(pattern, layers=layers, verify=verify)
+        super().__init__(pattern, layers=layers, rescale=False, verify=verify)
         if not decay >= 0:
             raise ValueError(f"`decay` must not be negative; got {decay}.")
         self.decay = decay
