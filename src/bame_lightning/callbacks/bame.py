@@ -17,6 +17,7 @@ from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.flops import Shares
+from bame_lightning.layers import SparseWeight
 from bame_lightning.oscillation import oscillation_frequency
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
@@ -41,8 +42,8 @@ class BAMECallback(MaskedCallback):
         freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: When masks are made, multiply a weight so that what is kept has the norm that all of it had, which
-            restores the variance of a layer's output. Right from scratch, wrong for a trained network.
+        rescale: At a layer's first gradient, multiply what is kept by the share of the norm that pruning took, unless a
+            batch norm makes the scale irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -100,6 +101,12 @@ class BAMECallback(MaskedCallback):
             self.discarded += restored["discarded"].to(self.discarded.device)
             for weight in self.evolving:
                 weight.load_state_dict(restored["layers"][weight.sparse.name])
+
+    @override
+    def rescaled(self, sparse: SparseWeight, factor: Tensor) -> None:
+        for weight in self.evolving:
+            if weight.sparse is sparse:
+                weight.evidence.mul_(factor)
 
     @override
     def read_gradients(self) -> None:

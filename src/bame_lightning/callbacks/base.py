@@ -23,6 +23,7 @@ from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
+from bame_lightning.scale import norm_lost
 from bame_lightning.schedule import Schedule
 
 # WeightAveraging came with Lightning 2.6.
@@ -45,8 +46,8 @@ class SparseCallback(L.Callback):
             a pattern or "dense". The last match wins.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: When masks are made, multiply a weight so that what is kept has the norm that all of it had, which
-            restores the variance of a layer's output. Right from scratch, wrong for a trained network.
+        rescale: At a layer's first gradient, multiply what is kept by the share of the norm that pruning took, unless a
+            batch norm makes the scale irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -79,6 +80,7 @@ class SparseCallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
+        self._rescaling: dict[str, Tensor] = {}
         self._blank = False
         self._stepping = False
         self._ranks = 1
@@ -156,6 +158,7 @@ class SparseCallback(L.Callback):
         self._ranks = trainer.world_size
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         if restored:
+            self._rescaling = {name: factor.clone() for name, factor in restored["rescaling"].items()}
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
             self.steps = int(restored["steps"])
         else:
@@ -246,7 +249,13 @@ class SparseCallback(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         layers = {sparse.name: sparse.state_dict() for sparse in self.weights}
-        return {VERSION_KEY: STATE_VERSION, "steps": self.steps, "layers": layers, "flops": self.books.state_dict()}
+        return {
+            VERSION_KEY: STATE_VERSION,
+            "steps": self.steps,
+            "layers": layers,
+            "rescaling": {name: factor.cpu() for name, factor in self._rescaling.items()},
+            "flops": self.books.state_dict(),
+        }
 
     def summary(self) -> dict[str, Any]:
         """What the run did, in plain types.
@@ -282,9 +291,7 @@ class SparseCallback(L.Callback):
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
         if self.rescale and self.init != "nonzero":  # those were trained already
             for sparse in fresh.values():
-                weight = sparse.weight.detach()
-                kept = weight.masked_fill(sparse.pruned, 0).norm(dtype=torch.float32)
-                weight.mul_(torch.where(kept > 0, weight.norm(dtype=torch.float32) / kept, 1))
+                self._rescaling[sparse.name] = norm_lost(sparse.weight.detach(), sparse.pruned)
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
 
     def _remove_hooks(self) -> None:

@@ -13,7 +13,9 @@ from typing_extensions import override
 from bame_lightning import invariants
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.flops import Shares
+from bame_lightning.layers import SparseWeight
 from bame_lightning.optimizer_state import elementwise_state
+from bame_lightning.scale import CHANCE, alignment
 
 
 class MaskedCallback(SparseCallback):
@@ -37,6 +39,9 @@ class MaskedCallback(SparseCallback):
         """Change masks after an optimizer step, which may have moved pruned weights; returns whether any may have changed."""
         return False
 
+    def rescaled(self, sparse: SparseWeight, factor: Tensor) -> None:
+        """Follow a weight that was multiplied by a factor before the first update."""
+
     # What the base calls.
 
     @override
@@ -52,6 +57,20 @@ class MaskedCallback(SparseCallback):
             if sparse.weight.grad is not None:
                 # Filling, not multiplying: an infinite gradient times zero is NaN.
                 sparse.weight.grad.masked_fill_(sparse.pruned, 0)
+        if self._rescaling:
+            self._rescale()
+
+    def _rescale(self) -> None:
+        for sparse in self.weights:
+            if sparse.name not in self._rescaling or sparse.weight.grad is None:
+                continue
+            weight = sparse.weight.detach()
+            aligned = alignment(weight, sparse.weight.grad)
+            if aligned.isfinite():  # otherwise nothing is known yet
+                factor = self._rescaling.pop(sparse.name)
+                if aligned > CHANCE:
+                    weight.mul_(factor)
+                    self.rescaled(sparse, factor)
 
     @override
     def after_update(self, optimizer: Optimizer) -> None:
