@@ -1,7 +1,7 @@
-"""Does the evolution beat a frozen mask? Train recipes with several methods and seeds; write a CSV and a table.
+"""Does the evolution win? Train recipes with several methods, patterns and seeds; write a CSV and tables.
 
-    python -m benchmarks.accuracy.study                                   # the cells below that have no row yet
-    python -m benchmarks.accuracy.study --recipes fashion_mnist_mlp --methods bame static --seeds 0 1 2
+    python -m benchmarks.accuracy.study headline          # the cells of a suite that have no row yet
+    python -m benchmarks.accuracy.study ablation --jobs 1
 
 Each cell is one run of `bame-train` in a process of its own, on one thread. Its row is appended to `study.csv` when it
 ends, so that an interrupted study goes on where it stopped. `study.md` is written from the rows.
@@ -17,60 +17,119 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 HERE = Path(__file__).parent
 CSV, TABLE = HERE / "study.csv", HERE / "study.md"
 COLUMNS = (
-    *("recipe", "pattern", "method", "seed", "test_accuracy", "train_loss", "flips_per_block", "frozen_fraction"),
+    *("recipe", "pattern", "method", "variant", "seed", "test_accuracy", "test_bits_per_byte", "train_loss"),
+    *("train_vs_dense", "train_vs_sr_ste", "flips_per_block", "frozen_fraction"),
     *("epochs", "steps", "wall_seconds", "torch", "hardware"),
 )
 Row = dict[str, str]
 
+VARIANTS = {
+    "no margin": ["method.evidence.margin=0.0"],
+    "margin 0.5": ["method.evidence.margin=0.5"],
+    "evidence from zero": ["method.evidence.init=zero"],
+    "half the step": ["method.evidence.step_size=0.5"],
+    "twice the step": ["method.evidence.step_size=2.0"],
+    "adapted every 10th step": ["method.schedule.every=10"],
+    "a tenth designated": ["method.evidence.share=0.1"],
+    "all designated": ["method.evidence.share=1.0"],
+    "none designated": ["method.evidence.share=0.0"],
+    "read everywhere each 40th step": ["method.evidence.read_every=40"],
+    "frozen after 1": ["method.freeze_after=1"],
+    "frozen after 5": ["method.freeze_after=5"],
+    "stopped at half": ["method.schedule.stop=0.5"],
+    "to the end": ["method.schedule.stop=1.0"],
+    "not rescaled": ["method.rescale=false"],
+}
+"""The default with one part changed, as overrides of `bame-train`."""
+
+
+class Cell(NamedTuple):
+    """One run; `variant` names one of `VARIANTS`, or is empty."""
+
+    recipe: str
+    pattern: str
+    method: str
+    variant: str
+    seed: str
+
+
+def headline() -> Iterator[Cell]:
+    """BAME against what it has to beat."""
+    methods = ("bame", "sr_ste", "static", "rigl")
+    mlp, cnn, gpt = "fashion_mnist_mlp", "fashion_mnist_cnn", "python_source_gpt"
+    for recipe in (mlp, cnn):
+        yield from _grid(recipe, ["1:16"], methods, 3)
+        yield from _grid(recipe, [""], ["dense"], 3)
+    yield from _grid(gpt, ["1:16"], methods, 2)
+    for recipe, patterns in ((mlp, ["1:8", "1:4", "2:4"]), (cnn, ["2:4", "1:8", "1:4"])):
+        yield from _grid(recipe, patterns, ["bame", "sr_ste", "static"], 3)
+    yield from _grid(gpt, ["2:4"], methods, 2)
+    yield from _grid("fashion_mnist_resnet20", ["1:16", "2:4"], methods, 1)
+    yield from _grid("digits_cnn", ["1:16"], methods, 5)
+
+
+def ablation() -> Iterator[Cell]:
+    """Each part of the default changed in turn, and the literal criterion."""
+    for recipe in ("fashion_mnist_mlp", "fashion_mnist_cnn"):
+        for variant in VARIANTS:
+            yield from (Cell(recipe, "1:16", "bame", variant, str(seed)) for seed in range(3))
+        yield from _grid(recipe, ["1:16"], ["bame_one_batch"], 3)
+
+
+def _grid(recipe: str, patterns: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Cell]:
+    for pattern in patterns:
+        for seed in range(seeds):
+            yield from (Cell(recipe, pattern, method, "", str(seed)) for method in methods)
+
+
+SUITES = {"headline": headline, "ablation": ablation}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["fashion_mnist_mlp", "fashion_mnist_cnn"])
-    parser.add_argument("--patterns", nargs="+", default=["1:16"])
-    parser.add_argument("--methods", nargs="+", default=["bame", "static", "dense"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; none only writes the tables")
+    parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on one thread")
     args = parser.parse_args()
-    done = {(row["recipe"], row["pattern"], row["method"], row["seed"]) for row in read_rows()}
-    cells = [
-        (recipe, pattern if method != "dense" else "", method, str(seed))
-        for recipe in args.recipes
-        for pattern in args.patterns
-        for seed in args.seeds
-        for method in args.methods
-    ]
-    todo = [cell for cell in dict.fromkeys(cells) if cell not in done]
+    done = {Cell(*(row[name] for name in Cell._fields)) for row in read_rows()}
+    cells = [cell for suite in args.suites for cell in SUITES[suite]()]
+    todo = [cell for cell in cells if cell not in done and cell.recipe in (args.recipes or [cell.recipe])]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in as_completed(pool.submit(run, *cell) for cell in todo):
+        for future in as_completed(pool.submit(run, cell) for cell in todo):
             append(row := future.result())
-            print(*(row[name] for name in COLUMNS[:6]), flush=True)
+            print(*(row[name] for name in COLUMNS[:10]), flush=True)
     TABLE.write_text(table(read_rows()))
 
 
-def run(recipe: str, pattern: str, method: str, seed: str) -> Row:
-    folder = Path("outputs/study") / f"{recipe}-{pattern.replace(':', 'of')}-{method}-{seed}"
-    command = [sys.executable, "-m", "bame_lightning.cli.train", f"recipe={recipe}", f"method={method}", f"seed={seed}"]
-    command += [f"pattern={pattern}"] if pattern else []
-    subprocess.run([*command, "threads=1", "quiet=true", f"hydra.run.dir={folder}"], check=True, capture_output=True)
+def run(cell: Cell) -> Row:
+    folder = Path("outputs/study") / "-".join(cell).replace(":", "of").replace(" ", "_")
+    command = [sys.executable, "-W", "ignore", "-m", "bame_lightning.cli.train", f"recipe={cell.recipe}"]
+    command += [f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
+    command += [f"pattern={cell.pattern}"] if cell.pattern else []
+    options = ["threads=1", "quiet=true", "callbacks.checkpoint=null", f"hydra.run.dir={folder}"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
     summary = json.loads((folder / "summary.json").read_text())
     sparse, blocks = summary.get("sparse", {}), sum(layer["blocks"] for layer in summary.get("layers", []))
     found = {
-        "recipe": recipe,
-        "pattern": pattern,
+        **cell._asdict(),
+        **{name: f"{summary['flops'][f'flops/{name}']:.4f}" for name in ("train_vs_dense", "train_vs_sr_ste")},
         "flips_per_block": f"{sparse['flips'] / 2 / blocks:.3f}" if "flips" in sparse else "",
         "frozen_fraction": f"{sparse['frozen_fraction']:.4f}" if "frozen_fraction" in sparse else "",
         "torch": torch.__version__,
         "hardware": f"{processor()}, one thread",
     }
-    return {name: str(found.get(name, summary.get(name, ""))) for name in COLUMNS}
+    row = {name: found.get(name, summary.get(name)) for name in COLUMNS}
+    return {name: "" if value is None else str(value) for name, value in row.items()}
 
 
 def processor() -> str:
@@ -97,37 +156,53 @@ def append(row: Row) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["recipe"], row["pattern"], row["method"]].append(row)
+        groups[row["recipe"], row["pattern"], row["method"], row["variant"]].append(row)
     lines = [
-        "# Accuracy against a static mask",
+        "# Measured: the methods, and the parts of the default",
         "",
-        "Written by `python -m benchmarks.accuracy.study` from `study.csv`. Test accuracy in percent and mean training loss",
-        "of the last epoch: mean ± standard deviation over seeds. Swaps per block and frozen blocks: means. The last column",
-        "counts the seeds in which both loss and accuracy beat the static mask of the same recipe, pattern and seed.",
+        "Written by `python -m benchmarks.accuracy.study` from `study.csv`: mean ± standard deviation over seeds. Quality is",
+        "test accuracy in percent (more is better), or test bits per byte for `python_source_gpt` (less is better); loss is the",
+        "mean training loss of the last epoch; FLOPs are those of training the whole network, counted, not executed, as",
+        "multiples of SR-STE's. The last column counts the seeds in which both loss and quality beat SR-STE, and the static mask,",
+        "of the same recipe, pattern and seed.",
         "",
-        "| recipe | pattern | method | seeds | accuracy | loss | swaps a block | frozen | beats static |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | pattern | method | seeds | quality | loss | FLOPs | swaps a block | frozen | beats SR-STE, static |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (recipe, pattern, method), group in sorted(groups.items()):
-        static = {row["seed"]: row for row in groups.get((recipe, pattern, "static"), [])}
-        pairs = [(row, static[row["seed"]]) for row in group if row["seed"] in static]
-        wins = sum(
-            float(a["train_loss"]) < float(b["train_loss"]) and float(a["test_accuracy"]) > float(b["test_accuracy"])
-            for a, b in pairs
+    for (recipe, pattern, method, variant), group in sorted(groups.items()):
+        rivals = (
+            _wins(group, groups.get((recipe, pattern, rival, ""), [])) if rival != method else ""
+            for rival in ("sr_ste", "static")
         )
         cells = [
-            *(recipe, pattern or "dense", method, str(len(group))),
-            spread([100 * float(row["test_accuracy"]) for row in group], 2),
+            *(recipe, pattern or "dense", f"{method}, {variant}" if variant else method, str(len(group))),
+            spread([quality(row) for row in group], 3 if group[0]["test_bits_per_byte"] else 2),
             spread([float(row["train_loss"]) for row in group], 4),
-            mean(group, "flips_per_block", ".2f"),
-            mean(group, "frozen_fraction", ".1%"),
-            f"{wins} of {len(pairs)}" if pairs and method != "static" else "",
+            _mean(group, "train_vs_sr_ste", ".3f") if pattern else "",
+            _mean(group, "flips_per_block", ".2f"),
+            _mean(group, "frozen_fraction", ".1%"),
+            ", ".join(filter(None, rivals)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     hardware = sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows})
     return "\n".join([*lines, "", f"Hardware: {'; '.join(hardware)}.", ""])
+
+
+def quality(row: Row) -> float:
+    """Bits per byte of a language model, test accuracy in percent of a classifier."""
+    return float(row["test_bits_per_byte"]) if row["test_bits_per_byte"] else 100 * float(row["test_accuracy"])
+
+
+def _wins(group: list[Row], rivals: list[Row]) -> str:
+    by_seed = {row["seed"]: row for row in rivals}
+    pairs = [(row, by_seed[row["seed"]]) for row in group if row["seed"] in by_seed]
+    sign = -1 if group[0]["test_bits_per_byte"] else 1
+    wins = sum(
+        float(a["train_loss"]) < float(b["train_loss"]) and sign * quality(a) > sign * quality(b) for a, b in pairs
+    )
+    return f"{wins} of {len(pairs)}" if pairs else ""
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -135,7 +210,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def mean(group: list[Row], column: str, form: str) -> str:
+def _mean(group: list[Row], column: str, form: str) -> str:
     values = [float(row[column]) for row in group if row[column]]
     return format(statistics.mean(values), form) if values else ""
 

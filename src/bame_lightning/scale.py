@@ -1,27 +1,12 @@
-"""The scale of a layer after pruning: how much is lost, and whether it matters."""
+"""Whether the scale of a layer matters, after pruning has changed it."""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 CHANCE = 0.1
 """`alignment` below which a layer's scale is taken not to matter; a batch norm gives 1e-5 to 5e-3 (bfloat16)."""
-
-
-def norm_lost(weight: Float[Tensor, "out inp *kernel"], pruned: Bool[Tensor, "out inp *kernel"]) -> Float[Tensor, ""]:
-    """Norm of a weight over that of what is kept of it; 1 if nothing but zeros is kept.
-
-    Args:
-        weight: The weight before it is pruned.
-        pruned: True where it will be zero.
-
-    Returns:
-        The factor that gives what is kept the norm of the whole; at least 1.
-    """
-    kept = weight.masked_fill(pruned, 0).norm(dtype=torch.float32)
-    return torch.where(kept > 0, weight.norm(dtype=torch.float32) / kept, 1)
 
 
 def alignment(

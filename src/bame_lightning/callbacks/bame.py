@@ -42,8 +42,8 @@ class BAMECallback(MaskedCallback):
         freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: At a layer's first gradient, multiply what is kept by the share of the norm that pruning took, unless a
-            batch norm makes the scale irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
+        rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
+            irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -103,7 +103,7 @@ class BAMECallback(MaskedCallback):
                 weight.load_state_dict(restored["layers"][weight.sparse.name])
 
     @override
-    def rescaled(self, sparse: SparseWeight, factor: Tensor) -> None:
+    def rescaled(self, sparse: SparseWeight, factor: float) -> None:
         for weight in self.evolving:
             if weight.sparse is sparse:
                 weight.evidence.mul_(factor)

@@ -23,7 +23,6 @@ from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
-from bame_lightning.scale import norm_lost
 from bame_lightning.schedule import Schedule
 
 # WeightAveraging came with Lightning 2.6.
@@ -46,8 +45,8 @@ class SparseCallback(L.Callback):
             a pattern or "dense". The last match wins.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
-        rescale: At a layer's first gradient, multiply what is kept by the share of the norm that pruning took, unless a
-            batch norm makes the scale irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
+        rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
+            irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -80,7 +79,7 @@ class SparseCallback(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
-        self._rescaling: dict[str, Tensor] = {}
+        self._rescaling: set[str] = set()
         self._blank = False
         self._stepping = False
         self._ranks = 1
@@ -158,7 +157,7 @@ class SparseCallback(L.Callback):
         self._ranks = trainer.world_size
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         if restored:
-            self._rescaling = {name: factor.clone() for name, factor in restored["rescaling"].items()}
+            self._rescaling = set(restored["rescaling"])
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
             self.steps = int(restored["steps"])
         else:
@@ -253,7 +252,7 @@ class SparseCallback(L.Callback):
             VERSION_KEY: STATE_VERSION,
             "steps": self.steps,
             "layers": layers,
-            "rescaling": {name: factor.cpu() for name, factor in self._rescaling.items()},
+            "rescaling": sorted(self._rescaling),
             "flops": self.books.state_dict(),
         }
 
@@ -290,8 +289,7 @@ class SparseCallback(L.Callback):
                 blocks = to_blocks(plan.weight.detach(), plan.pattern.m)
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
         if self.rescale and self.init != "nonzero":  # those were trained already
-            for sparse in fresh.values():
-                self._rescaling[sparse.name] = norm_lost(sparse.weight.detach(), sparse.pruned)
+            self._rescaling |= fresh.keys()
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
 
     def _remove_hooks(self) -> None:

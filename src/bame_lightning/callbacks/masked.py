@@ -39,7 +39,7 @@ class MaskedCallback(SparseCallback):
         """Change masks after an optimizer step, which may have moved pruned weights; returns whether any may have changed."""
         return False
 
-    def rescaled(self, sparse: SparseWeight, factor: Tensor) -> None:
+    def rescaled(self, sparse: SparseWeight, factor: float) -> None:
         """Follow a weight that was multiplied by a factor before the first update."""
 
     # What the base calls.
@@ -67,8 +67,9 @@ class MaskedCallback(SparseCallback):
             weight = sparse.weight.detach()
             aligned = alignment(weight, sparse.weight.grad)
             if aligned.isfinite():  # otherwise nothing is known yet
-                factor = self._rescaling.pop(sparse.name)
+                self._rescaling.remove(sparse.name)
                 if aligned > CHANCE:
+                    factor = sparse.pattern.density**-0.5
                     weight.mul_(factor)
                     self.rescaled(sparse, factor)
 

@@ -33,8 +33,8 @@ class RigL(MaskedCallback):
         schedule: When to swap; default: every 100 optimizer steps in the first 75 % of the run.
         share: Share of blocks that swap at the start, rho.
         init: Which weights the masks keep at first, as in `BAMECallback`.
-        rescale: At a layer's first gradient, multiply what is kept by the share of the norm that pruning took, unless a
-            batch norm makes the scale irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
+        rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
+            irrelevant (`scale.alignment`). Right from scratch, wrong for a trained network.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
