@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bame_lightning.evidence import Evidence, OneBatch, Reading, accumulate
+from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.schedule import Window
 
 EVERYWHERE, DESIGNATED = True, False
@@ -24,10 +22,21 @@ def test_all_blocks_are_read_at_intervals_and_designated_ones_in_between() -> No
 
 @pytest.mark.parametrize(("read_every", "steps"), [(1, 1), (2, 1), (3, 2), (10, 3), (16, 4), (100, 10)])
 def test_a_reading_everywhere_stands_for_the_root_of_the_interval(read_every: int, steps: int) -> None:
-    window = Window(0, 1000, 10)
-    assert Evidence(read_every=read_every).reading(0, window) == Reading(EVERYWHERE, steps)
-    if read_every > 1:
-        assert Evidence(read_every=read_every).reading(1, window) == Reading(DESIGNATED, 1)
+    window = Window(5, 1005, 10)
+    assert Evidence(read_every=read_every).reading(5, window) == Reading(EVERYWHERE, steps)
+
+
+def test_steps_shrink_along_a_cosine_to_nothing_at_the_end_of_the_window() -> None:
+    window = Window(100, 112, 10)
+    evidence = Evidence(read_every=3, step_size=0.5)
+    kinds = [evidence.reading(step, window) for step in range(100, 112)]
+    # (1 + cos) / 2 at 0, 15, ... 165 degrees, times 0.5; every third reading stands for 2 steps.
+    third, half = math.sqrt(3) / 2, math.sqrt(0.5)
+    a, b = (math.sqrt(6) + math.sqrt(2)) / 4, (math.sqrt(6) - math.sqrt(2)) / 4
+    cosines = [1, a, third, half, 0.5, b, 0, -b, -0.5, -half, -third, -a]
+    steps = [0.25 * (1 + cosine) * (1 if i % 3 else 2) for i, cosine in enumerate(cosines)]
+    assert [kind.steps for kind in kinds if kind] == pytest.approx(steps, rel=1e-12)
+    assert [kind.everywhere for kind in kinds if kind] == [EVERYWHERE, DESIGNATED, DESIGNATED] * 4
 
 
 def test_without_designated_blocks_nothing_is_read_in_between() -> None:
@@ -62,8 +71,9 @@ def test_one_batch_anneals_its_share_by_a_cosine() -> None:
         (Evidence, {"step_size": 0.0}, r"`evidence.step_size` must be positive; got 0.0"),
         (Evidence, {"step_size": -1.0}, r"`evidence.step_size`.*got -1.0"),
         (Evidence, {"step_size": math.nan}, r"`evidence.step_size`.*got nan"),
-        (Evidence, {"decay": -1e-9}, r"`evidence.decay` must not be negative; got -1e-09"),
-        (Evidence, {"decay": math.nan}, r"`evidence.decay`.*got nan"),
+        (Evidence, {"margin": -1e-9}, r"`evidence.margin` must be a share of a weight, at least 0; got -1e-09"),
+        (Evidence, {"margin": math.inf}, r"`evidence.margin`.*got inf"),
+        (Evidence, {"margin": math.nan}, r"`evidence.margin`.*got nan"),
         (OneBatch, {"share": 0.0}, r"`evidence.share` of a one-batch criterion.*\(0, 1\]; got 0.0"),
         (OneBatch, {"share": 1.1}, r"`evidence.share`.*got 1.1"),
         (OneBatch, {"share": math.nan}, r"`evidence.share`.*got nan"),
@@ -79,25 +89,33 @@ def test_the_ends_of_the_range_of_shares_are_allowed(share: float) -> None:
     assert Evidence(share=share).share == share
 
 
-def test_accumulate_by_hand() -> None:
-    evidence = torch.tensor([[2.0, 0.0], [-4.0, 1.0]])
-    gradient = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
-    rate = torch.tensor([[0.5], [2.0]])
-    # 0.75 * 2 - 0.5 * 1, 0 + 0.5 * 2; 0.75 * -4 - 2 * 0.5, 0.75 * 1
-    assert accumulate(evidence, gradient, rate, torch.tensor(0.25)).tolist() == [[1.0, 1.0], [-4.0, 0.75]]
+def test_swaps_may_need_no_margin() -> None:
+    assert Evidence(margin=0.0).margin == 0
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0.01, 0.5), st.floats(0, 0.5))
-def test_evidence_is_where_gradient_descent_with_decay_would_have_gone(
-    gradients: list[float], rate: float, decay: float
-) -> None:
-    # A free weight under the same gradients, with torch's own SGD and L2 penalty.
-    free = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([free], lr=rate, weight_decay=decay)
-    evidence = torch.zeros(1, 1, dtype=torch.float64)
-    for gradient in gradients:
-        free.grad = torch.full_like(free, gradient)
-        optimizer.step()
-        step, shrink = torch.tensor([[rate]], dtype=torch.float64), torch.tensor(rate * decay, dtype=torch.float64)
-        evidence = accumulate(evidence, free.grad, step, shrink)
-    torch.testing.assert_close(evidence, free.detach())
+@pytest.mark.parametrize(
+    ("steps", "m", "inverse_square"),
+    [
+        (50, 4, 200 * math.log(2)),  # 2 * 50 * ln 4
+        (1, 16, 8 * math.log(2)),
+        (1000, 3, 2197.2245773362196),  # 2000 * 1.0986122886681098
+        (7, 2, 14 * math.log(2)),
+        (7, 1, 14 * math.log(2)),  # nothing is pruned there, and ln 1 = 0
+    ],
+)
+def test_the_noise_step_by_hand(steps: int, m: int, inverse_square: float) -> None:
+    assert noise_step(steps, m) == pytest.approx(inverse_square**-0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "m"), [(100, 4), (400, 16), (250, 64)])
+def test_noise_moves_the_evidence_of_a_block_about_as_far_as_a_weight_over_the_whole_window(steps: int, m: int) -> None:
+    # In units of the root mean square weight, and of gradients: pure noise, every step alike.
+    generator = torch.Generator().manual_seed(steps)
+    walk = torch.zeros(500, m)
+    for _ in range(steps):
+        walk -= noise_step(steps, m) * torch.randn(500, m, generator=generator)
+    # Each is a random walk; the largest of M is expected at sqrt(2 ln M) deviations, a bit less for small M.
+    assert walk.std().item() == pytest.approx(1 / math.sqrt(2 * math.log(m)), rel=0.05)
+    assert 0.75 < walk.abs().amax(-1).mean() < 1.15
+    # A gradient that lasts moves it several times as far.
+    assert steps * noise_step(steps, m) > 4
