@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bame_lightning.evidence import OneBatch, Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight
 from bame_lightning.pattern import NMPattern
+
+WINDOW = 50
+"""Steps of the window of mask evolution."""
 
 
 class Case(NamedTuple):
@@ -88,8 +93,20 @@ def read(weight: EvolvingWeight, gradient: Tensor | list[Any], everywhere: bool 
     weight.sparse.weight.grad.masked_fill_(weight.sparse.pruned, 0)
 
 
+def reading(weight: EvolvingWeight, distance: float = 1.0, everywhere: bool = True) -> Reading:
+    """A reading by which evidence moves `distance` of the layer's units along the gradient, in a window of `WINDOW` steps."""
+    if isinstance(weight.config, OneBatch):
+        return Reading(everywhere, distance)
+    # Its steps are in units of 1 / sqrt(2 n ln M).
+    return Reading(everywhere, distance * math.sqrt(2 * WINDOW * math.log(max(2, weight.sparse.pattern.m))))
+
+
 def learn(
-    weight: EvolvingWeight, optimizer: torch.optim.Optimizer, gradient: Any, steps: int = 1, everywhere: bool = True
+    weight: EvolvingWeight,
+    optimizer: torch.optim.Optimizer,
+    gradient: Any,
+    distance: float = 1.0,
+    everywhere: bool = True,
 ) -> None:
     read(weight, gradient, everywhere)
-    weight.accumulate(optimizer, steps, torch.tensor(True))
+    weight.accumulate(optimizer, reading(weight, distance, everywhere), torch.tensor(True), WINDOW)

@@ -3,124 +3,139 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
-from bame_lightning.evidence import Evidence, OneBatch
+from bame_lightning.evidence import Evidence, OneBatch, Reading
 from bame_lightning.evolution import EvolvingWeight
-from tests.helpers import learn, read, sgd, sparse_linear
+from tests.helpers import WINDOW, learn, read, reading, sgd, sparse_linear
 
 YES = torch.tensor(True)
 
 
-def test_accumulated_evidence_by_hand_under_sgd() -> None:
-    # SGD: eta = 0.1 / (1 - 0.9) = 1. A reading everywhere: r k eta = 2 * 0.5 * 1 = 1, and evidence shrinks by
-    # 1 * (0.1 + 0.15) = 1/4. A reading of designated blocks: r k eta = 1/2, shrinks by 1/8. 99 marks gradients of kept
-    # weights, and -99 those of blocks that are not designated: neither may matter.
+def test_accumulated_evidence_by_hand() -> None:
+    # 99 marks gradients of kept weights, and -99 those of blocks that are not designated: neither may matter.
     sparse = sparse_linear(
-        [[1.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 0.25], [0.75, 0.0, 1.5, 0.0, 0.0, 0.0, 4.0, 3.0]],
+        [[1.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 0.25], [1.25, 0.0, 2.75, 0.0, 0.0, 0.0, 4.0, 1.25]],
         [[1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 1, 1]],
         "2:4",
     )
-    weight = EvolvingWeight(sparse, Evidence(read_every=4, share=0.5, step_size=0.5, decay=0.15), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(init="zero", margin=0.25), freeze_after=1)
     optimizer = sgd(weight, lr=0.1, momentum=0.9, weight_decay=0.1)
     parameter, storage = sparse.weight, sparse.weight.data_ptr()
 
-    # v = 3/4 * 0 - 1 * g
-    learn(weight, optimizer, [[99, 99, -0.25, 0.5, 1, 99, 0.125, 99], [99, -0.5, 99, 0.25, -1, 2, 99, 99]], steps=2)
-    v = [[0, 0, 0.25, -0.5], [-1, 0, -0.125, 0], [0, 0.5, 0, -0.25], [1, -2, 0, 0]]
+    # Squares of pruned gradients, in 64ths: 25 + 36 + 16 + 1 + 4 + 1 + 9 + 36 = 128 = 8 * 16, so noise is 1/4. Squares of
+    # kept weights, in 16ths: 16 + 4 + 64 + 1 + 25 + 121 + 256 + 25 = 512 = 8 * 64, so a typical weight is 2; the unit is
+    # 2 / (1/2) = 4, and half of it a step of 2: v = -2 g.
+    e = 0.125
+    gradient = [[99, 99, -5 * e, 6 * e, 4 * e, 99, e, 99], [99, -2 * e, 99, e, -3 * e, 6 * e, 99, 99]]
+    learn(weight, optimizer, gradient, distance=0.5)
+    assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
+    v = [[0, 0, 1.25, -1.5], [-1, 0, -0.25, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    torch.testing.assert_close(weight.learning_time, torch.ones(4))
+    torch.testing.assert_close(weight.learning_time, torch.full((4,), 2.0))
 
-    # Urgency 0.5 / 0.5, 1 / 0.25, 0.5 / 0.75 and 2 / 3: half of the four blocks are the first two.
+    # Urgency 1.5 / 0.5, 1 / 0.25, 0.5 / 1.25 and 1.5 / 1.25: half of the four blocks are the first two.
     weight.designate(0.5)
     assert weight.designated.tolist() == [0, 1]
 
-    # v = 7/8 v - 1/2 g: 7/32 + 1/2 = 0.71875, -7/16 - 1/8 = -0.5625; -7/8 + 1 = 0.125, -7/64 - 13/8 = -1.734375.
-    # Learning time decays alike: 7/8 * 1 + 1/2 = 1.375.
-    learn(weight, optimizer, [[99, 99, -1, 0.25, -2, 99, 3.25, 99], [-99] * 8], everywhere=False)
-    v = [[0, 0, 0.71875, -0.5625], [0.125, 0, -1.734375, 0], [0, 0.5, 0, -0.25], [1, -2, 0, 0]]
+    # A quarter of the unit is a step of 1: v = v - g. Neither noise nor unit follow what only some blocks show.
+    gradient = [[99, 99, -0.0625, 0.25, 0.5, 99, -0.25, 99], [-99] * 8]
+    learn(weight, optimizer, gradient, distance=0.25, everywhere=False)
+    v = [[0, 0, 1.3125, -1.75], [-1.5, 0, 0, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    torch.testing.assert_close(weight.learning_time, torch.tensor([1.375, 1.375, 1, 1]))
+    torch.testing.assert_close(weight.learning_time, torch.tensor([3.0, 3, 2, 2]))
+    assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
 
-    # Block 0: 0.71875 for 0.5, then 0.5625 is less than 0.71875. Block 1: 1.734375 for 0.25. The others stay.
+    # Block 0: 1.75 for 0.5, and 1.3125 for 1, more than 1.25 times as much: they start at 1.25 * 1. Block 1: 1.5 for 0.25,
+    # starting at 0.3125. Block 3: 1.5 is more than 1.25, but less than 1.25 times as much.
     weight.adapt(1.0)
-    w = [[1, 0, 0.71875, 0, 0, 2, -1.734375, 0], [0.75, 0, 1.5, 0, 0, 0, 4, 3]]
+    w = [[0, 0, 1.25, -1.25, -0.3125, 2, 0, 0], [1.25, 0, 2.75, 0, 0, 0, 4, 1.25]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     assert sparse.weight is parameter
     assert sparse.weight.data_ptr() == storage
-    v = [[0, 0.5, 0, -0.5625], [0.125, 0, 0, 0.25], [0, 0.5, 0, -0.25], [1, -2, 0, 0]]
+    v = [[1, 0.5, 0, 0], [0, 0, 0, 0.25], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert sparse.mask().int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
-    assert (~sparse.pruned).int().tolist() == [[1, 0, 1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
+    assert sparse.mask().int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+    assert (~sparse.pruned).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
     assert weight.history.oscillations.tolist() == [0, 0, 0, 0]
-    pruned_before = [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    pruned_before = [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 4)
-    # (x^2 revived - x^2 pruned) / (2 S) with S = 1.375: (0.5166015625 - 0.25) / 2.75 + (3.008056640625 - 0.0625) / 2.75
-    torch.testing.assert_close(weight.predicted, torch.tensor(0.09694602 + 1.07111151))
+    assert (int(weight.last_flips), int(weight.flips)) == (6, 6)
+    # (x^2 revived - x^2 pruned) / (2 S) with S = 3: (3.0625 + 1.72265625 - 0.25 - 1) / 6 + (2.25 - 0.0625) / 6
+    torch.testing.assert_close(weight.predicted, torch.tensor(0.58919271 + 0.36458333))
 
-    # Block 0 revives position 3 (never pruned before): v = -0.421875 - 1 beats 0.71875. Block 1 revives position 3 again,
-    # which it has just pruned: v = 0.1875 + 3 beats 1.734375. S = 3/4 * 1.375 + 1 = 2.03125.
-    learn(weight, optimizer, [[99, 0, 99, 1, 0, 99, 99, -3], [99, 0, 99, 0, 0, 0, 99, 99]], steps=2)
-    torch.testing.assert_close(weight.learning_time, torch.tensor([2.03125, 2.03125, 1.75, 1.75]))
+    # Block 3 would swap now, 1.5 > 1.25 * 1, but only designated blocks have been read since. Block 0 revives position 0,
+    # which it has just pruned: v = 1 + 1 beats 1.25 * 1.25; of the two equal kept weights the first one goes. Block 1
+    # revives position 2, never pruned before: 1 beats 1.25 * 0.3125.
+    sparse.weight.data[1, 7] = 1.0
+    learn(weight, optimizer, [[-1, 0.25, 99, 99, 99, 99, -1, 0], [-99] * 8], distance=0.25, everywhere=False)
+    torch.testing.assert_close(weight.learning_time, torch.tensor([4.0, 4, 2, 2]))
     weight.adapt(1.0)
-    w = [[1, 0, 0, -1.421875, 0, 2, 0, 3.1875], [0.75, 0, 1.5, 0, 0, 0, 4, 3]]
+    w = [[1.5625, 0, 0, -1.25, 0, 2, 0.390625, 0], [1.25, 0, 2.75, 0, 0, 0, 4, 1]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
-    assert weight.history.oscillations.tolist() == [0, 1, 0, 0]
-    pruned_before = [[0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    v = [[0, 0.25, 1.25, 0], [-0.3125, 0, 0, 0.25], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
+    torch.testing.assert_close(weight.evidence, torch.tensor(v))
+    assert weight.history.oscillations.tolist() == [1, 0, 0, 0]
+    pruned_before = [[1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 8)
+    assert (int(weight.last_flips), int(weight.flips)) == (4, 10)
+    # S = 4: (4 - 1.5625) / 8 + (1 - 0.09765625) / 8
+    torch.testing.assert_close(weight.predicted, torch.tensor(0.3046875 + 0.11279297))
     assert not weight.frozen.any()
 
-    # Block 1 revives position 2 again, in place of 2: its second oscillation, one more than it may make.
-    learn(weight, optimizer, [[0, 0, 0, 0, 0, 0, 3, 0], [0] * 8], steps=2)
+    # Training makes all weights 1. Mean square of pruned gradients (4 + 9 + 49) / 8 = 7.75, a tenth of it and nine tenths of
+    # 0.25 are 1: the unit is 1, half of it a step of 1/2.
+    sparse.weight.data = torch.tensor([[1.0, 0, 0, -1, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0, 1, 1]])
+    learn(weight, optimizer, [[99, 0, -2, 99, 0, 99, 99, 0], [99, 3, 99, 0, -7, 0, 99, 99]], distance=0.5)
+    torch.testing.assert_close(torch.stack([weight.noise, weight.unit]), torch.ones(2))
+    v = [[0, 0.25, 2.25, 0], [-0.3125, 0, 0, 0.25], [0, -1, 0, -0.25], [4.25, -1.5, 0, 0]]
+    torch.testing.assert_close(weight.evidence, torch.tensor(v))
+    # Block 0 revives position 2 again: its second oscillation, one more than it may make. Block 3 swaps both, at last.
     weight.adapt(1.0)
-    torch.testing.assert_close(sparse.weight[0, 4:].detach(), torch.tensor([0, 0, 0.75 * -1.734375 - 3, 3.1875]))
-    assert (int(weight.last_flips), int(weight.flips)) == (2, 10)
-    assert weight.history.oscillations.tolist() == [0, 2, 0, 0]
-    assert weight.frozen.tolist() == [False, True, False, False]
-    assert weight.designated.tolist() == [0]
+    w = [[0, 0, 1.25, -1, 0, 1, 1, 0], [1, 0, 1, 0, 1.25, -1.25, 0, 0]]
+    torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
+    assert weight.history.oscillations.tolist() == [2, 0, 0, 0]
+    assert weight.frozen.tolist() == [True, False, False, False]
+    assert weight.designated.tolist() == [1]
 
-    # It is neither read nor adapted any more, whatever comes.
-    before = [sparse.weight[0, 4:].detach().clone(), weight.evidence[1].clone(), weight.learning_time[1].clone()]
-    read(weight, [[0, 0, 0, 0, 99, 99, 99, 99], [0] * 8])
+    # It is neither read nor adapted any more, whatever comes, nor does it count as noise: nine tenths of 1, and nothing.
+    sparse.weight.data[0, :4] *= 1e-3
+    before = [sparse.weight[0, :4].detach().clone(), weight.evidence[0].clone(), weight.learning_time[0].clone()]
+    read(weight, [[99, 99, 99, 99, 0, 0, 0, 0], [0] * 8])
     assert weight.reading is not None
-    assert weight.reading.blocks is not None
-    assert weight.reading.blocks.tolist() == [0, 2, 3]
-    weight.accumulate(optimizer, 2, YES)
+    assert isinstance(weight.reading.blocks, torch.Tensor)
+    assert weight.reading.blocks.tolist() == [1, 2, 3]
+    weight.accumulate(optimizer, reading(weight), YES, WINDOW)
+    torch.testing.assert_close(weight.noise, torch.tensor(0.9))
     weight.adapt(1.0)
     weight.designate(1.0)
-    assert weight.designated.tolist() == [0, 2, 3]
-    after = [sparse.weight[0, 4:].detach(), weight.evidence[1], weight.learning_time[1]]
+    assert weight.designated.tolist() == [1, 2, 3]
+    after = [sparse.weight[0, :4].detach(), weight.evidence[0], weight.learning_time[0]]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert weight.last_flips == 0
 
 
-def test_accumulated_evidence_by_hand_under_adam() -> None:
-    # After one step of Adam the second moment, corrected for its bias, is the squared gradient. Block 0 keeps weights with
-    # gradients 1 and 7: mean square 25, more than the 22.75 of all four, eta = 0.5 / 5 = 0.1. Block 1 keeps 1 and 1, less
-    # than the mean square of all four, 9: eta = 0.5 / 3. r k = 2 * 0.5 = 1.
-    sparse = sparse_linear([[2, 0, 0, 0.9, 0, 5, 4, 0]], [[1, 0, 0, 1, 0, 1, 1, 0]], "2:4")
-    weight = EvolvingWeight(sparse, Evidence(step_size=0.5, decay=0.2), freeze_after=1)
-    optimizer = torch.optim.Adam([sparse.weight], lr=0.5, betas=(0.5, 0.75), eps=1e-12)
-    read(weight, [[1, 4, -5, 7, 5, 1, -1, 3]])
-    optimizer.step()  # moves every kept weight by lr against the sign of its gradient
-    torch.testing.assert_close(sparse.weight.detach(), torch.tensor([[1.5, 0, 0, 0.4, 0, 4.5, 4.5, 0]]))
-    weight.accumulate(optimizer, 2, YES)
-    torch.testing.assert_close(weight.evidence, torch.tensor([[0, -0.4, 0.5, 0], [-5 / 6, 0, 0, -0.5]]))
-    torch.testing.assert_close(weight.learning_time, torch.tensor([0.1, 0.5 / 3]))
-    # Evidence decays by lr (wd + lambda), not by the adaptive rate: 1 - 2 * 0.5 * 0.5 * 0.2 = 0.9. Without a gradient the
-    # second moments of the kept weights alone give the rates, 0.1 and 0.5.
-    read(weight, torch.zeros(1, 8))
-    weight.accumulate(optimizer, 2, YES)
-    torch.testing.assert_close(weight.evidence, torch.tensor([[0, -0.36, 0.45, 0], [-0.75, 0, 0, -0.45]]))
-    torch.testing.assert_close(weight.learning_time, torch.tensor([0.19, 0.65]))
-    # 0.45 for 0.4, then 0.36 is less than 0.45. The second block keeps what it has.
-    weight.adapt(1.0)
-    torch.testing.assert_close(sparse.weight.detach(), torch.tensor([[1.5, 0, 0.45, 0, 0, 4.5, 4.5, 0]]))
-    torch.testing.assert_close(weight.evidence, torch.tensor([[0, -0.36, 0, 0.4], [-0.75, 0, 0, -0.45]]))
-    torch.testing.assert_close(weight.predicted, torch.tensor((0.45**2 - 0.4**2) / 0.38))
+def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer() -> None:
+    # Kept: 3 and 5, mean square 17. Pruned gradients -1 and 4, mean square 8.5: the unit is sqrt(2).
+    for make in (
+        lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, lr=1e-3),
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+    ):
+        sparse = sparse_linear([[3.0, -1.0, 0.5, -5.0]], [[1, 0, 0, 1]], "2:4")
+        weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+        sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+        optimizer = make([sparse.weight])
+        read(weight, [[2.0, -1.0, 4.0, 7.0]])
+        optimizer.step()
+        # The optimizer may move pruned weights, too, which does not matter: 99.
+        sparse.weight.data = torch.tensor([[3.0, 99, 99, -5.0]])
+        # In a window of 8 steps and blocks of 4, sqrt(2 * 8 * ln 4) steps are one unit.
+        weight.accumulate(optimizer, Reading(True, math.sqrt(16 * 1.3862943611198906)), YES, 8)
+        torch.testing.assert_close(weight.evidence, torch.tensor([[0, -1 + 2**0.5, 0.5 - 4 * 2**0.5, 0]]))
+        torch.testing.assert_close(weight.learning_time, torch.tensor([2**0.5]))
 
 
 def test_one_batch_by_hand() -> None:

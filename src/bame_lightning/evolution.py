@@ -202,7 +202,9 @@ class EvolvingWeight:
         square = pruned_gradient.square().sum() / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         self.noise = torch.where(finite, running, self.noise)
-        weights = self.sparse.weight.detach().to(self.dtype).square().mean() / pattern.density
+        # The optimizer may have moved pruned weights, which are zeroed only later.
+        kept = self.sparse.weight.detach().masked_fill(self.sparse.pruned, 0)
+        weights = kept.to(self.dtype).square().mean() / pattern.density
         self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
 
     def _optimizer_step(self, optimizer: Optimizer, mask: Tensor) -> Tensor:
@@ -226,7 +228,7 @@ class EvolvingWeight:
         time, history = self.learning_time[index], FlipHistory(*(values[index] for values in self.history))
         # A block that was never read knows nothing of its pruned weights.
         adaptable = (time > 0) & ~frozen_blocks(history.oscillations, self.freeze_after)
-        worth = self.config.worth(latent, time, self._gradient())
+        worth = self.config.worth(latent, time, self._gradient(index))
         new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin)
         self._put(weight, index, new.weight)
         self._put(self.sparse.pruned, index, ~new.mask)
@@ -281,8 +283,11 @@ class EvolvingWeight:
         else:
             scatter_blocks_(tensor, index, blocks)
 
-    def _gradient(self) -> Tensor | None:
-        """The reading of this step, zero in blocks that were not read."""
-        if self.reading is None or isinstance(self.reading.blocks, slice):
-            return self.reading and self.reading.gradient
-        return torch.zeros_like(self.evidence).index_copy(0, self.reading.blocks, self.reading.gradient)
+    def _gradient(self, index: Tensor | slice) -> Tensor | None:
+        """The reading of this step in these blocks, zero where they were not read."""
+        if self.reading is None:
+            return None
+        blocks, gradient = self.reading
+        if not isinstance(blocks, slice):
+            gradient = torch.zeros_like(self.evidence).index_copy(0, blocks, gradient)
+        return gradient[index]
