@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bame_lightning.evidence import Evidence, OneBatch
+from bame_lightning.evidence import Evidence, OneBatch, Reading
 from bame_lightning.evolution import EvolvingWeight, adapt
 from bame_lightning.layers import SparseWeight
 from bame_lightning.pattern import NMPattern
-from tests.helpers import Case, block_positions, cases, learn, patterns, random_kept, read, sgd, sparse_linear
+from tests.helpers import WINDOW, Case, block_positions, cases, learn, patterns, random_kept, read, sgd, sparse_linear
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -29,7 +29,7 @@ def test_adaptation_against_loops(pattern: NMPattern, seed: int, share: float) -
     worth = torch.randint(0, 5, (blocks, m), generator=generator).float()
     adaptable = torch.rand(blocks, generator=generator) > 0.3
     mask = random_kept(blocks, pattern, seed)
-    new = adapt(latent, worth, mask, adaptable, n, share)
+    new = adapt(latent, worth, mask, adaptable, n, share=share)
 
     assert new.mask.sum(-1).tolist() == [n] * blocks
     # Every latent value is in exactly one of the two places.
@@ -57,9 +57,56 @@ def test_the_share_counts_all_blocks_and_takes_the_largest_gains() -> None:
     adaptable = torch.tensor([True, True, True, False])
     # Gains 1, 4, 2, and 8 in a block that may not. A quarter of four blocks is one; 0.26 of them, rounded up, two.
     for share, changed, predicted in [(0.25, [1], 4), (0.26, [1, 2], 6), (0.75, [0, 1, 2], 7), (1.0, [0, 1, 2], 7)]:
-        new = adapt(latent, latent, mask, adaptable, 1, share)
+        new = adapt(latent, latent, mask, adaptable, 1, share=share)
         assert new.mask[:, 1].nonzero().flatten().tolist() == changed
         assert new.predicted == predicted
+
+
+@given(patterns(), st.integers(0, 10**6), st.sampled_from([0.0, 0.25, 0.5, 2.0]))
+def test_a_margin_against_loops(pattern: NMPattern, seed: int, margin: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randint(-9, 10, (7, pattern.m), generator=generator).float()
+    mask = random_kept(7, pattern, seed)
+    adaptable = torch.rand(7, generator=generator) > 0.3
+    new = adapt(latent, latent.square(), mask, adaptable, pattern.n, margin=margin)
+    predicted = 0.0
+    for b, (values, may) in enumerate(zip(latent.tolist(), adaptable.tolist(), strict=True)):
+        kept = [i for i in range(pattern.m) if mask[b, i]]
+        outside = [i for i in range(pattern.m) if not mask[b, i]]
+        # Strongest against weakest, next against next, the lower index first.
+        pairs = zip(
+            sorted(outside, key=lambda j, v=values: (-abs(v[j]), j)),
+            sorted(kept, key=lambda i, v=values: (abs(v[i]), i)),
+            strict=False,
+        )
+        swaps = [(j, i) for j, i in pairs if may and abs(values[j]) > (1 + margin) * abs(values[i])]
+        revived, dropped = {j for j, _ in swaps}, {i for _, i in swaps}
+        most = (1 + margin) * max((abs(values[i]) for i in dropped), default=0.0)
+        weight = [0.0] * pattern.m
+        for i in {*kept, *revived} - dropped:
+            weight[i] = values[i] if i in kept else math.copysign(min(abs(values[i]), most), values[i])
+        assert new.mask[b].nonzero().flatten().tolist() == sorted({*kept, *revived} - dropped)
+        assert new.weight[b].tolist() == weight
+        assert new.evidence[b].tolist() == [0.0 if new.mask[b, i] else values[i] for i in range(pattern.m)]
+        predicted += sum(values[j] ** 2 for j in revived) - sum(values[i] ** 2 for i in dropped)
+    assert new.predicted == predicted
+
+
+def test_revived_weights_start_no_larger_than_the_margin_lets_them() -> None:
+    latent = torch.tensor([[0.5, 2.0, -8.0, 4.0], [1.0, 3.0, 1.5, -2.0]])
+    mask = torch.tensor([[True, True, False, False]] * 2)
+    both = torch.tensor([True, True])
+    # Block 0 prunes 0.5 and 2: revived ones start at 1.5 * 2 at most. Block 1 prunes 1 only, and 1.5 is no more than 1.5 * 1.
+    new = adapt(latent, latent.square(), mask, both, 2, margin=0.5)
+    assert new.weight.tolist() == [[0, 0, -3, 3], [0, 3, 0, -1.5]]
+    assert new.evidence.tolist() == [[0.5, 2, 0, 0], [1, 0, 1.5, 0]]
+    # Whatever the worth says, what is smaller than that stays as it is.
+    worth = torch.tensor([[0.0, 0.0, 1.0, 1.0], [9.0, 0.0, 1.0, 0.0]])
+    new = adapt(latent, worth, mask, both, 2, margin=0.5)
+    assert new.weight.tolist() == [[0, 0, -3, 3], [1, 0, 1.5, 0]]
+    # Without a margin nothing is held back.
+    new = adapt(latent, latent.square(), mask, both, 2)
+    assert new.weight.tolist() == [[0, 0, -8, 4], [0, 3, 0, -2]]
 
 
 # Readings.
@@ -72,7 +119,7 @@ def test_one_batch_has_nothing_to_go_by_without_a_gradient() -> None:
     learn(weight, optimizer, [[0.0, 9.0]])
     sparse.weight.grad = None
     weight.read(everywhere=True)
-    weight.accumulate(optimizer, 1, YES)
+    weight.accumulate(optimizer, Reading(True, 1), YES, WINDOW)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1.0, 0.0]]
     assert weight.last_flips == 0
@@ -97,25 +144,41 @@ def test_evidence_moves_in_the_blocks_that_are_read_and_at_pruned_positions_only
     weight.designated = open_blocks[::2]
     chosen = set((open_blocks if everywhere else open_blocks[::2]).tolist())
 
+    if everywhere:
+        # All kept weights are 1; gradients count in unfrozen blocks at pruned positions.
+        seen = [gradient[place].item() for b in chosen for place in positions[b] if pruned[place]]
+        square = sum(g * g for g in seen) / max(1, len(seen))
+        unit = 1 / math.sqrt(square) if square else 0.0
+    else:
+        weight.unit, unit = torch.tensor(0.5), 0.5
     learn(weight, sgd(weight, lr=0.5, weight_decay=0.25), gradient, everywhere=everywhere)
-    for b, block in enumerate(positions):
-        moved = [-0.5 * gradient[place].item() * bool(pruned[place]) * (b in chosen) for place in block]
-        assert weight.evidence[b].tolist() == moved
-        assert weight.learning_time[b] == 0.5 * (b in chosen)
+    evidence = [
+        [-unit * gradient[place].item() * bool(pruned[place]) * (b in chosen) for place in block]
+        for b, block in enumerate(positions)
+    ]
+    torch.testing.assert_close(weight.evidence, torch.tensor(evidence))
+    torch.testing.assert_close(
+        weight.learning_time, torch.tensor([unit * (b in chosen) for b in range(len(positions))])
+    )
 
+    before = gradient.new_zeros(gradient.shape) + parameter.detach()
     weight.adapt(1.0)
     for b, block in enumerate(positions):
-        values = [parameter[place].item() for place in block]
-        before = [float(keep) for keep in kept[b]]
+        strong = [i for i in range(pattern.m) if abs(evidence[b][i]) > 1.2]
+        strong = sorted(strong, key=lambda i, b=b: (-abs(evidence[b][i]), i))[: pattern.n]
+        old = [i for i in range(pattern.m) if kept[b, i]]
         assert sum(not pruned[place] for place in block) == pattern.n
-        if b not in chosen:
-            assert values == before
-        # The multiset of latent values is conserved.
-        moved = [-0.5 * gradient[p].item() * (not k) * (b in chosen) for p, k in zip(block, kept[b], strict=True)]
-        latent = [v + k for v, k in zip(moved, before, strict=True)]
-        both = [v + e for v, e in zip(values, weight.evidence[b].tolist(), strict=True)]
-        assert sorted(both) == sorted(latent)
-        assert not any(v for v, place in zip(values, block, strict=True) if pruned[place])
+        for i, place in enumerate(block):
+            if i in strong:  # in place of ones
+                assert parameter[place].item() == pytest.approx(math.copysign(1.2, evidence[b][i]))
+                assert weight.evidence[b, i] == 0
+            elif i in old[: len(strong)]:
+                assert (parameter[place], weight.evidence[b, i]) == (0, 1)
+            else:
+                assert parameter[place] == before[place]
+                assert weight.evidence[b, i].item() == pytest.approx(evidence[b][i])
+            assert bool(pruned[place]) == (parameter[place] == 0)
+    assert not weight.due
 
 
 def test_a_reading_is_a_copy_of_the_gradient_before_it_is_masked() -> None:
@@ -142,14 +205,15 @@ def test_a_poisoned_reading_is_discarded_whole(bad: float, config: Any, optimize
         if config.remembers:
             read(weight, [[0.1, 0.2, 0.3, 0.4]])
             real.step()
-            weight.accumulate(real, 3, YES)
-        evidence, time = weight.evidence.clone(), weight.learning_time.clone()
+            weight.accumulate(real, Reading(True, 3), YES, WINDOW)
+        before = [weight.evidence.clone(), weight.learning_time.clone(), weight.noise.clone()]
         read(weight, gradient)
         real.step()
-        weight.accumulate(real, 3, NO)
-        assert torch.equal(weight.evidence, evidence)
-        assert torch.equal(weight.learning_time, time)
+        weight.accumulate(real, Reading(True, 3), NO, WINDOW)
+        after = [weight.evidence, weight.learning_time, weight.noise]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         if math.isfinite(gradient[0][0]):
+            assert weight.unit.isfinite()
             weight.adapt(1.0)
             assert sparse.weight.isfinite().all()
             if not config.remembers:
@@ -160,26 +224,117 @@ def test_a_poisoned_reading_is_discarded_whole(bad: float, config: Any, optimize
 def test_a_weight_without_a_gradient_learns_nothing() -> None:
     weight = EvolvingWeight(sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=1)
     weight.read(everywhere=True)
-    weight.accumulate(sgd(weight), 3, YES)
+    weight.accumulate(sgd(weight), Reading(True, 3), YES, WINDOW)
     assert weight.learning_time.tolist() == [0]
+    assert not weight.due
 
 
 def test_blocks_that_were_never_read_do_not_adapt() -> None:
     # Evidence starts at the pruned initial weights, larger than the kept ones; only block 1 is read.
     sparse = sparse_linear([[1.0, 2.0, 1.0, 2.0]], [[1, 0, 1, 0]], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(init="weights", decay=0.0), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(init="weights", margin=0.5), freeze_after=1)
     assert weight.evidence.tolist() == [[0, 2], [0, 2]]
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-    weight.designated = torch.tensor([1])
+    weight.designated, weight.unit = torch.tensor([1]), torch.tensor(1.0)
     learn(weight, sgd(weight), torch.zeros(1, 4), everywhere=False)
+    weight.due = True  # even if all of them might
     weight.adapt(1.0)
-    assert sparse.weight.tolist() == [[1, 0, 0, 2]]
+    assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
     assert weight.evidence.tolist() == [[0, 2], [1, 0]]
 
 
-def test_evidence_starts_at_zero_by_default() -> None:
-    weight = EvolvingWeight(sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=1)
-    assert not weight.evidence.any()
+def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
+    sparse = sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2")
+    weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+    learn(weight, sgd(weight), torch.zeros(1, 2))
+    weight.adapt(1.0)
+    assert (weight.noise.item(), weight.unit.item(), weight.learning_time.tolist()) == (0, 0, [0])
+    assert weight.evidence.tolist() == [[0, 2]]
+    # Nor does a first one that is not finite count; the second one counts whole.
+    read(weight, [[0.0, math.inf]])
+    weight.accumulate(sgd(weight), Reading(True, 1), NO, WINDOW)
+    assert (weight.noise.item(), weight.unit.item()) == (0, 0)
+    learn(weight, sgd(weight), [[0.0, 4.0]])
+    assert weight.noise.item() == 16
+
+
+def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
+    weight = EvolvingWeight(sparse_linear([[2.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=None)
+    weight.designated = torch.tensor([0])
+    noise = []
+    for gradient, everywhere in [(2.0, True), (9.0, False), (-4.0, True), (0.0, True), (1.0, True), (5.0, False)]:
+        learn(weight, sgd(weight), [[7.0, gradient]], everywhere=everywhere)
+        noise.append(weight.noise.item())
+    # 4; 3.6 + 1.6; 4.68 + 0; 4.212 + 0.1
+    assert noise == pytest.approx([4, 4, 5.2, 4.68, 4.312, 4.312])
+    assert weight.unit.item() == pytest.approx(2 / math.sqrt(4.312))
+
+
+def test_evidence_starts_at_pruned_weights_unless_it_shall_start_at_zero() -> None:
+    for config, start in [(Evidence(), [[0, 2]]), (Evidence(init="zero"), [[0, 0]]), (OneBatch(), [[0, 0]])]:
+        weight = EvolvingWeight(sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2"), config, freeze_after=1)
+        assert weight.evidence.tolist() == start
+
+
+@given(
+    st.sampled_from(["1:4", "2:4", "3:8"]),
+    st.integers(-20, 20),
+    st.integers(-20, 20),
+    st.sampled_from(["zero", "weights"]),
+)
+def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
+    pattern: str, weights: int, gradients: int, init: Any
+) -> None:
+    # Powers of two, so that scaling rounds nothing and equality is exact.
+    a, b = 2.0**weights, 2.0**gradients
+    n, m = map(int, pattern.split(":"))
+    kept = random_kept(48 // m, NMPattern(n, m), seed=weights)
+    start = torch.randn(3, 16, generator=torch.Generator().manual_seed(gradients))
+    pair = []
+    for scale in (1.0, a):
+        sparse = SparseWeight("w", nn.Parameter(scale * start), NMPattern(n, m), ~kept.reshape(3, 16))
+        pair.append(EvolvingWeight(sparse, Evidence(init=init), freeze_after=1))
+        sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+    flips = 0
+    for step in range(9):
+        gradient = torch.randn(3, 16, generator=torch.Generator().manual_seed(step))
+        for weight, scale in zip(pair, (1.0, b), strict=True):
+            # The optimizer's rate, which would have to be a / b, is another one.
+            learn(weight, sgd(weight), scale * gradient, distance=0.5, everywhere=step % 3 == 0)
+            if step % 3 == 0:
+                weight.designate(0.5)
+            if step % 2:
+                weight.adapt(1.0)
+        one, other = pair
+        assert torch.equal(other.evidence, a * one.evidence)
+        assert torch.equal(other.sparse.weight.detach(), a * one.sparse.weight.detach())
+        assert torch.equal(other.sparse.pruned, one.sparse.pruned)
+        assert torch.equal(other.learning_time, a / b * one.learning_time)
+        # Worth is weight squared over learning time, in units of weights times gradients, as the loss is.
+        assert other.predicted == a * b * one.predicted
+        flips = int(one.flips)
+    assert flips > 0
+
+
+def test_blocks_that_were_not_read_since_wait_for_the_next_reading_of_all() -> None:
+    # Every block would swap; the designated one does, then all of them.
+    sparse = sparse_linear([[1.0, 0.0] * 4], [[1, 0] * 4], "1:2")
+    weight = EvolvingWeight(sparse, Evidence(margin=0.0), freeze_after=None)
+    learn(weight, sgd(weight), [[0.0, 1.0] * 4], distance=0.5)
+    weight.designated = torch.tensor([2])
+    weight.adapt(1.0)
+    assert int(weight.flips) == 0  # 0.5 < 1
+    weight.evidence[:, 1] = 3
+    learn(weight, sgd(weight), torch.zeros(1, 8), everywhere=False)
+    weight.adapt(1.0)
+    assert sparse.weight.tolist() == [[1, 0, 1, 0, 0, 1, 1, 0]]
+    weight.adapt(1.0)
+    assert int(weight.last_flips) == 0
+    learn(weight, sgd(weight), torch.zeros(1, 8))
+    learn(weight, sgd(weight), torch.zeros(1, 8), everywhere=False)
+    weight.adapt(1.0)
+    assert sparse.weight.tolist() == [[0, 1] * 4]
+    assert (int(weight.last_flips), int(weight.flips)) == (6, 8)
 
 
 @pytest.mark.parametrize(("freeze_after", "adaptations"), [(0, 2), (1, 3), (2, 4), (None, 6)])
@@ -187,16 +342,17 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
     freeze_after: int | None, adaptations: int
 ) -> None:
     # The pruned weight is pushed ever harder, so the block swaps back and forth at every adaptation, until it is frozen.
-    weight = EvolvingWeight(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(decay=0.0), freeze_after)
+    weight = EvolvingWeight(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after)
     changes = 0
     for c in range(6):
-        learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]])
+        learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]], distance=2)
         weight.adapt(1.0)
         changes += bool(weight.last_flips)
     assert changes == adaptations
     assert weight.frozen.tolist() == [freeze_after is not None]
     # Not even if training brings its kept weight down below the evidence that it has.
     weight.sparse.weight.detach().mul_(1e-6)
+    learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.adapt(1.0)
     assert bool(weight.last_flips) == (freeze_after is None)
 
@@ -208,15 +364,21 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
 def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state: torch.dtype) -> None:
     sparse = sparse_linear([[1.0, 0, 0, 0]], [[1, 0, 0, 0]], "1:4")
     sparse.weight = nn.Parameter(sparse.weight.detach().to(dtype))
-    weight = EvolvingWeight(sparse, Evidence(decay=0.0), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(margin=0.5), freeze_after=1)
+    weight.designated, weight.unit = torch.tensor([0]), torch.tensor(1.0, dtype=state)
     for _ in range(3):
-        learn(weight, sgd(weight), torch.tensor([[0, -(2.0**-9), -1.0, 0]]))  # bfloat16 cannot hold 3 + 3 / 512
-    assert weight.evidence.dtype == state
-    assert weight.evidence[0].tolist() == [0, 3 * 2.0**-9, 3, 0]
+        # bfloat16 cannot hold 3 + 3 / 512
+        learn(weight, sgd(weight), torch.tensor([[0, -(2.0**-9), -1.0, 0]]), everywhere=False)
+    assert {weight.evidence.dtype, weight.learning_time.dtype, weight.noise.dtype} == {state}
+    assert weight.evidence[0].tolist() == pytest.approx([0, 3 * 2.0**-9, 3, 0], rel=1e-12)
+    weight.adapt(1.0)
+    assert sparse.weight.dtype == dtype
+    assert sparse.weight.tolist() == [[0, 0, 1.5, 0]]
+    learn(weight, sgd(weight), torch.ones(1, 4))
+    assert {weight.evidence.dtype, weight.learning_time.dtype, weight.noise.dtype, weight.unit.dtype} == {state}
     weight.designate(1.0)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
-    assert sparse.weight.tolist() == [[0, 0, 3, 0]]
 
 
 def test_large_blocks_are_no_trouble() -> None:
@@ -226,10 +388,11 @@ def test_large_blocks_are_no_trouble() -> None:
     sparse = SparseWeight("layer.weight", parameter, NMPattern(512, 1024), pruned)
     parameter.data.masked_fill_(pruned, 0)
     weight = EvolvingWeight(sparse, Evidence(), freeze_after=1)
-    learn(weight, sgd(weight), torch.full((2, 2048), 7.0))
+    learn(weight, sgd(weight), torch.full((2, 2048), 7.0), distance=2)
     weight.adapt(1.0)
     assert weight.flips == 2 * 2048
-    assert torch.equal(sparse.weight.detach(), -7.0 * born)
+    torch.testing.assert_close(sparse.weight.detach(), -1.2 * born)
+    assert torch.equal(sparse.pruned, ~born)
 
 
 # Saving.
@@ -262,6 +425,8 @@ def everything(weight: EvolvingWeight) -> list[Tensor]:
         weight.sparse.pruned,
         weight.evidence,
         weight.learning_time,
+        weight.noise,
+        weight.unit,
         *weight.history,
     ]
     return [*tensors, weight.designated, weight.flips, weight.last_flips, weight.predicted, weight.frozen]
@@ -291,6 +456,20 @@ def test_a_restored_weight_goes_on_bit_by_bit() -> None:
     assert all(torch.equal(handed[key], saved[key]) for key in saved)
 
 
+def test_a_restored_weight_knows_that_all_blocks_were_read() -> None:
+    flips = []
+    for due in (True, False):
+        weight, optimizer = evolved()
+        learn(weight, optimizer, torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), distance=3)
+        weight.due = due
+        twin, _ = evolved()
+        twin.load_state_dict(weight.state_dict())
+        twin.adapt(1.0)
+        flips.append(int(twin.flips))
+    assert flips[0] > 0
+    assert flips[1] == 0  # no block is designated
+
+
 def test_the_saved_state_is_a_compact_copy() -> None:
     weight, optimizer = evolved()
     evolve(weight, optimizer, range(4))
@@ -298,9 +477,12 @@ def test_the_saved_state_is_a_compact_copy() -> None:
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "evidence": (48,),  # of pruned positions only
         "learning_time": (24,),
+        "noise": (),
+        "unit": (),
         "oscillations": (24,),
         "pruned_before": (12,),  # one bit for each of 96 positions
         "designated": (len(weight.designated),),
+        "due": (),
         "flips": (),
         "last_flips": (),
         "predicted": (),
