@@ -27,6 +27,16 @@ class Block:
 
 
 @dataclass
+class Layer:
+    """The blocks of a weight, and what is measured in all of them together."""
+
+    blocks: list[Block]
+    noise: float | None = None
+    unit: float = 0.0
+    all_read: bool = False
+
+
+@dataclass
 class Settings:
     """The constants of the method."""
 
@@ -38,8 +48,8 @@ class Settings:
     read_every: int
     share: float
     step_size: float
-    decay: float
-    freeze_after: int
+    margin: float
+    freeze_after: int | None
     lr: float
     momentum: float
     weight_decay: float
@@ -51,51 +61,60 @@ def split(weight: Tensor, s: Settings) -> list[Block]:
         for first in range(0, weight.shape[1], s.m):
             columns = list(range(first, first + s.m))
             strongest = sorted(columns, key=lambda c: -abs(weight[row, c].item()))[: s.n]
-            blocks.append(Block(row, columns, [c in strongest for c in columns], [0.0] * s.m))
+            evidence = [0.0 if c in strongest else weight[row, c].item() for c in columns]
+            blocks.append(Block(row, columns, [c in strongest for c in columns], evidence))
     return blocks
 
 
 def train(
     weights: Sequence[Tensor], loss_of: Callable[[int], Tensor], steps: int, s: Settings
-) -> tuple[list[list[Block]], int]:
-    """Train leaf tensors in place; returns the blocks of each weight, and how many swaps were made."""
-    layers = [split(weight, s) for weight in weights]
+) -> tuple[list[Layer], int]:
+    """Train leaf tensors in place; returns what evolved of each weight, and how many swaps were made."""
+    layers = [Layer(split(weight, s)) for weight in weights]
     momenta = [torch.zeros_like(weight) for weight in weights]
     swaps = 0
-    for weight, blocks in zip(weights, layers, strict=True):
-        clear(weight.data, blocks)
-    eta = s.lr / (1 - s.momentum)
+    for weight, layer in zip(weights, layers, strict=True):
+        clear(weight.data, layer.blocks)
     for t in range(steps):
         for weight in weights:
             weight.grad = None
         loss_of(t).backward()
         dense = [weight.grad.clone() for weight in weights]
-        for weight, blocks, momentum in zip(weights, layers, momenta, strict=True):
-            clear(weight.grad, blocks)
+        for weight, layer, momentum in zip(weights, layers, momenta, strict=True):
+            clear(weight.grad, layer.blocks)
             momentum.mul_(s.momentum).add_(weight.grad + s.weight_decay * weight.data)
             weight.data -= s.lr * momentum
-            clear(weight.data, blocks)
-            clear(momentum, blocks)
+            clear(weight.data, layer.blocks)
+            clear(momentum, layer.blocks)
         if not s.start <= t < s.stop:
             continue
         everywhere = (t - s.start) % s.read_every == 0
-        for weight, blocks, gradient in zip(weights, layers, dense, strict=True):
-            r = round(math.sqrt(s.read_every)) if everywhere else 1
-            for block in blocks:
-                if block.oscillations > s.freeze_after or not (everywhere or block.designated):
-                    continue
+        length = s.step_size * (1 + math.cos(math.pi * (t - s.start) / (s.stop - s.start))) / 2
+        if everywhere:
+            length *= round(math.sqrt(s.read_every))
+        length /= math.sqrt(2 * (s.stop - s.start) * math.log(s.m))
+        for weight, layer, gradient in zip(weights, layers, dense, strict=True):
+            read = [b for b in layer.blocks if not frozen(b, s) and (everywhere or b.designated)]
+            if everywhere:
+                layer.all_read = True
+                measure(weight, layer, gradient, read)
+            for block in read:
                 for i, column in enumerate(block.columns):
                     if not block.kept[i]:
-                        rate = r * s.step_size * eta
-                        g = gradient[block.row, column].item()
-                        block.evidence[i] = (1 - rate * (s.weight_decay + s.decay)) * block.evidence[i] - rate * g
+                        block.evidence[i] -= length * layer.unit * gradient[block.row, column].item()
             if everywhere:
-                designate(weight, blocks, s)
+                designate(weight, layer.blocks, s)
         if (t - s.start + 1) % s.every == 0:
-            for weight, blocks, momentum in zip(weights, layers, momenta, strict=True):
-                for block in blocks:
-                    swaps += adapt(weight.data, momentum, block, s)
+            for weight, layer, momentum in zip(weights, layers, momenta, strict=True):
+                for block in layer.blocks:
+                    if not frozen(block, s) and (layer.all_read or block.designated):
+                        swaps += adapt(weight.data, momentum, block, s)
+                layer.all_read = False
     return layers, swaps
+
+
+def frozen(block: Block, s: Settings) -> bool:
+    return s.freeze_after is not None and block.oscillations > s.freeze_after
 
 
 def clear(values: Tensor, blocks: list[Block]) -> None:
@@ -103,6 +122,16 @@ def clear(values: Tensor, blocks: list[Block]) -> None:
         for column, kept in zip(block.columns, block.kept, strict=True):
             if not kept:
                 values[block.row, column] = 0
+
+
+def measure(weight: Tensor, layer: Layer, gradient: Tensor, read: list[Block]) -> None:
+    squares = [
+        gradient[b.row, c].item() ** 2 for b in read for c, kept in zip(b.columns, b.kept, strict=True) if not kept
+    ]
+    mean = sum(squares) / len(squares)
+    layer.noise = mean if layer.noise is None else 0.9 * layer.noise + 0.1 * mean
+    kept = [weight[b.row, c].item() for b in layer.blocks for c, k in zip(b.columns, b.kept, strict=True) if k]
+    layer.unit = math.sqrt(sum(w * w for w in kept) / len(kept)) / math.sqrt(layer.noise)
 
 
 def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
@@ -113,34 +142,34 @@ def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
         )
         return strongest / weakest
 
-    open_blocks = [block for block in blocks if block.oscillations <= s.freeze_after]
+    open_blocks = [block for block in blocks if not frozen(block, s)]
     chosen = sorted(open_blocks, key=ratio, reverse=True)[: math.ceil(s.share * len(open_blocks))]
     for block in blocks:
         block.designated = any(block is c for c in chosen)
 
 
 def adapt(weight: Tensor, momentum: Tensor, block: Block, s: Settings) -> int:
-    if block.oscillations > s.freeze_after:
-        return 0
-    swaps, returned, pruned_now = 0, False, []
-    for _ in range(min(s.n, s.m - s.n)):
-        kept = [i for i in range(s.m) if block.kept[i]]
-        pruned = [i for i in range(s.m) if not block.kept[i]]
-        value = {i: abs(weight[block.row, block.columns[i]].item()) for i in kept}
-        weakest = min(kept, key=value.__getitem__)
-        strongest = max(pruned, key=lambda i: abs(block.evidence[i]))
-        if not abs(block.evidence[strongest]) > value[weakest]:
+    def size(i: int) -> float:
+        return abs(weight[block.row, block.columns[i]].item())
+
+    kept = sorted((i for i in range(s.m) if block.kept[i]), key=size)
+    pruned = sorted((i for i in range(s.m) if not block.kept[i]), key=lambda i: -abs(block.evidence[i]))
+    pairs = []
+    for weakest, strongest in zip(kept, pruned, strict=False):
+        if not abs(block.evidence[strongest]) > (1 + s.margin) * size(weakest):
             break
+        pairs.append((weakest, strongest))
+    if not pairs:
+        return 0
+    largest = (1 + s.margin) * max(size(weakest) for weakest, _ in pairs)
+    for weakest, strongest in pairs:
         out, into = block.columns[weakest], block.columns[strongest]
-        block.evidence[weakest] = weight[block.row, out].item()
-        weight[block.row, into] = block.evidence[strongest]
-        block.evidence[strongest] = 0.0
+        revived = block.evidence[strongest]
+        block.evidence[weakest], block.evidence[strongest] = weight[block.row, out].item(), 0.0
+        weight[block.row, into] = max(-largest, min(largest, revived))
         weight[block.row, out] = 0
         momentum[block.row, out] = momentum[block.row, into] = 0
         block.kept[weakest], block.kept[strongest] = False, True
-        returned |= strongest in block.pruned_earlier
-        pruned_now.append(weakest)
-        swaps += 1
-    block.pruned_earlier.update(pruned_now)
-    block.oscillations += returned
-    return swaps
+    block.oscillations += any(strongest in block.pruned_earlier for _, strongest in pairs)
+    block.pruned_earlier.update(weakest for weakest, _ in pairs)
+    return len(pairs)

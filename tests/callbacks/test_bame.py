@@ -16,22 +16,23 @@ from tests import reference
 from tests.training import Spy, Task, blocks_over, trainer
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8)])
-def test_training_equals_the_specification_written_out_in_loops(n: int, m: int) -> None:
+@pytest.mark.parametrize(("n", "m", "freeze_after"), [(1, 4, None), (2, 4, 1), (3, 8, 2)])
+def test_training_equals_the_specification_written_out_in_loops(n: int, m: int, freeze_after: int | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)
     ).double()
     twin = copy.deepcopy(model)
     settings = reference.Settings(
-        n=n, m=m, start=3, stop=70, every=3, read_every=4, share=0.25, step_size=0.7, decay=1e-3, freeze_after=1,
-        lr=0.2, momentum=0.8, weight_decay=1e-3,
+        n=n, m=m, start=3, stop=70, every=2, read_every=7, share=0.25, step_size=3.5, margin=0.1,
+        freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
     )  # fmt: skip
     callback = BAMECallback(
         f"{n}:{m}",
-        schedule=Schedule(start=3, stop=70, every=3),
-        evidence=Evidence(read_every=4, share=0.25, step_size=0.7, decay=1e-3),
-        freeze_after=1,
+        schedule=Schedule(start=3, stop=70, every=2),
+        evidence=Evidence(read_every=7, share=0.25, step_size=3.5, margin=0.1),
+        freeze_after=freeze_after,
+        rescale=False,
         verify=True,
     )
     task = Task(model, lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.8, weight_decay=1e-3))
@@ -52,27 +53,29 @@ def test_training_equals_the_specification_written_out_in_loops(n: int, m: int) 
 
     layers, swaps = reference.train(sparse, loss_of, 80, settings)
 
+    blocks = [block for layer in layers for block in layer.blocks]
     assert swaps > 50
-    assert sum(block.oscillations for blocks in layers for block in blocks) > 10
-    assert any(block.oscillations > 1 for blocks in layers for block in blocks)
+    assert sum(block.oscillations for block in blocks) > 10
+    assert any(block.oscillations > 1 for block in blocks)
+    assert any(reference.frozen(block, settings) for block in blocks) == (freeze_after is not None)
     assert callback.summary()["flips"] == 2 * swaps
-    for weight, blocks, evolving in zip(sparse, layers, callback.evolving, strict=True):
-        assert evolving.sparse.mask().tolist() == [block.kept for block in blocks]
-        assert evolving.history.oscillations.tolist() == [block.oscillations for block in blocks]
+    for weight, layer, evolving in zip(sparse, layers, callback.evolving, strict=True):
+        assert evolving.sparse.mask().tolist() == [block.kept for block in layer.blocks]
+        assert evolving.history.oscillations.tolist() == [block.oscillations for block in layer.blocks]
         torch.testing.assert_close(evolving.sparse.weight.detach(), weight.detach())
-        torch.testing.assert_close(evolving.evidence, torch.tensor([b.evidence for b in blocks], dtype=torch.float64))
+        evidence = torch.tensor([block.evidence for block in layer.blocks], dtype=torch.float64)
+        torch.testing.assert_close(evolving.evidence, evidence)
+        assert (evolving.noise.item(), evolving.unit.item()) == pytest.approx((layer.noise, layer.unit))
 
 
 def test_default_arguments_are_the_contract() -> None:
     callback = BAMECallback("1:16")
-    assert (callback.schedule, callback.freeze_after, callback.init) == (Schedule(0.0, 0.9, 10), 1, "magnitude")
-    assert callback.evidence == Evidence(read_every=10, share=0.25, step_size=1.0, init="zero")
-    assert (callback.rescale, callback.verify, callback.rules) == (False, False, {})
+    assert (callback.schedule, callback.freeze_after, callback.init) == (Schedule(0.0, 0.9, 2), None, "magnitude")
+    assert callback.evidence == Evidence(read_every=10, share=0.3, step_size=1.0, init="weights", margin=0.2)
+    assert (callback.rescale, callback.verify, callback.rules) == (True, False, {})
 
 
-@pytest.mark.parametrize(
-    "evidence", [Evidence(read_every=3), Evidence(read_every=3, init="weights"), OneBatch(share=1.0)]
-)
+@pytest.mark.parametrize("evidence", [Evidence(read_every=3), Evidence(read_every=3, init="zero"), OneBatch(share=1.0)])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -126,15 +129,16 @@ def test_revived_weights_start_without_optimizer_state() -> None:
     assert sum(seen) > 0
 
 
-def test_rescaling_multiplies_kept_weights_once() -> None:
+def test_evidence_follows_a_weight_that_is_rescaled() -> None:
     task = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     before = task.model[6].weight.detach().clone()
-    callback = BAMECallback("1:4", rescale=True)
-    trainer(callback, max_epochs=2).fit(task)
-    weight = task.model[6].weight.detach()
-    torch.testing.assert_close(weight[weight != 0], 2 * before[weight != 0])
-    trainer(callback, max_epochs=2).fit(task)
-    torch.testing.assert_close(task.model[6].weight.detach(), weight, rtol=0, atol=0)
+    # Evidence starts at pruned weights, and nothing is read before step 1000.
+    callback = BAMECallback("1:4", schedule=Schedule(1000, 1100))
+    trainer(callback, max_epochs=1).fit(task)
+    kept = ~callback.weights[2].pruned
+    assert kept.sum() == 16 * 128 / 4
+    torch.testing.assert_close(task.model[6].weight.detach(), 2 * before * kept)
+    torch.testing.assert_close(callback.evolving[2].evidence, (2 * before * ~kept).view(-1, 4))
 
 
 def test_accumulated_batches_count_as_one_step_and_are_read_whole() -> None:
@@ -158,7 +162,7 @@ def test_a_poisoned_reading_is_discarded_whole_and_counted() -> None:
     class Poison(BAMECallback):
         def read_gradients(self) -> None:
             if self.steps == 3:
-                self.before = [(w.evidence.clone(), w.learning_time.clone()) for w in self.evolving]
+                self.before = [(w.evidence.clone(), w.learning_time.clone(), w.noise.clone()) for w in self.evolving]
                 # Only a pruned position of one layer: what the optimizer sees stays finite.
                 grad = self.weights[0].weight.grad
                 grad[tuple(self.weights[0].pruned.nonzero()[0])] = math.nan
@@ -167,9 +171,11 @@ def test_a_poisoned_reading_is_discarded_whole_and_counted() -> None:
         def evolve(self, optimizer) -> bool:
             poisoned, changed = self.steps == 3, super().evolve(optimizer)
             if poisoned:
-                for (evidence, time), weight in zip(self.before, self.evolving, strict=True):
+                for (evidence, time, noise), weight in zip(self.before, self.evolving, strict=True):
                     assert torch.equal(evidence, weight.evidence)
                     assert torch.equal(time, weight.learning_time)
+                    assert torch.equal(noise, weight.noise)
+                    assert time.count_nonzero()
                     assert evidence.count_nonzero()
             return changed
 

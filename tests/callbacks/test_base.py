@@ -130,6 +130,86 @@ class TestEnforcement:
         torch.testing.assert_close(task.model[2].weight, twin.model[2].weight.to(memory_format=torch.channels_last))
 
 
+class TestRescaling:
+    def test_kept_weights_grow_by_the_root_of_m_over_n_once(self) -> None:
+        task, callback = still(), StaticMask("1:4")
+        before = [task.model[i].weight.detach().clone() for i in (2, 4, 6)]
+        trainer(callback, max_epochs=2).fit(task)
+        for weight, sparse in zip(before, callback.weights, strict=True):
+            torch.testing.assert_close(sparse.weight.detach(), 2 * weight * ~sparse.pruned)
+        after = task.model[6].weight.detach().clone()
+        trainer(callback, max_epochs=2).fit(task)
+        assert torch.equal(task.model[6].weight, after)
+
+    def test_it_can_be_left_out(self) -> None:
+        task, callback = still(), StaticMask("1:4", rescale=False)
+        before = task.model[6].weight.detach().clone()
+        trainer(callback, max_epochs=1).fit(task)
+        assert torch.equal(task.model[6].weight, before * ~callback.weights[2].pruned)
+
+    def test_a_layer_behind_a_batch_norm_keeps_its_scale(self) -> None:
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8),
+            nn.ReLU(), nn.Linear(8, 5),
+        )  # fmt: skip
+        task, callback = still(model), StaticMask("1:4")
+        before = [model[i].weight.detach().clone() for i in (1, 5)]
+        trainer(callback, max_epochs=1).fit(task)
+        factors = [(sparse.weight / b).mean() * 4 for sparse, b in zip(callback.weights, before, strict=True)]
+        torch.testing.assert_close(torch.stack(factors).detach(), torch.tensor([1.0, 2.0]))
+
+    def test_a_layer_waits_for_its_first_gradient_beyond_a_checkpoint(self, tmp_path: Path) -> None:
+        class Late(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.late, self.early, self.head = nn.Linear(48, 8), nn.Linear(48, 8), nn.Linear(8, 5)
+                self.waiting = True
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                hidden = self.early(images.flatten(1))
+                return self.head(hidden if self.waiting else hidden + self.late(images.flatten(1)))
+
+        first, second = still(Late()), still(Late())
+        late, early = first.model.late.weight.detach().clone(), first.model.early.weight.detach().clone()
+        second.model.waiting = False
+        with pytest.warns(UserWarning, match="Training FLOPs leave out model.late.weight"):
+            path = save(StaticMask("1:4"), tmp_path / "a.ckpt", first)
+        assert torch.equal(first.model.late.weight, late * (first.model.late.weight != 0))
+        trainer(StaticMask("1:4"), max_epochs=2).fit(second, ckpt_path=path)
+        for weight, before in ((second.model.late.weight, late), (second.model.early.weight, early)):
+            assert weight.count_nonzero() == 8 * 48 / 4
+            torch.testing.assert_close(weight.detach(), 2 * before * (weight != 0))
+
+    def test_a_gradient_that_is_not_finite_decides_nothing(self) -> None:
+        class Poison(StaticMask):
+            def read_gradients(self) -> None:
+                factors.append((self.weights[2].weight.detach() / before).sum() / 512)
+                if self.steps < 3:
+                    for sparse in self.weights:
+                        sparse.weight.grad.fill_(math.nan)
+
+        factors: list[torch.Tensor] = []
+        task = Task(optimizer=Unmoved)
+        before = task.model[6].weight.detach().clone()
+        trainer(Poison("1:4"), max_epochs=1).fit(task)
+        assert factors == pytest.approx([1] * 4 + [2] * 4, rel=1e-5)
+
+
+class Unmoved(torch.optim.SGD):
+    """Takes steps of nothing, whatever the gradient."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.0)
+
+    def step(self, closure: Any = None) -> Any:
+        return closure() if closure else None
+
+
+def still(model: nn.Module | None = None) -> Task:
+    """A task whose weights do not move."""
+    return Task(model, lambda p: torch.optim.SGD(p, lr=0.0))
+
+
 class TestCheckpoints:
     def test_load_strictly_into_the_plain_model_with_zeros_inside(self, tmp_path: Path) -> None:
         task = Task()
@@ -224,7 +304,7 @@ class TestCheckpoints:
             trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
 
     def test_state_of_another_version_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="version 7, this release reads 1"):
+        with pytest.raises(ValueError, match="version 7, this release reads 2"):
             bame().load_state_dict({"nm_sparsity_version": 7})
 
     def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:
