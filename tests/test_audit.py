@@ -43,7 +43,7 @@ def lightning_checkpoint() -> dict[str, Any]:
         "callbacks": {
             "ModelCheckpoint{'monitor': None}": {"best_model_path": "", "best_model_score": torch.tensor(0.5)},
             "AnyNameAtAll": {
-                "nm_sparsity_version": 1,
+                "nm_sparsity_version": 2,
                 "step": 12,
                 "layers": {"net.fc.weight": entry(fc, "1:4"), "net.conv.weight": entry(conv, "2:4")},
             },
@@ -270,12 +270,12 @@ def test_a_saved_layer_without_weight_is_named(path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"nm_sparsity_version": 2, "layers": {}}, "`nm_sparsity_version` 2, where this release reads 1"),
-        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 1"),
-        ({"nm_sparsity_version": 1}, "names no `layers`"),
-        ({"nm_sparsity_version": 1, "layers": {}}, "names no `layers`"),
-        ({"nm_sparsity_version": 1, "layers": [1]}, "names no `layers`"),
-        ({"nm_sparsity_version": 1, "layers": {3: {}}}, "names no `layers`"),
+        ({"nm_sparsity_version": 3, "layers": {}}, "`nm_sparsity_version` 3, where this release reads 2"),
+        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 2"),
+        ({"nm_sparsity_version": 2}, "names no `layers`"),
+        ({"nm_sparsity_version": 2, "layers": {}}, "names no `layers`"),
+        ({"nm_sparsity_version": 2, "layers": [1]}, "names no `layers`"),
+        ({"nm_sparsity_version": 2, "layers": {3: {}}}, "names no `layers`"),
     ],
 )
 def test_malformed_state_is_refused(path: Path, state: dict[str, Any], message: str) -> None:

@@ -42,6 +42,11 @@ def test_counting_steps_one_by_one_gives_the_same_adaptations(start: int, length
     assert window.adaptations == len(adapted)
 
 
+@pytest.mark.parametrize(("start", "stop", "steps"), [(0, 900, 900), (7, 10, 3), (4, 4, 0), (5, 3, 0)])
+def test_the_length_of_a_window_is_the_steps_inside(start: int, stop: int, steps: int) -> None:
+    assert len(Window(start, stop, 2)) == steps == sum(step in Window(start, stop, 2) for step in range(1000))
+
+
 def test_progress_runs_from_zero_at_the_start_to_one_at_the_end() -> None:
     assert [Window(10, 20, 3).progress(step) for step in (10, 15, 20)] == [0, 0.5, 1]
 
@@ -49,14 +54,14 @@ def test_progress_runs_from_zero_at_the_start_to_one_at_the_end() -> None:
 @pytest.mark.parametrize(
     ("schedule", "total", "window"),
     [
-        (Schedule(), 1000, Window(0, 900, 10)),
+        (Schedule(), 1000, Window(0, 900, 2)),
         (Schedule(0.25, 0.75, 7), 400, Window(100, 300, 7)),
-        (Schedule(20, 60), 1000, Window(20, 60, 10)),
-        (Schedule(20, 60), math.inf, Window(20, 60, 10)),
-        (Schedule(20, 0.5), 1000, Window(20, 500, 10)),
-        (Schedule(0.0, 50), 200, Window(0, 50, 10)),
-        (Schedule(0, 1), 200, Window(0, 1, 10)),
-        (Schedule(0.0, 1.0), 200, Window(0, 200, 10)),
+        (Schedule(20, 60), 1000, Window(20, 60, 2)),
+        (Schedule(20, 60), math.inf, Window(20, 60, 2)),
+        (Schedule(20, 0.5), 1000, Window(20, 500, 2)),
+        (Schedule(0.0, 50), 200, Window(0, 50, 2)),
+        (Schedule(0, 1), 200, Window(0, 1, 2)),
+        (Schedule(0.0, 1.0), 200, Window(0, 200, 2)),
     ],
 )
 def test_floats_are_fractions_and_ints_are_steps(schedule: Schedule, total: float, window: Window) -> None:
@@ -65,7 +70,7 @@ def test_floats_are_fractions_and_ints_are_steps(schedule: Schedule, total: floa
 
 def test_a_fraction_is_rounded_to_the_nearest_step() -> None:
     # 0.1 + 0.2 is a little more than 0.3, and 0.29 * 100 a little less than 29.
-    assert Schedule(0.29, 0.1 + 0.2).window(100) == Window(29, 30, 10)
+    assert Schedule(0.29, 0.1 + 0.2).window(100) == Window(29, 30, 2)
 
 
 @pytest.mark.parametrize(
