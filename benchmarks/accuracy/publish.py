@@ -1,67 +1,195 @@
-"""Write measured results where people read them: the README, recipes/README.md and the header of each recipe.
+"""Write measured results where people read them: README, docs/results.md, recipes/README.md and the header of each recipe.
 
     python -m benchmarks.accuracy.publish
 
-Everything comes from `study.csv` and from the files that `bame-compare` wrote; nothing is typed in by hand.
+Everything comes from `study.csv` and `predictor.csv`; nothing is typed in by hand.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import statistics
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.accuracy.study import CSV, Row, read_rows, spread, table
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.predictor import CSV as PREDICTOR
+from benchmarks.accuracy.study import CSV, TABLE, Row, quality, read_rows, spread, table
 
 ROOT = Path(__file__).parents[2]
-
-
-SWEEP = "bame-train -m recipe=fashion_mnist_mlp method=bame,sr_ste,static,rigl,dense seed=0,1,2 threads=1 hydra.sweep.dir=sweep"
+FIGURE = CSV.with_name("results.png")
+TASKS = {
+    "fashion_mnist_mlp": "784-512-512-10 on Fashion-MNIST, 6 epochs",
+    "fashion_mnist_cnn": "three convolutions on Fashion-MNIST, 5 epochs",
+    "fashion_mnist_resnet20": "ResNet-20 on Fashion-MNIST, 3 epochs",
+    "python_source_gpt": "GPT on Python's standard library, 1,500 steps",
+    "digits_cnn": "three convolutions on scikit-learn's digits",
+}
+METHODS = {"bame": "BAME", "sr_ste": "SR-STE", "static": "static mask", "rigl": "RigL in blocks", "dense": "dense"}
+COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), strict=True))
+MARKERS = {"1:16": "o", "1:8": "s", "1:4": "^", "2:4": "D", "": "*"}
 
 
 def main() -> None:
     rows = read_rows()
-    CSV.with_suffix(".md").write_text(table(rows))
+    TABLE.write_text(table(rows))
+    draw([row for row in rows if not row["variant"] and row["method"] in METHODS])
     hardware = "; ".join(sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows}))
+    command = "```\npython -m benchmarks.accuracy.study headline\npython -m benchmarks.accuracy.publish\n```"
 
-    compared = (CSV.parent / "fashion_mnist_mlp" / "compare.md").read_text()
-    lines = [line for line in compared.splitlines() if line.startswith("|")]
     text = [
-        "Fashion-MNIST, 60,000 images, 6 epochs of 784-512-512-10 with both hidden layers 1:16; three seeds, mean ± standard",
-        "deviation; differences paired by seed, with their 95 % confidence interval; FLOPs counted, not executed.",
-        f"On {hardware}.",
+        "Fashion-MNIST with an MLP and a CNN (test accuracy, %), and a small GPT on Python's source text (bits per byte, less",
+        "is better); 1:16, mean ± standard deviation over seeds. FLOPs of training the whole network, counted, not executed. On",
+        f"{hardware}.",
         "",
-        "![accuracy against training FLOPs](benchmarks/accuracy/fashion_mnist_mlp/compare.png)",
+        "![quality against training FLOPs](benchmarks/accuracy/results.png)",
         "",
-        *lines,
+        *headline(rows, "1:16"),
         "",
-        f"```\n{SWEEP}\nbame-compare sweep --baseline sr_ste\n```",
+        command,
         "",
-        "More tasks, and where the evolution does not beat a static mask in every seed:",
-        "[benchmarks/accuracy/study.md](benchmarks/accuracy/study.md).",
+        "All patterns and tasks, what each part of the method gives, and what did not work: [results](docs/results.md).",
     ]
     _fill(ROOT / "README.md", "study", "\n".join(text))
 
-    lines = ["| recipe | pattern | method | test accuracy, % | seeds | minutes |", "|---|---|---|---|---|---|"]
+    text = [f"Measured on {hardware}.", "", "![quality against training FLOPs](../benchmarks/accuracy/results.png)", ""]
+    for pattern in [pattern for pattern in MARKERS if pattern]:
+        text += [f"### {pattern}", "", *headline(rows, pattern), ""]
+    _fill(ROOT / "docs" / "results.md", "headline", "\n".join([*text, command]))
+    _fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
+    _fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
+    _recipes(rows, hardware)
+
+
+def headline(rows: list[Row], pattern: str) -> list[str]:
+    """A row for each task and method: quality, the difference to SR-STE, loss, FLOPs."""
+    lines = [
+        "| task | method | seeds | quality | to SR-STE | training loss | FLOPs / dense | SR-STE costs |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task in TASKS:
+        groups = _groups([row for row in rows if row["recipe"] == task and not row["variant"]])
+        base = groups.get((pattern, "sr_ste"), [])
+        for method, title in METHODS.items():
+            group = groups.get(("" if method == "dense" else pattern, method), [])
+            if not group or not groups.get((pattern, "bame")):
+                continue
+            digits = 3 if group[0]["test_bits_per_byte"] else 2
+            against = ""
+            if base and method not in ("sr_ste", "dense"):
+                against = f"{_mean(map(quality, group)) - _mean(map(quality, base)):+.{digits}f}"
+            flops = _mean(float(row["train_vs_sr_ste"]) for row in group)
+            cells = [
+                *(task, title, str(len(group)), spread([quality(row) for row in group], digits), against),
+                spread([float(row["train_loss"]) for row in group], 4),
+                f"{_mean(float(row['train_vs_dense']) for row in group):.3f}",
+                f"{1 / flops:.2f}x" if method != "dense" else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def ablation(rows: list[Row]) -> list[str]:
+    """The default with one part changed, beside the default."""
+    lines = [
+        "| task | changed | seeds | quality | training loss | swaps a block | FLOPs / SR-STE |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for task in TASKS:
+        chosen = [row for row in rows if row["recipe"] == task and row["pattern"] == "1:16"]
+        changed = [row for row in chosen if row["variant"] or row["method"] == "bame_one_batch"]
+        default = [row for row in chosen if row["method"] == "bame" and not row["variant"]]
+        groups: dict[str, list[Row]] = {"nothing: the default": default} if changed else {}
+        for row in changed:
+            groups.setdefault(row["variant"] or "one batch, the literal criterion", []).append(row)
+        for name, group in groups.items():
+            cells = [
+                *(task, name, str(len(group)), spread([quality(row) for row in group], 2)),
+                spread([float(row["train_loss"]) for row in group], 4),
+                f"{_mean(float(row['flips_per_block']) for row in group):.2f}",
+                f"{_mean(float(row['train_vs_sr_ste']) for row in group):.3f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study ablation`."]
+
+
+def predictor() -> list[str]:
+    """The table of `predictor.py`, as it is."""
+    with PREDICTOR.open() as file:
+        rows = list(csv.DictReader(file))
+    head = [name.replace("_", " ") for name in rows[0]]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(value.replace('_', ' ') for value in row.values())} |" for row in rows]
+
+
+def draw(rows: list[Row]) -> None:
+    """A panel for each task: quality against training FLOPs, with the standard deviation over seeds."""
+    tasks = [task for task in TASKS if any(row["recipe"] == task and row["method"] == "bame" for row in rows)]
+    figure = Figure(figsize=(5.2 * len(tasks), 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        for (pattern, method), group in _groups([row for row in rows if row["recipe"] == task]).items():
+            values = [quality(row) for row in group]
+            axis.errorbar(
+                _mean(float(row["train_vs_dense"]) for row in group),
+                _mean(values),
+                yerr=statistics.stdev(values) if len(values) > 1 else None,
+                fmt=MARKERS[pattern],
+                color=COLOURS[method],
+                markersize=9,
+                capsize=3,
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("training FLOPs, of dense training (counted)")
+        axis.set_ylabel("bits per byte (less is better)" if task.startswith("python") else "test accuracy, %")
+        axis.set_title(TASKS[task], fontsize=10, loc="left")
+        axis.grid(color="#E3E3E3")
+        axis.set_axisbelow(True)
+    for method, colour in COLOURS.items():
+        axes[0].plot([], [], "o", color=colour, label=METHODS[method])
+    for pattern, marker in MARKERS.items():
+        axes[0].plot([], [], marker, color="#888888", label=pattern or "dense")
+    figure.legend(loc="outside lower center", ncols=len(METHODS) + len(MARKERS), fontsize=9, frameon=False)
+    figure.savefig(FIGURE)
+
+
+def _recipes(rows: list[Row], hardware: str) -> None:
+    lines = [
+        "| recipe | pattern | method | test accuracy, % (GPT: bits per byte) | seeds | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        group = [row for row in rows if row["recipe"] == path.stem and row["method"] == "bame"]
+        groups = _groups([row for row in rows if row["recipe"] == path.stem and not row["variant"]])
+        group = groups.get(("1:16", "bame"))
+        measured = "not measured"
         if group:
-            lines.append(f"| {' | '.join([path.stem, *_cells(group)])} |")
-            accuracy, seeds, minutes = _cells(group)[2:]
-            measured = f"test accuracy {accuracy} %, {seeds} seeds, {minutes} minutes each on {group[0]['hardware']}"
-            text = re.sub(r"^# Measured: .*$", f"# Measured: {measured}", path.read_text(), flags=re.MULTILINE)
-            path.write_text(text)
+            language = bool(group[0]["test_bits_per_byte"])
+            value = spread([quality(row) for row in group], 3 if language else 2)
+            minutes = f"{_mean(float(row['wall_seconds']) for row in group) / 60:.1f}"
+            lines.append(f"| {path.stem} | 1:16 | bame | {value} | {len(group)} | {minutes} |")
+            value = f"{value} bits per byte" if language else f"test accuracy {value} %"
+            measured = f"{value}, {len(group)} seeds, {minutes} minutes each on {group[0]['hardware']}"
         else:
             lines.append(f"| {path.stem} | | | not measured | | |")
-    source = "`python -m benchmarks.accuracy.study` ([script](../benchmarks/accuracy/study.py))"
+        text = re.sub(r"^# Measured: .*$", f"# Measured: {measured}", path.read_text(), flags=re.MULTILINE)
+        path.write_text(text)
+    source = "`python -m benchmarks.accuracy.study headline` ([script](../benchmarks/accuracy/study.py))"
     note = f"Mean ± standard deviation over seeds, measured by {source}; minutes, while other runs shared the machine."
     _fill(ROOT / "recipes/README.md", "recipes", "\n".join([*lines, "", note, f"Hardware: {hardware}."]))
 
 
-def _cells(group: list[Row]) -> list[str]:
-    accuracy = spread([100 * float(row["test_accuracy"]) for row in group], 2)
-    minutes = statistics.mean(float(row["wall_seconds"]) for row in group) / 60
-    return [group[0]["pattern"], "bame", accuracy, str(len(group)), f"{minutes:.1f}"]
+def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["pattern"], row["method"]].append(row)
+    return dict(groups)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(values)
 
 
 def _fill(path: Path, name: str, text: str) -> None:

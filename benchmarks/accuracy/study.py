@@ -106,6 +106,8 @@ def main() -> None:
     todo = [cell for cell in cells if cell not in done and cell.recipe in (args.recipes or [cell.recipe])]
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in as_completed(pool.submit(run, cell) for cell in todo):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             append(row := future.result())
             print(*(row[name] for name in COLUMNS[:10]), flush=True)
     TABLE.write_text(table(read_rows()))
@@ -116,8 +118,10 @@ def run(cell: Cell) -> Row:
     command = [sys.executable, "-W", "ignore", "-m", "bame_lightning.cli.train", f"recipe={cell.recipe}"]
     command += [f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
     command += [f"pattern={cell.pattern}"] if cell.pattern else []
-    options = ["threads=1", "quiet=true", "callbacks.checkpoint=null", f"hydra.run.dir={folder}"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    options = ["threads=1", "quiet=true", f"hydra.run.dir={folder}"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     summary = json.loads((folder / "summary.json").read_text())
     sparse, blocks = summary.get("sparse", {}), sum(layer["blocks"] for layer in summary.get("layers", []))
     found = {
@@ -163,10 +167,10 @@ def table(rows: list[Row]) -> str:
         "# Measured: the methods, and the parts of the default",
         "",
         "Written by `python -m benchmarks.accuracy.study` from `study.csv`: mean ± standard deviation over seeds. Quality is",
-        "test accuracy in percent (more is better), or test bits per byte for `python_source_gpt` (less is better); loss is the",
-        "mean training loss of the last epoch; FLOPs are those of training the whole network, counted, not executed, as",
-        "multiples of SR-STE's. The last column counts the seeds in which both loss and quality beat SR-STE, and the static mask,",
-        "of the same recipe, pattern and seed.",
+        "test accuracy in percent (more is better), or test bits per byte for `python_source_gpt` (less is better); loss is",
+        "the mean training loss of the last epoch; FLOPs are those of training the whole network, counted, not executed, as",
+        "multiples of SR-STE's. The last column counts the seeds in which both loss and quality beat SR-STE, and the static",
+        "mask, of the same recipe, pattern and seed.",
         "",
         "| recipe | pattern | method | seeds | quality | loss | FLOPs | swaps a block | frozen | beats SR-STE, static |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -27,10 +27,12 @@ class Reading(NamedTuple):
         everywhere: Read all unfrozen blocks; otherwise the designated ones.
         steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
             optimizer's (`OneBatch`).
+        forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
     """
 
     everywhere: bool
     steps: float
+    forgets: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Evidence:
     reading everywhere stands for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without
     a reading, and standing for all of them would multiply the noise of one batch as well. How far evidence moves follows
     from the length of the window, the weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of
-    a layer matters. It shrinks along a cosine to 0 at the end of the window.
+    a layer matters. The step shrinks along a cosine to 0 at the end of the window; so does what a reading forgets of the
+    evidence before it, 1 / n at first, n being the steps of the window.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.
@@ -77,10 +80,11 @@ class Evidence:
         """What to read of the dense gradient of `step`."""
         if step not in window:
             return None
-        length = window.annealed(self.step_size, step)
+        rest = window.annealed(1.0, step)
+        length = self.step_size * rest
         if (step - window.start) % self.read_every == 0:
-            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length)
-        return Reading(everywhere=False, steps=length) if self.share > 0 else None
+            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length, forgets=rest)
+        return Reading(everywhere=False, steps=length, forgets=rest) if self.share > 0 else None
 
     def adaptable_share(self, step: int, window: Window) -> float:
         """Share of a layer's blocks that may adapt after `step`: all of them."""

@@ -111,7 +111,8 @@ class EvolvingWeight:
 
     Attributes:
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        learning_time: Steps that each block's evidence took, summed up; weights over gradients, shape (blocks,).
+        learning_time: Steps that each block's evidence took, summed up and forgotten as it is; weights over gradients, shape
+            (blocks,).
         noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; scalar.
@@ -193,8 +194,9 @@ class EvolvingWeight:
             rate = reading.steps * self._optimizer_step(optimizer, mask)
         # The optimizer's second moment may be poisoned as well.
         rate = torch.where(finite, rate, 0)
-        self.evidence[index] -= rate * pruned_gradient
-        self.learning_time[index] += rate.squeeze(-1)
+        keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
+        self.evidence[index] = keep * self.evidence[index] - rate * pruned_gradient
+        self.learning_time[index] = keep * self.learning_time[index] + rate.squeeze(-1)
 
     def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere."""

@@ -321,8 +321,8 @@ def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: in
         A share of all blocks in all steps.
 
     Example:
-        >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/10 + 9/10 0.25)
-        0.2925
+        >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/10 + 9/10 0.3)
+        0.333
     """
     window = schedule.window(steps)
     readings = (evidence.reading(step, window) for step in range(steps))

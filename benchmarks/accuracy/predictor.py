@@ -1,0 +1,125 @@
+"""How well does the predicted loss reduction of an adaptation rank what it really gains? Spearman's rank correlation.
+
+    python -m benchmarks.accuracy.predictor
+
+Trains the MLP of `recipes/fashion_mnist_mlp.yaml` for two epochs. At every fifth adaptation the batch of the step is evaluated
+just before and just after the swaps, in double precision; so is the next batch. Two predictions are ranked against what was
+realised: `proximal`, what the callback logs, and `first order`, the gradient of the step times the change of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from bame_lightning import BAMECallback, Schedule
+from bame_lightning.tasks import Classifier, FashionMNIST
+from bame_lightning.tasks.models import mlp
+from bame_lightning.tasks.schedulers import cosine
+
+CSV = Path(__file__).parent / "predictor.csv"
+
+
+class Watch(BAMECallback):
+    """Notes predicted and realised loss reduction of adaptations."""
+
+    rows: list[dict[str, float]]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.rows, self.module, self.batches = [], pl_module, iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.batch = batch
+
+    @override
+    def read_gradients(self) -> None:
+        super().read_gradients()
+        self.gradients = [w.weight.grad.clone() for w in self.weights if w.weight.grad is not None]
+
+    @override
+    def evolve(self, optimizer: Optimizer) -> bool:
+        if self.adaptations % 5 or not self._window.adapts(self.steps):
+            return super().evolve(optimizer)
+        try:
+            other = next(self.batches)
+        except StopIteration:
+            return super().evolve(optimizer)
+        before, old = [self.loss(self.batch), self.loss(other)], [w.weight.detach().clone() for w in self.weights]
+        changed = super().evolve(optimizer)
+        changes = zip(self.gradients, self.weights, old, strict=True)
+        self.rows.append(
+            {
+                "step": self.steps,
+                "flips": sum(int(w.last_flips) for w in self.evolving),
+                "proximal": sum(float(w.predicted) for w in self.evolving),
+                "first_order": -sum(float((g * (w.weight.detach() - o)).sum()) for g, w, o in changes),
+                "same_batch": before[0] - self.loss(self.batch),
+                "next_batch": before[1] - self.loss(other),
+            }
+        )
+        return changed
+
+    def loss(self, batch: list[Tensor]) -> float:
+        with torch.no_grad():
+            return float(functional.cross_entropy(self.module(batch[0]).double(), batch[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", nargs="+", type=int, default=[2, 10], help="steps between adaptations")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for every in args.every:
+        L.seed_everything(0, verbose=False)
+        task = Classifier(mlp(), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4), cosine)
+        watch = Watch("1:16", schedule=Schedule(every=every))
+        data = FashionMNIST(val_size=0)
+        trainer = L.Trainer(
+            max_epochs=2, callbacks=[watch], logger=False, enable_checkpointing=False, accelerator="cpu"
+        )
+        trainer.fit(task, datamodule=data)
+        for half, part in (
+            ("first", watch.rows[: len(watch.rows) // 2]),
+            ("second", watch.rows[len(watch.rows) // 2 :]),
+        ):
+            for realised in ("same_batch", "next_batch"):
+                for predicted in ("proximal", "first_order"):
+                    swaps = [row for row in part if row["flips"]]
+                    rank = spearmanr([row[predicted] for row in swaps], [row[realised] for row in swaps])
+                    rows.append(
+                        {
+                            "every": every,
+                            "half_of_run": half,
+                            "realised_on": realised,
+                            "predicted": predicted,
+                            "adaptations": len(swaps),
+                            "rank_correlation": f"{rank.statistic:.3f}",
+                            "p": f"{rank.pvalue:.2g}",
+                            "mean_predicted": f"{sum(row[predicted] for row in swaps) / len(swaps):.3g}",
+                            "mean_realised": f"{sum(row[realised] for row in swaps) / len(swaps):.3g}",
+                        }
+                    )
+                    print(rows[-1], flush=True)
+    with CSV.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
