@@ -144,7 +144,8 @@ def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
             value: Any = default
             for part in parameter.replace("layers", "rules").split("."):
                 value = getattr(value, part)
-            assert value == (yaml.safe_load(in_python) if in_python != "None" else parameter == "layers" and {}), key
+            absent = {} if parameter == "layers" else None
+            assert value == (absent if in_python == "None" else yaml.safe_load(in_python)), key
     if path.stem != "bame_one_batch":  # which refers to the card of bame for the others
         named = {parameter.partition(".")[0] for parameter, *_ in rows}
         assert named == {key for key in cfg.method if not str(key).startswith("_")}

@@ -386,7 +386,7 @@ def test_a_resumed_ledger_goes_on_exactly(ledger: Ledger) -> None:
         (Schedule(2, 8, every=3), Evidence(read_every=3, share=0.0), 10, 2 / 10),
         # at the adaptations after 4 and 7
         (Schedule(2, 8, every=3), OneBatch(share=0.5), 10, 2 / 10),
-        (Schedule(), Evidence(), 1000, 0.9 * (0.1 + 0.9 * 0.25)),
+        (Schedule(), Evidence(), 1000, 0.9 * (0.1 + 0.9 * 0.3)),
     ],
 )
 def test_the_mean_read_share_is_that_by_hand(
