@@ -148,6 +148,28 @@ def test_a_second_fit_starts_from_the_masks_of_the_first(name: str) -> None:
     assert_sparse(task)
 
 
+@pytest.mark.parametrize("name", ["bame", "bame_one_batch", "rigl", "static"])
+def test_where_the_optimizer_moves_pruned_weights_makes_no_difference(name: str) -> None:
+    def push(*_: Any) -> None:
+        """As an optimizer does that mixes inputs or outputs."""
+        for sparse in callback.weights:
+            sparse.weight.detach().add_(strength * sparse.pruned)
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        optimizer.register_step_post_hook(push)  # before that of the callback
+        return optimizer
+
+    strength, ends = torch.zeros(()), []
+    for by in (0.0, 5.0):
+        strength.fill_(by)
+        callback, task = METHODS[name](), Task(optimizer=make)
+        trainer(callback, Spy(lambda _, module: assert_sparse(module))).fit(task)
+        ends.append([*task.parameters(), *(sparse.pruned for sparse in callback.weights)])
+        assert (callback.summary().get("flips", 0) > 0) == (name != "static")
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 class TestSRSTE:
     @pytest.mark.parametrize("accumulate", [1, 2])
     @pytest.mark.parametrize("clip", [None, 0.5])
