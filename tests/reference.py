@@ -89,7 +89,8 @@ def train(
         if not s.start <= t < s.stop:
             continue
         everywhere = (t - s.start) % s.read_every == 0
-        length = s.step_size * (1 + math.cos(math.pi * (t - s.start) / (s.stop - s.start))) / 2
+        anneal = (1 + math.cos(math.pi * (t - s.start) / (s.stop - s.start))) / 2
+        forgotten, length = anneal / (s.stop - s.start), s.step_size * anneal
         if everywhere:
             length *= round(math.sqrt(s.read_every))
         length /= math.sqrt(2 * (s.stop - s.start) * math.log(s.m))
@@ -101,7 +102,8 @@ def train(
             for block in read:
                 for i, column in enumerate(block.columns):
                     if not block.kept[i]:
-                        block.evidence[i] -= length * layer.unit * gradient[block.row, column].item()
+                        step = length * layer.unit * gradient[block.row, column].item()
+                        block.evidence[i] = (1 - forgotten) * block.evidence[i] - step
             if everywhere:
                 designate(weight, layer.blocks, s)
         if (t - s.start + 1) % s.every == 0:

@@ -23,7 +23,7 @@ def test_all_blocks_are_read_at_intervals_and_designated_ones_in_between() -> No
 @pytest.mark.parametrize(("read_every", "steps"), [(1, 1), (2, 1), (3, 2), (10, 3), (16, 4), (100, 10)])
 def test_a_reading_everywhere_stands_for_the_root_of_the_interval(read_every: int, steps: int) -> None:
     window = Window(5, 1005, 10)
-    assert Evidence(read_every=read_every).reading(5, window) == Reading(EVERYWHERE, steps)
+    assert Evidence(read_every=read_every).reading(5, window) == Reading(EVERYWHERE, steps, forgets=1)
 
 
 def test_steps_shrink_along_a_cosine_to_nothing_at_the_end_of_the_window() -> None:
@@ -36,6 +36,8 @@ def test_steps_shrink_along_a_cosine_to_nothing_at_the_end_of_the_window() -> No
     cosines = [1, a, third, half, 0.5, b, 0, -b, -0.5, -half, -third, -a]
     steps = [0.25 * (1 + cosine) * (1 if i % 3 else 2) for i, cosine in enumerate(cosines)]
     assert [kind.steps for kind in kinds if kind] == pytest.approx(steps, rel=1e-12)
+    # What is forgotten knows neither the step size nor for how many steps a reading stands.
+    assert [kind.forgets for kind in kinds if kind] == pytest.approx([(1 + c) / 2 for c in cosines], rel=1e-12)
     assert [kind.everywhere for kind in kinds if kind] == [EVERYWHERE, DESIGNATED, DESIGNATED] * 4
 
 
@@ -50,7 +52,7 @@ def test_every_block_may_adapt_by_accumulated_evidence() -> None:
 
 def test_one_batch_reads_everything_when_masks_adapt_and_at_no_other_step() -> None:
     kinds = [OneBatch().reading(step, Window(2, 9, 3)) for step in range(12)]
-    assert {step: kind for step, kind in enumerate(kinds) if kind} == {4: (EVERYWHERE, 1), 7: (EVERYWHERE, 1)}
+    assert {step: kind for step, kind in enumerate(kinds) if kind} == {4: (EVERYWHERE, 1, 0), 7: (EVERYWHERE, 1, 0)}
 
 
 def test_one_batch_anneals_its_share_by_a_cosine() -> None:

@@ -395,6 +395,20 @@ def test_large_blocks_are_no_trouble() -> None:
     assert torch.equal(sparse.pruned, ~born)
 
 
+def test_a_reading_forgets_a_part_of_the_evidence_before_it() -> None:
+    weight = EvolvingWeight(sparse_linear([[1.0, 8.0, 1.0, 4.0]], [[1, 0, 1, 0]], "1:2"), Evidence(), None)
+    weight.learning_time += 16.0
+    weight.designated = torch.tensor([1])
+    # Half of 1 / 4 is forgotten in the block that is read, and nothing is learned from a gradient of zero.
+    read(weight, torch.zeros(1, 4), everywhere=False)
+    weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), YES, 4)
+    assert weight.evidence.tolist() == [[0, 8], [0, 3.5]]
+    assert weight.learning_time.tolist() == [16, 14]
+    # A discarded reading takes nothing away either.
+    weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), NO, 4)
+    assert weight.evidence.tolist() == [[0, 8], [0, 3.5]]
+
+
 # Saving.
 
 

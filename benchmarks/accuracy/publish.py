@@ -41,8 +41,8 @@ def main() -> None:
     command = "```\npython -m benchmarks.accuracy.study headline\npython -m benchmarks.accuracy.publish\n```"
 
     text = [
-        "Fashion-MNIST with an MLP and a CNN (test accuracy, %), and a small GPT on Python's source text (bits per byte, less",
-        "is better); 1:16, mean ± standard deviation over seeds. FLOPs of training the whole network, counted, not executed. On",
+        "Fashion-MNIST with an MLP and a CNN (test accuracy, %), a small GPT on Python's source text (bits per byte, less is",
+        "better); 1:16, mean ± standard deviation over seeds. FLOPs of training the whole network, counted, not executed. On",
         f"{hardware}.",
         "",
         "![quality against training FLOPs](benchmarks/accuracy/results.png)",
