@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 
 import pytest
@@ -128,3 +129,10 @@ def test_first_order_worth_is_the_magnitude_of_gradient_times_weight() -> None:
 def test_first_order_worth_of_one_step_of_evidence_is_eta_times_the_squared_gradient() -> None:
     eta, gradient = 0.5, torch.tensor([[3.0, -2.0]])
     assert first_order_worth(-eta * gradient, gradient).tolist() == [[0.5 * 9, 0.5 * 4]]
+
+
+@pytest.mark.parametrize("worst", [math.inf, math.nan])
+def test_values_that_overflowed_leave_the_number_of_kept_weights_alone(worst: float) -> None:
+    worth = torch.tensor([[1.0, worst, worst, 2.0], [worst, worst, 1.0, 2.0], [worst] * 4])
+    mask = torch.tensor([[False, True, True, False], [False, False, True, True], [True, False, False, True]])
+    assert select_mask(worth, mask, 2).sum(-1).tolist() == [2, 2, 2]

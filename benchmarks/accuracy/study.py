@@ -52,6 +52,23 @@ VARIANTS = {
 }
 """The default with one part changed, as overrides of `bame-train`."""
 
+ATTEMPTS = {
+    "gradients smoothed by 0.9": "Smoothed",
+    "calm blocks first": "CalmFirst",
+    "designated at random": "AtRandom",
+    "evidence in bfloat16": "HalfPrecision",
+    "noise of each block": "BlockNoise",
+    "revived at full evidence": "Uncapped",
+    "one swap a row": "OneSwapARow",
+    "cooling periods": "Cooling",
+    "constant step": "ConstantStep",
+    "nothing forgotten": "Unforgetting",
+    "forgotten thrice as fast": "Forgetful",
+    "warmed up": "WarmedUp",
+}
+"""What was tried beside: names in `attempts.py`."""
+VARIANTS |= {name: [f"method._target_={__package__}.attempts.{kind}"] for name, kind in ATTEMPTS.items()}
+
 
 class Cell(NamedTuple):
     """One run; `variant` names one of `VARIANTS`, or is empty."""

@@ -78,5 +78,7 @@ def select_mask(
         cost, weakest = worth.masked_fill(~mask, math.inf).min(-1, keepdim=True)
         gain, strongest = worth.masked_fill(mask, -math.inf).max(-1, keepdim=True)
         swap = gain > (1 + margin) * cost
-        mask.scatter_(-1, weakest, ~swap).scatter_(-1, strongest, swap)
+        # Where nothing is swapped an index may mean nothing: infinite values are as large as what stands for masked ones.
+        mask.scatter_(-1, weakest, mask.gather(-1, weakest) & ~swap)
+        mask.scatter_(-1, strongest, mask.gather(-1, strongest) | swap)
     return mask

@@ -55,6 +55,9 @@ class BAMECallback(MaskedCallback):
         '1:16'
     """
 
+    weight_type: type[EvolvingWeight] = EvolvingWeight
+    """What holds the state of a weight; an experiment with the evolution derives from it."""
+
     def __init__(
         self,
         pattern: str | NMPattern,
@@ -93,7 +96,7 @@ class BAMECallback(MaskedCallback):
             )
         if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
             return  # a second fit goes on where the first one ended
-        self.evolving = [EvolvingWeight(sparse, self.evidence, self.freeze_after) for sparse in self.weights]
+        self.evolving = [self.weight_type(sparse, self.evidence, self.freeze_after) for sparse in self.weights]
         self.adaptations = 0
         self.discarded = torch.zeros((), dtype=torch.int64, device=self.weights[0].weight.device)
         if restored is not None:
