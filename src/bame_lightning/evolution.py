@@ -30,7 +30,7 @@ class Adaptation(NamedTuple):
 
     Args:
         mask: The new mask; shape (blocks, m).
-        weight: The new weights: revived ones start at their evidence, pruned ones are zero; shape (blocks, m).
+        weight: The new weights: revived ones start with the sign of their evidence, pruned ones are zero; shape (blocks, m).
         evidence: The new evidence: pruned weights' values go into it, it is zero where kept; shape (blocks, m).
         predicted: Expected loss reduction of the swaps made, summed over blocks, in units of the loss; scalar.
     """
@@ -61,8 +61,8 @@ def adapt(
         n: Weights kept per block.
         share: Confine the swaps to this share of all blocks (rounded up), those of the largest predicted reduction.
         margin: For a worth that grows with the square of a weight: swap only where evidence exceeds the weight that it
-            replaces by this share of it, and start revived weights at no more than that, however far evidence went
-            since the last adaptation. None knows neither.
+            replaces by this share of it, and start revived weights there, however far evidence went since the last
+            adaptation: of the size (1 + margin) times the largest weight that is pruned in the block. None knows neither.
 
     Returns:
         New mask, weights and evidence, and the predicted loss reduction.
@@ -78,8 +78,9 @@ def adapt(
         reduction = reduction * chosen
     start = latent
     if margin is not None:
-        most = (1 + margin) * latent.abs().masked_fill(~mask | proposed, 0).amax(-1, keepdim=True)
-        start = torch.where(mask, latent, latent.clamp(-most, most))
+        # All that is revived in a block exceeds this: the last swap's does, and it is the least of them.
+        size = (1 + margin) * latent.abs().masked_fill(~mask | proposed, 0).amax(-1, keepdim=True)
+        start = torch.where(mask, latent, latent.sign() * size)
     return Adaptation(
         mask=proposed,
         weight=torch.where(proposed, start, 0),
@@ -203,7 +204,8 @@ class EvolvingWeight:
         pattern = self.sparse.pattern
         square = pruned_gradient.square().sum() / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
-        self.noise = torch.where(finite, running, self.noise)
+        # The square of a finite gradient may overflow.
+        self.noise = torch.where(finite & running.isfinite(), running, self.noise)
         # The optimizer may have moved pruned weights, which are zeroed only later.
         kept = self.sparse.weight.detach().masked_fill(self.sparse.pruned, 0)
         weights = kept.to(self.dtype).square().mean() / pattern.density
