@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import CSV, TABLE, Row, quality, read_rows, spread, table
@@ -143,6 +144,9 @@ def draw(rows: list[Row]) -> None:
                 capsize=3,
             )
         axis.set_xscale("log")
+        axis.set_xlim(0.05, 1.5)
+        axis.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("training FLOPs, of dense training (counted)")
         axis.set_ylabel("bits per byte (less is better)" if task.startswith("python") else "test accuracy, %")
         axis.set_title(TASKS[task], fontsize=10, loc="left")
