@@ -11,7 +11,6 @@ import csv
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -81,12 +80,12 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
             digits = 3 if group[0]["test_bits_per_byte"] else 2
             against = ""
             if base and method not in ("sr_ste", "dense"):
-                against = f"{_mean(map(quality, group)) - _mean(map(quality, base)):+.{digits}f}"
-            flops = _mean(float(row["train_vs_sr_ste"]) for row in group)
+                against = f"{statistics.mean(map(quality, group)) - statistics.mean(map(quality, base)):+.{digits}f}"
+            flops = statistics.mean(float(row["train_vs_sr_ste"]) for row in group)
             cells = [
                 *(task, title, str(len(group)), spread([quality(row) for row in group], digits), against),
                 spread([float(row["train_loss"]) for row in group], 4),
-                f"{_mean(float(row['train_vs_dense']) for row in group):.3f}",
+                f"{statistics.mean(float(row['train_vs_dense']) for row in group):.3f}",
                 f"{1 / flops:.2f}x" if method != "dense" else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -110,8 +109,8 @@ def ablation(rows: list[Row]) -> list[str]:
             cells = [
                 *(task, name, str(len(group)), spread([quality(row) for row in group], 2)),
                 spread([float(row["train_loss"]) for row in group], 4),
-                f"{_mean(float(row['flips_per_block']) for row in group):.2f}",
-                f"{_mean(float(row['train_vs_sr_ste']) for row in group):.3f}",
+                f"{statistics.mean(float(row['flips_per_block']) for row in group):.2f}",
+                f"{statistics.mean(float(row['train_vs_sr_ste']) for row in group):.3f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study ablation`."]
@@ -135,8 +134,8 @@ def draw(rows: list[Row]) -> None:
         for (pattern, method), group in _groups([row for row in rows if row["recipe"] == task]).items():
             values = [quality(row) for row in group]
             axis.errorbar(
-                _mean(float(row["train_vs_dense"]) for row in group),
-                _mean(values),
+                statistics.mean(float(row["train_vs_dense"]) for row in group),
+                statistics.mean(values),
                 yerr=statistics.stdev(values) if len(values) > 1 else None,
                 fmt=MARKERS[pattern],
                 color=COLOURS[method],
@@ -172,7 +171,7 @@ def _recipes(rows: list[Row], hardware: str) -> None:
         if group:
             language = bool(group[0]["test_bits_per_byte"])
             value = spread([quality(row) for row in group], 3 if language else 2)
-            minutes = f"{_mean(float(row['wall_seconds']) for row in group) / 60:.1f}"
+            minutes = f"{statistics.mean(float(row['wall_seconds']) for row in group) / 60:.1f}"
             lines.append(f"| {path.stem} | 1:16 | bame | {value} | {len(group)} | {minutes} |")
             value = f"{value} bits per byte" if language else f"test accuracy {value} %"
             measured = f"{value}, {len(group)} seeds, {minutes} minutes each on {group[0]['hardware']}"
@@ -190,10 +189,6 @@ def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         groups[row["pattern"], row["method"]].append(row)
     return dict(groups)
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
 
 
 def _fill(path: Path, name: str, text: str) -> None:

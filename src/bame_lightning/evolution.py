@@ -232,7 +232,9 @@ class EvolvingWeight:
         time, history = self.learning_time[index], FlipHistory(*(values[index] for values in self.history))
         # A block that was never read knows nothing of its pruned weights.
         adaptable = (time > 0) & ~frozen_blocks(history.oscillations, self.freeze_after)
-        worth = self.config.worth(latent, time, self._gradient(index))
+        # Laid out only for the criterion that asks for it: masks adapt every other step.
+        gradient = None if self.config.remembers else self._gradient(index)
+        worth = self.config.worth(latent, time, gradient)
         new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin)
         self._put(weight, index, new.weight)
         self._put(self.sparse.pruned, index, ~new.mask)
