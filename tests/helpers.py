@@ -80,7 +80,7 @@ def sparse_linear(rows: list[list[float]], kept: list[list[int]], pattern: str) 
     """A sparse weight from its rows, and from its mask written as ones and zeros, row by row."""
     weight = nn.Parameter(torch.tensor(rows))
     n, m = map(int, pattern.split(":"))
-    return SparseWeight("layer.weight", weight, NMPattern(n, m), torch.tensor(kept) == 0)
+    return SparseWeight("layer.weight", weight, NMPattern(n, m), torch.tensor(kept) != 0)
 
 
 def sgd(weight: EvolvingWeight, **kwargs: Any) -> torch.optim.SGD:

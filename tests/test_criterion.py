@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bame_lightning.criterion import first_order_worth, proximal_worth, select_mask
+from bame_lightning.criterion import first_order_worth, select_mask
 from bame_lightning.pattern import NMPattern
 from tests.helpers import patterns, random_kept
 
@@ -101,24 +101,6 @@ def test_large_blocks_are_no_trouble() -> None:
     new = select_mask(torch.arange(1024.0).expand(2, 1024), mask, 512)
     assert torch.equal(new, ~mask)
     assert time.perf_counter() - began < 5
-
-
-def test_proximal_worth_is_the_square_over_twice_the_learning_time() -> None:
-    latent = torch.tensor([[3.0, -4.0], [1.0, 2.0], [2.0, -6.0]])
-    # 9/4 and 16/4; 1/1 and 4/1; a block that was never read (time 0) stays finite.
-    worth = proximal_worth(latent, torch.tensor([2.0, 0.5, 0.0]))
-    assert worth[:2].tolist() == [[2.25, 4.0], [1.0, 4.0]]
-    assert worth[2].isfinite().all()
-
-
-def test_proximal_worth_is_what_the_quadratic_model_loses_without_the_weight() -> None:
-    # g x + x^2 / (2 S) on a fine grid: its minimum lies at v = -S g and is lower than at zero by the worth of v.
-    gradient, time = 0.8, 0.25
-    grid = torch.linspace(-1, 1, 200001, dtype=torch.float64)
-    model = gradient * grid + grid**2 / (2 * time)
-    latent = grid[model.argmin()]
-    worth = proximal_worth(latent.reshape(1, 1), torch.tensor([time]))
-    assert worth.item() == pytest.approx(-model.min().item(), abs=1e-9)
 
 
 def test_first_order_worth_is_the_magnitude_of_gradient_times_weight() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bame_lightning.masks import nonzero_mask, pack_mask, random_mask, top_n_mask, unpack_mask
+from bame_lightning.masks import nonzero_mask, pack_mask, random_mask, top_n_mask, unpack_mask, zero_pruned_
 from bame_lightning.pattern import NMPattern
 from tests.helpers import patterns, random_kept
 
@@ -97,3 +98,33 @@ def test_packing_follows_row_major_order_whatever_the_layout() -> None:
 def test_unpacking_into_another_size_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"takes \d bytes; got 2"):
         unpack_mask(torch.zeros(2, dtype=torch.uint8), torch.Size(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4), (700, 500), (1, 300_000), (24, 64, 16, 16)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_zeroing_leaves_what_is_kept_alone_and_nothing_of_the_rest(
+    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    kept = torch.rand(shape, generator=generator) < 0.4
+    if channels_last and len(shape) == 4:
+        values, kept = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (values, kept))
+    for index, worst in enumerate((math.inf, -math.inf, math.nan, torch.finfo(dtype).tiny)):
+        values[kept.logical_not().nonzero()[index].unbind()] = worst
+        values[kept.nonzero()[index].unbind()] = worst
+    expected = [v if k else 0.0 for v, k in zip(values.flatten().tolist(), kept.flatten().tolist(), strict=True)]
+    storage = values.data_ptr()
+    zero_pruned_(values, kept)
+    assert values.data_ptr() == storage
+    assert all(a == b or (a != a and b != b) for a, b in zip(values.flatten().tolist(), expected, strict=True))
+
+
+def test_zeroing_by_one_condition() -> None:
+    values = torch.tensor([[1.0, math.nan], [math.inf, -2.0]])
+    copy = values.clone()
+    zero_pruned_(values, torch.tensor(True))
+    torch.testing.assert_close(values, copy, equal_nan=True)
+    zero_pruned_(values, torch.tensor(False))
+    assert values.tolist() == [[0, 0], [0, 0]]

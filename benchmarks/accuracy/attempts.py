@@ -6,6 +6,7 @@ Each is a callback that `bame-train` takes as `method._target_=benchmarks.accura
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ class SmoothedWeight(EvolvingWeight):
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
         if self.reading is not None:
             index, gradient = self.reading
-            mask = ~self._blocks(self.sparse.pruned, index)
+            mask = self._blocks(self.sparse.kept, index)
             self._raw = gradient.masked_fill(mask, 0)
             # What has just been revived or pruned starts anew.
             self.momentum[index] = torch.lerp(self._raw, self.momentum[index], 0.9).masked_fill(mask, 0)
@@ -59,7 +60,7 @@ class RandomWeight(EvolvingWeight):
 
     @override
     def designate(self, share: float) -> None:
-        self.designated = designate(torch.rand_like(self.learning_time), self.frozen, share)
+        self.designated = designate(torch.rand(len(self.evidence), device=self.evidence.device), self.frozen, share)
 
 
 class HalfPrecisionWeight(EvolvingWeight):
@@ -78,7 +79,7 @@ class BlockNoiseWeight(EvolvingWeight):
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
         if self.reading is not None:
             index, gradient = self.reading
-            mask = ~self._blocks(self.sparse.pruned, index)
+            mask = self._blocks(self.sparse.kept, index)
             square = gradient.masked_fill(mask, 0).square().sum(-1) / (mask.shape[-1] - self.sparse.pattern.n)
             if not hasattr(self, "squares"):
                 self.squares = square.clone()  # the first reading is one of all blocks
@@ -101,9 +102,9 @@ class UncappedWeight(EvolvingWeight):
     def adapt(self, share: float) -> None:
         index = ALL if self.due else self.designated
         latent = self.evidence[index].clone()
-        old = ~self._blocks(self.sparse.pruned, index)
+        old = self._blocks(self.sparse.kept, index, copy=True)
         super().adapt(share)
-        revived = ~self._blocks(self.sparse.pruned, index) & ~old
+        revived = self._blocks(self.sparse.kept, index) & ~old
         weight = self.sparse.weight.detach()
         self._put(weight, index, torch.where(revived, latent.to(weight.dtype), self._blocks(weight, index)))
 
@@ -118,7 +119,7 @@ class OneSwapARowWeight(EvolvingWeight):
         rank = urgency(weight, self.evidence, self.sparse.mask()).view(rows, -1)
         best = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, rank.argmax(1, keepdim=True), True).flatten()
         designated, self.designated = self.designated, best.nonzero().squeeze(-1)
-        self.due = False
+        self.due, self.reading = False, None  # what was read are other blocks
         super().adapt(share)
         self.designated = designated
 
@@ -133,16 +134,87 @@ class CoolingWeight(EvolvingWeight):
         self.clock = getattr(self, "clock", 0) + 1
 
     @override
+    def _adaptable(self, index: Tensor | slice) -> Tensor:
+        return super()._adaptable(index) & (self.until[index] <= self.clock)
+
+    @override
     def adapt(self, share: float) -> None:
         if not hasattr(self, "until"):
-            self.until = torch.zeros_like(self.learning_time)
+            self.until = torch.zeros(len(self.evidence), device=self.evidence.device)
         before = self.history.oscillations.clone()
-        resting = self.until > self.clock
-        time = self.learning_time.clone()
-        self.learning_time[resting] = 0  # what was never read does not adapt
         super().adapt(share)
-        self.learning_time[resting] = time[resting]
         self.until[self.history.oscillations > before] = self.clock + self.rest
+
+
+class DesignatedOnlyWeight(EvolvingWeight):
+    """Evidence is held in designated blocks only: others start anew at the next reading of all."""
+
+    @override
+    def designate(self, share: float) -> None:
+        super().designate(share)
+        others = torch.ones(len(self.evidence), dtype=torch.bool, device=self.evidence.device)
+        others[self.designated] = False
+        self.evidence[others] = 0
+
+
+class ForgetfulSwapWeight(EvolvingWeight):
+    """A block that swaps forgets its evidence."""
+
+    @override
+    def adapt(self, share: float) -> None:
+        before = self.sparse.mask().clone()
+        super().adapt(share)
+        self.evidence[(self.sparse.mask() != before).any(-1)] = 0
+
+
+class OneSwapABlockWeight(EvolvingWeight):
+    """At most one swap a block and adaptation, where N > 1 would allow several."""
+
+    @override
+    def _worth(self, latent: Tensor, index: Tensor | slice) -> Tensor:
+        worth = super()._worth(latent, index)
+        kept = self._blocks(self.sparse.kept, index)
+        best = torch.zeros_like(kept).scatter_(-1, worth.masked_fill(kept, -1).argmax(-1, keepdim=True), True)
+        return worth * (kept | best)
+
+
+class AdamWeight(EvolvingWeight):
+    """Evidence follows Adam's direction, m / sqrt(s), of each pruned weight: two floats more for each."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.first, self.second = torch.zeros_like(self.evidence), torch.zeros_like(self.evidence)
+        self.count = torch.zeros(len(self.evidence), 1, device=self.evidence.device)
+
+    @override
+    def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
+        if self.reading is not None:
+            index, gradient = self.reading
+            self._raw = gradient.masked_fill(self._blocks(self.sparse.kept, index), 0)
+            self.count[index] += 1
+            self.first[index] = torch.lerp(gradient, self.first[index], 0.9)
+            self.second[index] = torch.lerp(gradient.square(), self.second[index], 0.999)
+            first = self.first[index] / (1 - 0.9 ** self.count[index])
+            second = self.second[index] / (1 - 0.999 ** self.count[index])
+            # In units of the layer's noise, by which the step of evidence divides.
+            self.reading = BlockGradient(index, first / (second.sqrt() + 1e-12) * self.noise.sqrt())
+        super().accumulate(optimizer, reading, finite, window)
+
+    @override
+    def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
+        super()._measure(self._raw, finite)
+
+
+class CurvedWeight(EvolvingWeight):
+    """A latent weight is worth sqrt(h) |x|, h an estimate of the loss's curvature along it: half h x² is its second order."""
+
+    curvature: Tensor | None = None
+    """Shaped like the blocks; None as long as nothing is known."""
+
+    @override
+    def _worth(self, latent: Tensor, index: Tensor | slice) -> Tensor:
+        worth = super()._worth(latent, index)
+        return worth if self.curvature is None else worth * self.curvature[index].sqrt()
 
 
 class Smoothed(BAMECallback):
@@ -191,6 +263,135 @@ class Cooling(BAMECallback):
     """See `CoolingWeight`."""
 
     weight_type = CoolingWeight
+
+
+class DesignatedOnly(BAMECallback):
+    """See `DesignatedOnlyWeight`."""
+
+    weight_type = DesignatedOnlyWeight
+
+
+class ForgetfulSwap(BAMECallback):
+    """See `ForgetfulSwapWeight`."""
+
+    weight_type = ForgetfulSwapWeight
+
+
+class OneSwapABlock(BAMECallback):
+    """See `OneSwapABlockWeight`."""
+
+    weight_type = OneSwapABlockWeight
+
+
+class AdamMoments(BAMECallback):
+    """See `AdamWeight`."""
+
+    weight_type = AdamWeight
+
+
+class SampledFisher(BAMECallback):
+    """Second order by the Fisher information with labels sampled from the network, at readings of all blocks.
+
+    The mean gradient over a batch of B has the square F / B in expectation if labels are the network's own; those of the data
+    would give the empirical Fisher information, which is biased. Costs a backward pass at each such reading.
+    """
+
+    weight_type = CurvedWeight
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not hasattr(self, "_hook"):
+            self._hook = pl_module.model.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, inputs: Any, outputs: Tensor) -> None:
+        self._logits = outputs
+
+    @override
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        reading = self.evidence.reading(self.steps, self._window)
+        if reading is None or not reading.everywhere:
+            return
+        logits = self._logits
+        sampled = torch.distributions.Categorical(logits=logits.detach()).sample()
+        guess = torch.nn.functional.cross_entropy(logits, sampled)
+        gradients = torch.autograd.grad(guess, [w.sparse.weight for w in self.evolving], retain_graph=True)
+        for weight, gradient in zip(self.evolving, gradients, strict=True):
+            assert isinstance(weight, CurvedWeight)
+            fisher = len(logits) * weight._blocks(gradient, ALL).square()
+            weight.curvature = fisher if weight.curvature is None else torch.lerp(fisher, weight.curvature, 0.9)
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._hook.remove()
+
+
+class InputMoments(BAMECallback):
+    """Second order by the second moments of inputs: h of a weight is the mean square of what it multiplies (0.9 running)."""
+
+    weight_type = CurvedWeight
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        by_weight = {id(weight.sparse.weight): weight for weight in self.evolving}
+        self._hooks = [
+            module.register_forward_pre_hook(functools.partial(_watch, by_weight[id(module.weight)]))
+            for module in pl_module.modules()
+            if id(getattr(module, "weight", None)) in by_weight
+        ]
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _watch(weight: EvolvingWeight, module: Any, inputs: tuple[Tensor]) -> None:
+    assert isinstance(weight, CurvedWeight)
+    shape = weight.sparse.weight.shape
+    # Features are last for linear layers, second for convolutions.
+    dim = -1 if len(shape) == 2 else 1
+    square = inputs[0].detach().square().movedim(dim, -1).flatten(0, -2).mean(0)
+    square = square.view(-1, shape[1]).mean(0)  # over the groups of a convolution
+    square = square.view(1, -1, *(1 for _ in shape[2:])).expand(shape)
+    blocks = weight._blocks(square, ALL).to(weight.dtype)
+    weight.curvature = blocks.clone() if weight.curvature is None else torch.lerp(blocks, weight.curvature, 0.9)
+
+
+class AnnealedShare(BAMECallback):
+    """The designated share falls along a cosine from twice the default to nothing."""
+
+    @override
+    def evolve(self, optimizer: Optimizer) -> bool:
+        assert isinstance(self.evidence, Evidence)
+        evidence, share = self.evidence, self._window.annealed(2 * self.evidence.share, self.steps)
+        self.evidence = dataclasses.replace(evidence, share=min(1.0, share))
+        try:
+            return super().evolve(optimizer)
+        finally:
+            self.evidence = evidence
+
+
+class ClippedEvidence(BAMECallback):
+    """Evidence follows the gradient after clipping by norm: a reading is multiplied by the factor of its step."""
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._most, self._parameters = trainer.gradient_clip_val, list(pl_module.parameters())
+
+    @override
+    def handle_gradients(self) -> None:
+        super().handle_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        factor = (self._most / norm).clamp(max=1.0)
+        for weight in self.evolving:
+            if weight.reading is not None:
+                weight.reading.gradient.mul_(factor)
 
 
 class _Reread(BAMECallback):
@@ -248,3 +449,61 @@ class WarmedUp(_Reread):
     def change(reading: Reading, anneal: float, progress: float) -> Reading:
         """Shrink early steps."""
         return reading._replace(steps=reading.steps * min(1.0, progress / 0.1))
+
+
+class HalfLife(_Reread):
+    """Evidence halves every quarter of the window, to the end."""
+
+    @staticmethod
+    def change(reading: Reading, anneal: float, progress: float) -> Reading:
+        """Forget at a constant rate."""
+        return reading._replace(forgets=4 * math.log(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _RarerAndRarer(Evidence):
+    @override
+    def reading(self, step: int, window: Window) -> Reading | None:
+        reading = super().reading(step, window)
+        if reading is None:
+            return None
+        # The density of readings falls in a straight line from twice the default's to nothing.
+        done, next_done = (_readings(window.progress(s)) * len(window) / self.read_every for s in (step, step + 1))
+        everywhere = step == window.start or math.floor(next_done) > math.floor(done)
+        length = self.step_size * window.annealed(1.0, step)
+        if everywhere:
+            stands_for = round(math.sqrt(min(len(window), self.read_every / (2 * (1 - window.progress(step))))))
+            return reading._replace(everywhere=True, steps=max(1, stands_for) * length)
+        return reading._replace(everywhere=False, steps=length)
+
+
+def _readings(progress: float) -> float:
+    return 1 - (1 - min(1.0, progress)) ** 2
+
+
+class RarerAndRarer(BAMECallback):
+    """All blocks are read more and more rarely, every fifth step at first."""
+
+    def __init__(self, *args: Any, evidence: Evidence, **kwargs: Any) -> None:
+        super().__init__(*args, evidence=_RarerAndRarer(**dataclasses.asdict(evidence)), **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LookFirst(Evidence):
+    @override
+    def reading(self, step: int, window: Window) -> Reading | None:
+        reading = super().reading(step, window)
+        if reading is None or window.progress(step) >= 0.05:
+            return reading
+        return reading._replace(everywhere=True, steps=self.step_size * window.annealed(1.0, step))
+
+    @override
+    def adaptable_share(self, step: int, window: Window) -> float:
+        return float(window.progress(step) >= 0.05)
+
+
+class LookFirst(BAMECallback):
+    """A warm-up before t_i: in the first 5 % of the window all blocks are read at every step, and none adapts."""
+
+    def __init__(self, *args: Any, evidence: Evidence, **kwargs: Any) -> None:
+        super().__init__(*args, evidence=_LookFirst(**dataclasses.asdict(evidence)), **kwargs)

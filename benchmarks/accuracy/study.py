@@ -4,7 +4,8 @@
     python -m benchmarks.accuracy.study ablation --jobs 1
 
 Each cell is one run of `bame-train` in a process of its own, on one thread. Its row is appended to `study.csv` when it
-ends, so that an interrupted study goes on where it stopped. `study.md` is written from the rows.
+ends, so that an interrupted study goes on where it stopped. `study.md` is written from the rows. What a run prints is in
+its folder, `output.txt`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
+import os
 import platform
+import runpy
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,7 +34,17 @@ COLUMNS = (
     *("train_vs_dense", "train_vs_sr_ste", "flips_per_block", "frozen_fraction"),
     *("epochs", "steps", "wall_seconds", "torch", "hardware"),
 )
+OUTPUT = "output.txt"
 Row = dict[str, str]
+
+# Importing torch and Lightning takes as long as an epoch of the MLP: every run forks off a server that has done so.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["bame_lightning.cli.train", "lightning", "torch"])
+
+
+def _attempt(kind: str) -> str:
+    return f"method._target_={__package__}.attempts.{kind}"
+
 
 VARIANTS = {
     "no margin": ["method.evidence.margin=0.0"],
@@ -65,9 +78,26 @@ ATTEMPTS = {
     "nothing forgotten": "Unforgetting",
     "forgotten thrice as fast": "Forgetful",
     "warmed up": "WarmedUp",
+    "read everywhere before the first adaptation": "LookFirst",
+    "share annealed from 0.6": "AnnealedShare",
+    "rarer and rarer readings": "RarerAndRarer",
+    "half-life of a quarter": "HalfLife",
+    "forgets at a swap": "ForgetfulSwap",
+    "evidence of designated blocks only": "DesignatedOnly",
+    "Adam's moments": "AdamMoments",
+    "second order, sampled labels": "SampledFisher",
+    "second order, inputs' moments": "InputMoments",
 }
 """What was tried beside: names in `attempts.py`."""
-VARIANTS |= {name: [f"method._target_={__package__}.attempts.{kind}"] for name, kind in ATTEMPTS.items()}
+CLIPPED = ["trainer.gradient_clip_val=0.5"]
+ATTEMPTED_ELSEWHERE = {
+    "one swap a block": ("2:4", [_attempt("OneSwapABlock")]),
+    "gradients clipped": ("1:16", CLIPPED),
+    "gradients clipped, evidence too": ("1:16", [*CLIPPED, _attempt("ClippedEvidence")]),
+}
+"""Attempts that make sense under some pattern or setting only, with it."""
+VARIANTS |= {name: overrides for name, (_, overrides) in ATTEMPTED_ELSEWHERE.items()}
+VARIANTS |= {name: [_attempt(kind)] for name, kind in ATTEMPTS.items()}
 
 
 class Cell(NamedTuple):
@@ -85,21 +115,23 @@ def headline() -> Iterator[Cell]:
     methods = ("bame", "sr_ste", "static", "rigl")
     mlp, cnn, gpt = "fashion_mnist_mlp", "fashion_mnist_cnn", "python_source_gpt"
     for recipe in (mlp, cnn):
-        yield from _grid(recipe, ["1:16"], methods, 3)
-        yield from _grid(recipe, [""], ["dense"], 3)
-    yield from _grid(gpt, ["1:16"], methods, 2)
-    for recipe, patterns in ((mlp, ["1:8", "1:4", "2:4"]), (cnn, ["2:4", "1:8", "1:4"])):
-        yield from _grid(recipe, patterns, ["bame", "sr_ste", "static"], 3)
-    yield from _grid(gpt, ["2:4"], methods, 2)
+        yield from _grid(recipe, ["1:16"], methods, 5)
+        yield from _grid(recipe, [""], ["dense"], 5)
+    for recipe in (mlp, cnn):
+        yield from _grid(recipe, ["1:8", "1:4", "2:4"], methods, 3)
+    yield from _grid("digits_cnn", ["1:16", "1:8", "1:4", "2:4"], methods, 5)
+    yield from _grid("digits_cnn", [""], ["dense"], 5)
+    yield from _grid(gpt, ["1:16", "2:4"], methods, 2)
+    yield from _grid(gpt, [""], ["dense"], 2)
     yield from _grid("fashion_mnist_resnet20", ["1:16", "2:4"], methods, 1)
-    yield from _grid("digits_cnn", ["1:16"], methods, 5)
 
 
 def ablation() -> Iterator[Cell]:
     """Each part of the default changed in turn, and the literal criterion."""
     for recipe in ("fashion_mnist_mlp", "fashion_mnist_cnn"):
         for variant in VARIANTS:
-            yield from (Cell(recipe, "1:16", "bame", variant, str(seed)) for seed in range(3))
+            pattern = ATTEMPTED_ELSEWHERE[variant][0] if variant in ATTEMPTED_ELSEWHERE else "1:16"
+            yield from (Cell(recipe, pattern, "bame", variant, str(seed)) for seed in range(3))
         yield from _grid(recipe, ["1:16"], ["bame_one_batch"], 3)
 
 
@@ -116,11 +148,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; none only writes the tables")
     parser.add_argument("--recipes", nargs="+", help="only these")
+    parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on one thread")
     args = parser.parse_args()
     done = {Cell(*(row[name] for name in Cell._fields)) for row in read_rows()}
     cells = [cell for suite in args.suites for cell in SUITES[suite]()]
-    todo = [cell for cell in cells if cell not in done and cell.recipe in (args.recipes or [cell.recipe])]
+    asked = [cell for cell in cells if cell.recipe in (args.recipes or [cell.recipe])]
+    todo = [cell for cell in asked if cell not in done and cell.method in (args.methods or [cell.method])]
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in as_completed(pool.submit(run, cell) for cell in todo):
             if future.exception():
@@ -132,13 +166,15 @@ def main() -> None:
 
 def run(cell: Cell) -> Row:
     folder = Path("outputs/study") / "-".join(cell).replace(":", "of").replace(" ", "_")
-    command = [sys.executable, "-W", "ignore", "-m", "bame_lightning.cli.train", f"recipe={cell.recipe}"]
-    command += [f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
-    command += [f"pattern={cell.pattern}"] if cell.pattern else []
-    options = ["threads=1", "quiet=true", f"hydra.run.dir={folder}"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    arguments = [f"recipe={cell.recipe}", f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
+    arguments += [f"pattern={cell.pattern}"] if cell.pattern else []
+    arguments += ["threads=1", "quiet=true", f"hydra.run.dir={folder}"]
+    process = PROCESSES.Process(target=_train, args=(arguments, folder / OUTPUT))
+    process.start()
+    process.join()
+    if process.exitcode:
+        printed = (folder / OUTPUT).read_text()
+        raise RuntimeError(f"bame-train {' '.join(arguments)} failed:\n{printed[-2000:]}")
     summary = json.loads((folder / "summary.json").read_text())
     sparse, blocks = summary.get("sparse", {}), sum(layer["blocks"] for layer in summary.get("layers", []))
     found = {
@@ -151,6 +187,16 @@ def run(cell: Cell) -> Row:
     }
     row = {name: found.get(name, summary.get(name)) for name in COLUMNS}
     return {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def _train(arguments: list[str], output: Path) -> None:
+    """Be `bame-train` in a process of its own."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = ["bame-train", *arguments]
+    runpy.run_module("bame_lightning.cli.train", run_name="__main__")
 
 
 def processor() -> str:

@@ -1,40 +1,16 @@
-"""What a weight is worth in units of the loss, and which swaps follow from it.
+"""What a weight is worth, and which swaps follow from it.
 
 Of every block the weights in force and the evidence of the pruned ones together form the *latent* weights: `w` where
-the mask keeps, `v` where it prunes. A criterion values each latent weight by the loss that the network would lose
-without it. Pruning a kept weight costs its value, reviving a pruned one gains its value.
+the mask keeps, `v` where it prunes. A criterion says how much it matters that a latent weight is kept. Pruning a kept weight
+costs its worth, reviving a pruned one gains its worth.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-
-def proximal_worth(
-    latent: Float[Tensor, "blocks m"], learning_time: Float[Tensor, " blocks"]
-) -> Float[Tensor, "blocks m"]:
-    r"""Value latent weights by their magnitude, in units of the loss; the default criterion.
-
-    $\text{worth}_i = \frac{x_i^2}{2 S_b}$ (ours), with x the latent weight and $S_b$ the learning time, the sum of steps by
-    which its block's evidence was gathered. Derivation: evidence from zero is $v = -S \bar g$, the minimiser of the proximal
-    model $\bar g x + \frac{x^2}{2S}$ of the loss with mean gradient $\bar g$; at its minimum the loss is lower by
-    $\frac{v^2}{2S}$. A kept weight is taken to stand at the minimum of the same model, and gives up as much when it is pruned.
-    Within a block the order is that of magnitudes.
-
-    Args:
-        latent: Weights where kept, evidence where pruned.
-        learning_time: S, one value per block; 0 where nothing has been read yet.
-
-    Returns:
-        Expected loss without each weight, minus the loss with it.
-    """
-    # Blocks that were never read do not adapt; any positive time keeps their values finite.
-    time = torch.where(learning_time > 0, learning_time, 1)
-    return latent.square() / (2 * time[:, None])
 
 
 def first_order_worth(
@@ -56,7 +32,11 @@ def first_order_worth(
 
 
 def select_mask(
-    worth: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], n: int, margin: float = 0.0
+    worth: Float[Tensor, "blocks m"],
+    mask: Bool[Tensor, "blocks m"],
+    n: int,
+    margin: float = 0.0,
+    adaptable: Bool[Tensor, "#blocks"] | None = None,
 ) -> Bool[Tensor, "blocks m"]:
     """Swap in every block while the best pruned weight is worth more than the worst kept one, by a margin.
 
@@ -69,6 +49,7 @@ def select_mask(
         mask: The mask in force, exactly `n` kept per block.
         n: Weights kept per block.
         margin: Swap only where the gain exceeds (1 + margin) times the cost.
+        adaptable: Blocks that may change, or one value for all of them; None for all.
 
     Returns:
         The new mask, exactly `n` kept per block.
@@ -78,6 +59,8 @@ def select_mask(
         cost, weakest = worth.masked_fill(~mask, math.inf).min(-1, keepdim=True)
         gain, strongest = worth.masked_fill(mask, -math.inf).max(-1, keepdim=True)
         swap = gain > (1 + margin) * cost
+        if adaptable is not None:
+            swap &= adaptable[:, None]
         # Where nothing is swapped an index may mean nothing: infinite values are as large as what stands for masked ones.
         mask.scatter_(-1, weakest, mask.gather(-1, weakest) & ~swap)
         mask.scatter_(-1, strongest, mask.gather(-1, strongest) | swap)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bame_lightning.criterion import first_order_worth, proximal_worth
+from bame_lightning.criterion import first_order_worth
 from bame_lightning.schedule import Window
 
 
@@ -91,13 +91,10 @@ class Evidence:
         return 1.0
 
     def worth(
-        self,
-        latent: Float[Tensor, "blocks m"],
-        learning_time: Float[Tensor, " blocks"],
-        gradient: Float[Tensor, "blocks m"] | None,
+        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
     ) -> Float[Tensor, "blocks m"]:
-        """Value latent weights by `criterion.proximal_worth`."""
-        return proximal_worth(latent, learning_time)
+        """Value latent weights by their size."""
+        return latent.abs()
 
 
 @dataclass(frozen=True)
@@ -134,10 +131,7 @@ class OneBatch:
         return window.annealed(self.share, step)
 
     def worth(
-        self,
-        latent: Float[Tensor, "blocks m"],
-        learning_time: Float[Tensor, " blocks"],
-        gradient: Float[Tensor, "blocks m"] | None,
+        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
     ) -> Float[Tensor, "blocks m"]:
         """Value latent weights by `criterion.first_order_worth`; nothing is worth anything without a gradient."""
         return torch.zeros_like(latent) if gradient is None else first_order_worth(latent, gradient)

@@ -14,7 +14,7 @@ from bame_lightning.criterion import select_mask
 from bame_lightning.designation import blocks_in_share, designate, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import pack_mask, unpack_mask
+from bame_lightning.masks import pack_mask, unpack_mask, zero_pruned_
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, record
 from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
@@ -32,20 +32,18 @@ class Adaptation(NamedTuple):
         mask: The new mask; shape (blocks, m).
         weight: The new weights: revived ones start with the sign of their evidence, pruned ones are zero; shape (blocks, m).
         evidence: The new evidence: pruned weights' values go into it, it is zero where kept; shape (blocks, m).
-        predicted: Expected loss reduction of the swaps made, summed over blocks, in units of the loss; scalar.
     """
 
     mask: Bool[Tensor, "blocks m"]
     weight: Float[Tensor, "blocks m"]
     evidence: Float[Tensor, "blocks m"]
-    predicted: Float[Tensor, ""]
 
 
 def adapt(
     latent: Float[Tensor, "blocks m"],
     worth: Float[Tensor, "blocks m"],
     mask: Bool[Tensor, "blocks m"],
-    adaptable: Bool[Tensor, " blocks"],
+    adaptable: Bool[Tensor, "#blocks"] | None,
     n: int,
     *,
     share: float = 1.0,
@@ -55,38 +53,35 @@ def adapt(
 
     Args:
         latent: Latent weights: weights where kept, evidence where pruned.
-        worth: Their value in units of the loss; the most valuable are kept.
+        worth: How much it matters that each is kept; the worthiest are.
         mask: The mask in force, exactly `n` kept per block.
-        adaptable: Blocks that may change.
+        adaptable: Blocks that may change; None for all.
         n: Weights kept per block.
-        share: Confine the swaps to this share of all blocks (rounded up), those of the largest predicted reduction.
-        margin: For a worth that grows with the square of a weight: swap only where evidence exceeds the weight that it
-            replaces by this share of it, and start revived weights there, however far evidence went since the last
-            adaptation: of the size (1 + margin) times the largest weight that is pruned in the block. None knows neither.
+        share: Confine the swaps to this share of all blocks (rounded up), those that gain most.
+        margin: For a worth that is the size of a weight: swap only where evidence exceeds the weight that it replaces by this
+            share of it, and start revived weights there, however far evidence went since the last adaptation: of the size
+            (1 + margin) times the largest weight that is pruned in the block. None knows neither.
 
     Returns:
-        New mask, weights and evidence, and the predicted loss reduction.
+        New mask, weights and evidence.
     """
-    selected = select_mask(worth, mask, n, margin=0.0 if margin is None else (1 + margin) ** 2 - 1)
-    proposed = torch.where(adaptable[:, None], selected, mask)
-    # Summed over a block: the worth of what is revived less that of what is pruned.
-    reduction = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
+    proposed = select_mask(worth, mask, n, margin=margin or 0.0, adaptable=adaptable)
     if share < 1:
-        best = reduction.argsort(descending=True, stable=True)[: blocks_in_share(share, len(mask))]
-        chosen = torch.zeros_like(adaptable).index_fill(0, best, True)
+        # Summed over a block: the worth of what is revived less that of what is pruned.
+        gain = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
+        best = gain.argsort(descending=True, stable=True)[: blocks_in_share(share, len(mask))]
+        chosen = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, best, True)
         proposed = torch.where(chosen[:, None], proposed, mask)
-        reduction = reduction * chosen
-    start = latent
+    weight, evidence = latent.clone(), latent.clone()
     if margin is not None:
         # All that is revived in a block exceeds this: the last swap's does, and it is the least of them.
-        size = (1 + margin) * latent.abs().masked_fill(~mask | proposed, 0).amax(-1, keepdim=True)
-        start = torch.where(mask, latent, latent.sign() * size)
-    return Adaptation(
-        mask=proposed,
-        weight=torch.where(proposed, start, 0),
-        evidence=torch.where(proposed, 0, latent),
-        predicted=reduction.sum(),
-    )
+        dropped = latent.abs()
+        zero_pruned_(dropped, mask & ~proposed)
+        size = (1 + margin) * dropped.amax(-1, keepdim=True)
+        weight = torch.where(mask, latent, size.copysign(latent))
+    zero_pruned_(weight, proposed)
+    zero_pruned_(evidence, ~proposed)
+    return Adaptation(proposed, weight, evidence)
 
 
 class BlockGradient(NamedTuple):
@@ -112,8 +107,6 @@ class EvolvingWeight:
 
     Attributes:
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        learning_time: Steps that each block's evidence took, summed up and forgotten as it is; weights over gradients, shape
-            (blocks,).
         noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; scalar.
@@ -121,7 +114,7 @@ class EvolvingWeight:
         designated: Blocks that steps between two readings of all read; shape (chosen,).
         flips: Mask positions changed so far; scalar.
         last_flips: Those that the last adaptation changed; scalar.
-        predicted: Loss reduction that the last adaptation predicted; scalar.
+        predicted: Loss reduction that the last adaptation predicted, to first order; scalar, in units of the loss.
         reading: Dense gradient that this step has read; None if it has not.
         read_share: Share of all blocks whose dense gradient the last step read.
         due: Whether all blocks were read since the last adaptation; otherwise only the designated ones were.
@@ -136,7 +129,6 @@ class EvolvingWeight:
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
             self.evidence += torch.where(mask, 0, self._blocks(sparse.weight.detach(), ALL))
-        self.learning_time = torch.zeros(len(mask), device=device, dtype=self.dtype)
         self.noise = torch.zeros((), device=device, dtype=self.dtype)
         self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
@@ -164,8 +156,12 @@ class EvolvingWeight:
             frozen = self.frozen
             index = (~frozen).nonzero().squeeze(-1) if self.freeze_after is not None and frozen.any() else ALL
             self.due = True
-        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.learning_time)
-        self.reading = BlockGradient(index, self._blocks(gradient, index).to(self.dtype, copy=True))
+        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.evidence)
+        self.reading = BlockGradient(index, self._blocks(gradient, index, copy=True).to(self.dtype))
+
+    def extremes(self) -> list[Tensor]:
+        """Least and largest value of what this step has read; NaN if there is one among them."""
+        return list(self.reading.gradient.aminmax()) if self.reading and self.reading.gradient.numel() else []
 
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""], window: int) -> None:
         """Move the evidence by what was read.
@@ -178,37 +174,39 @@ class EvolvingWeight:
         """
         if not self.config.remembers:
             self.evidence.zero_()
-            self.learning_time.zero_()
         if self.reading is None:
             return
-        index = self.reading.blocks
-        # Selecting, not multiplying: infinity times zero is NaN.
-        gradient = torch.where(finite, self.reading.gradient, 0)
-        self.reading = BlockGradient(index, gradient)
-        mask = ~self._blocks(self.sparse.pruned, index)
-        pruned_gradient = gradient.masked_fill(mask, 0)
+        index, gradient = self.reading
+        zero_pruned_(gradient, finite)
+        kept = self._blocks(self.sparse.kept, index)
+        change = gradient.clone()
+        zero_pruned_(change, ~kept)
         if self.config.remembers:
             if reading.everywhere:
-                self._measure(pruned_gradient, finite)
+                self._measure(change, finite)
             rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
         else:
-            rate = reading.steps * self._optimizer_step(optimizer, mask)
+            rate = reading.steps * self._optimizer_step(optimizer, kept)
         # The optimizer's second moment may be poisoned as well.
         rate = torch.where(finite, rate, 0)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
-        self.evidence[index] = keep * self.evidence[index] - rate * pruned_gradient
-        self.learning_time[index] = keep * self.learning_time[index] + rate.squeeze(-1)
+        if isinstance(index, slice):
+            self.evidence.mul_(keep).addcmul_(change, rate, value=-1)
+        else:
+            evidence = self.evidence.index_select(0, index).mul_(keep).addcmul_(change, rate, value=-1)
+            self.evidence.index_copy_(0, index, evidence)
 
     def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere."""
         pattern = self.sparse.pattern
-        square = pruned_gradient.square().sum() / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
+        square = _sum_of_squares(pruned_gradient) / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         # The square of a finite gradient may overflow.
         self.noise = torch.where(finite & running.isfinite(), running, self.noise)
         # The optimizer may have moved pruned weights, which are zeroed only later.
-        kept = self.sparse.weight.detach().masked_fill(self.sparse.pruned, 0)
-        weights = kept.to(self.dtype).square().mean() / pattern.density
+        weight = self.sparse.weight.detach().clone()
+        zero_pruned_(weight, self.sparse.kept)
+        weights = _sum_of_squares(weight.to(self.dtype)) / (weight.numel() * pattern.density)
         self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
 
     def _optimizer_step(self, optimizer: Optimizer, mask: Tensor) -> Tensor:
@@ -227,31 +225,52 @@ class EvolvingWeight:
         """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
         pattern, weight = self.sparse.pattern, self.sparse.weight.detach()
         index, self.due = (ALL, False) if self.due else (self.designated, False)
-        mask = ~self._blocks(self.sparse.pruned, index)
-        latent = torch.where(mask, self._blocks(weight, index).to(self.dtype), self.evidence[index])
-        time, history = self.learning_time[index], FlipHistory(*(values[index] for values in self.history))
-        # A block that was never read knows nothing of its pruned weights.
-        adaptable = (time > 0) & ~frozen_blocks(history.oscillations, self.freeze_after)
-        # Laid out only for the criterion that asks for it: masks adapt every other step.
-        gradient = None if self.config.remembers else self._gradient(index)
-        worth = self.config.worth(latent, time, gradient)
+        mask, evidence = self._blocks(self.sparse.kept, index, copy=True), _rows(self.evidence, index)
+        # The optimizer may have moved pruned weights, which are zeroed only later.
+        old = self._blocks(weight, index, copy=True).to(self.dtype)
+        zero_pruned_(old, mask)
+        latent = old + evidence
+        history = FlipHistory(*(_rows(values, index) for values in self.history))
+        worth, adaptable = self._worth(latent, index), self._adaptable(index)
         new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin)
         self._put(weight, index, new.weight)
-        self._put(self.sparse.pruned, index, ~new.mask)
-        self.evidence[index] = new.evidence
+        self._put(self.sparse.kept, index, new.mask)
+        _put_rows(self.evidence, index, new.evidence)
         for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
-            values[index] = changed
+            _put_rows(values, index, changed)
         if self.freeze_after is not None:
             self.designated = self.designated[~self.frozen[self.designated]]
         self.last_flips = flipped_positions(mask, new.mask)
         self.flips += self.last_flips
-        self.predicted = new.predicted
+        self.predicted = self._first_order(index, new.weight - old)
+
+    def _worth(self, latent: Float[Tensor, "chosen m"], index: Tensor | slice) -> Float[Tensor, "chosen m"]:
+        # Laid out only for the criterion that asks for it: masks adapt every other step.
+        return self.config.worth(latent, None if self.config.remembers else self._gradient(index))
+
+    def _adaptable(self, index: Tensor | slice) -> Bool[Tensor, "#chosen"]:
+        """Blocks that may change: not before anything is known of their pruned weights, and not once they are frozen."""
+        known = self.noise > 0 if self.config.remembers else torch.ones_like(self.noise, dtype=torch.bool)
+        if self.freeze_after is None:
+            return known[None]
+        return known & ~frozen_blocks(_rows(self.history.oscillations, index), self.freeze_after)
+
+    def _first_order(self, index: Tensor | slice, change: Float[Tensor, "chosen m"]) -> Float[Tensor, ""]:
+        r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$.
+
+        Only over the blocks that this step has read: of others no gradient is known.
+        """
+        if self.reading is None:
+            return torch.zeros_like(self.predicted)
+        blocks, gradient = self.reading
+        if isinstance(index, slice):
+            change = _rows(change, blocks)
+        return -torch.dot(gradient.flatten(), change.flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """All that evolves beside the mask, compact: evidence of pruned positions only, a bit per mask position."""
         state = {
             "evidence": self.evidence[~self.sparse.mask()],
-            "learning_time": self.learning_time,
             "noise": self.noise,
             "unit": self.unit,
             "oscillations": self.history.oscillations,
@@ -272,16 +291,18 @@ class EvolvingWeight:
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.sparse.mask()
         self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"].to(self.dtype))
-        self.learning_time = state["learning_time"].to(self.dtype)
         self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
         self.history = FlipHistory(state["oscillations"], unpack_mask(state["pruned_before"], mask.shape))
         self.designated, self.due = state["designated"].long(), bool(state["due"])
         self.flips, self.last_flips = state["flips"], state["last_flips"]
         self.predicted = state["predicted"].to(self.dtype)
 
-    def _blocks(self, tensor: Tensor, index: Tensor | slice) -> Tensor:
+    def _blocks(self, tensor: Tensor, index: Tensor | slice, *, copy: bool = False) -> Tensor:
         m = self.sparse.pattern.m
-        return to_blocks(tensor, m) if isinstance(index, slice) else gather_blocks(tensor, m, index)
+        if not isinstance(index, slice):
+            return gather_blocks(tensor, m, index)
+        blocks = to_blocks(tensor, m)
+        return blocks.clone() if copy else blocks
 
     def _put(self, tensor: Tensor, index: Tensor | slice, blocks: Tensor) -> None:
         if isinstance(index, slice):
@@ -297,3 +318,19 @@ class EvolvingWeight:
         if not isinstance(blocks, slice):
             gradient = torch.zeros_like(self.evidence).index_copy(0, blocks, gradient)
         return gradient[index]
+
+
+def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
+    return values if isinstance(index, slice) else values.index_select(0, index)
+
+
+def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
+    if isinstance(index, slice):
+        values.copy_(rows)
+    else:
+        values.index_copy_(0, index, rows)
+
+
+def _sum_of_squares(values: Tensor) -> Float[Tensor, ""]:
+    flat = values.flatten()
+    return torch.dot(flat, flat)

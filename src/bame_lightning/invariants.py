@@ -91,14 +91,14 @@ def check_masks(weights: Iterable[SparseWeight], expected: dict[str, Bool[Tensor
 
     Args:
         weights: Weights under masks.
-        expected: Copies of `pruned`, by name, taken when the masks last changed on purpose.
+        expected: Copies of `kept`, by name, taken when the masks last changed on purpose.
         step: Optimizer steps done, for the message.
 
     Raises:
         InvariantError: If a mask changed in between.
     """
     for sparse in weights:
-        changed = int((sparse.pruned != expected[sparse.name]).sum())
+        changed = int((sparse.kept != expected[sparse.name]).sum())
         if changed:
             raise InvariantError(
                 f"Mask: after step {step}, the mask of `{sparse.name}` ({sparse.pattern}) differs in {changed} positions "
@@ -107,7 +107,7 @@ def check_masks(weights: Iterable[SparseWeight], expected: dict[str, Bool[Tensor
 
 
 def _check_zero(sparse: SparseWeight, value: Tensor, what: str, cause: str, step: int) -> None:
-    wrong = (value != 0) & sparse.pruned
+    wrong = (value != 0) & ~sparse.kept
     if wrong.any():
         first = tuple(wrong.nonzero()[0].tolist())
         raise InvariantError(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bame_lightning.layers import SparseWeight
+from bame_lightning.masks import zero_pruned_
 from bame_lightning.pattern import to_blocks
 from bame_lightning.statistics import flipped_positions
 
@@ -48,13 +49,13 @@ class LatentWeight:
 
     def hide(self) -> None:
         """Make the parameter sparse by the mask."""
-        self.sparse.weight.detach().masked_fill_(self.sparse.pruned, 0)
+        zero_pruned_(self.sparse.weight.detach(), self.sparse.kept)
 
     def change_mask(self, mask: Bool[Tensor, "out inp *kernel"]) -> None:
         """Put another mask in force, true where kept, and count what it changed."""
-        self.last_flips = flipped_positions(self.sparse.pruned, ~mask)
+        self.last_flips = flipped_positions(self.sparse.kept, mask)
         self.flips = self.flips + self.last_flips
-        self.sparse.pruned.copy_(~mask)
+        self.sparse.kept.copy_(mask)
 
     def state_dict(self) -> dict[str, Any]:
         """Latent values of pruned weights (the model holds the others), in the row-major order of the weight; flips."""

@@ -17,7 +17,7 @@ from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
 
 VERSION_KEY = "nm_sparsity_version"
 """Key in a callback's state that marks it as one of sparse weights."""
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -55,29 +55,34 @@ class SparseWeight:
         name: Its key in the model's state dict.
         weight: The parameter.
         pattern: Its pattern.
-        pruned: True where the weight must be zero; shaped like the weight. Always updated in place.
+        kept: True where the weight may differ from zero; shaped like the weight. Always updated in place.
     """
 
     name: str
     weight: nn.Parameter
     pattern: NMPattern
-    pruned: Bool[Tensor, "out inp *kernel"]
+    kept: Bool[Tensor, "out inp *kernel"]
 
     @classmethod
     def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
         """Put a planned weight under a mask, given in blocks, true where kept."""
         assert plan.pattern is not None
-        # Laid out like the weight (it may be channels-last), so that filling runs over both in one order.
-        pruned = torch.empty_like(plan.weight, dtype=torch.bool, requires_grad=False)
-        return cls(plan.name, plan.weight, plan.pattern, pruned.copy_(~from_blocks(mask, plan.weight.shape)))
+        # Laid out like the weight (it may be channels-last), so that zeroing runs over both in one order.
+        kept = torch.empty_like(plan.weight, dtype=torch.bool, requires_grad=False)
+        return cls(plan.name, plan.weight, plan.pattern, kept.copy_(from_blocks(mask, plan.weight.shape)))
+
+    @property
+    def pruned(self) -> Bool[Tensor, "out inp *kernel"]:
+        """A copy: true where the weight must be zero; shaped like the weight."""
+        return ~self.kept
 
     def mask(self) -> Bool[Tensor, "blocks m"]:
         """The mask in blocks, true where kept; shape (blocks, m)."""
-        return ~to_blocks(self.pruned, self.pattern.m)
+        return to_blocks(self.kept, self.pattern.m)
 
     def state_dict(self) -> dict[str, Any]:
         """Pattern, shape and the mask packed to bits, in the weight's own row-major order."""
-        mask = pack_mask(~self.pruned).cpu()
+        mask = pack_mask(self.kept).cpu()
         return {"pattern": str(self.pattern), "shape": list(self.weight.shape), "mask": mask}
 
     @property

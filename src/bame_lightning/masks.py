@@ -6,6 +6,10 @@ import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 2**18
+"""Values that `zero_pruned_` treats at once on a CPU, the fastest of 2**14 to 2**19 there."""
+
 
 def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
     r"""Keep the `n` highest-scoring weights of every block.
@@ -33,6 +37,26 @@ def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "bloc
     # `topk` leaves the order of equal scores unspecified; a stable sort does not.
     kept = scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
+
+
+def zero_pruned_(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]) -> None:
+    """Zero values in place where a mask prunes, whatever they are: infinity and NaN, too.
+
+    Bits are multiplied as integers by 0 or 1. On a CPU that takes a quarter of the time of `masked_fill_`
+    (`benchmarks/core_time.py`); multiplying floating-point numbers would make NaN of infinities.
+
+    Args:
+        values: Numbers of at most 8 bytes.
+        kept: True where values stay; of their shape, or a scalar.
+    """
+    bits, factor = values.view(_INTEGERS[values.element_size()]), kept.view(torch.int8)
+    if not values.is_cpu or values.numel() <= CHUNK or kept.dim() == 0:
+        bits.mul_(factor)
+        return
+    # On a CPU torch lays out an integer copy of a factor of another type: in pieces, it stays in the cache.
+    rows = max(1, CHUNK * len(values) // values.numel())
+    for part, by in zip(torch.split(bits, rows), torch.split(factor, rows), strict=True):
+        part.mul_(by)
 
 
 def random_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:

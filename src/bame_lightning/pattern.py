@@ -136,9 +136,9 @@ def gather_blocks(
     Returns:
         The chosen blocks, shape (chosen, m).
     """
-    if weight.dim() == 2:
-        return weight.reshape(-1, m)[index]
     grid = _grid(weight, m)
+    if grid.is_contiguous():
+        return grid.view(-1, m).index_select(0, index)
     return grid[torch.unravel_index(index, grid.shape[:-1])]
 
 
@@ -153,6 +153,9 @@ def scatter_blocks_(
         blocks: Their new values.
     """
     grid = _grid(weight, blocks.shape[-1])
+    if grid.is_contiguous():
+        grid.view(-1, blocks.shape[-1]).index_copy_(0, index, blocks.to(weight.dtype))
+        return
     grid[torch.unravel_index(index, grid.shape[:-1])] = blocks.to(weight.dtype)
 
 

@@ -99,7 +99,7 @@ class TestEnforcement:
         callback, read = bame(), []
 
         def look(trainer, module) -> None:
-            read.append((callback.steps, float(callback.evolving[0].learning_time.sum()), scaler.get_scale()))
+            read.append((callback.steps, float(callback.evolving[0].noise), scaler.get_scale()))
 
         fit = trainer(callback, Spy(look), max_epochs=8, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
         fit.fit(Task())
@@ -304,7 +304,7 @@ class TestCheckpoints:
             trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
 
     def test_state_of_another_version_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="version 7, this release reads 2"):
+        with pytest.raises(ValueError, match="version 7, this release reads 3"):
             bame().load_state_dict({"nm_sparsity_version": 7})
 
     def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:

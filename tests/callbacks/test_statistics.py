@@ -57,8 +57,7 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
         layer = float(row["bame/layer/model.2/oscillation_frequency"])
         assert layer == pytest.approx(now["oscillations"][0].float().mean().item() / max(1, len(adaptations)), **close)
         assert float(row["bame/density"]) == pytest.approx(now["nonzero"] / positions, **close)
-        assert float(row["bame/predicted_loss_reduction"]) >= 0
-    assert sum(float(row["bame/predicted_loss_reduction"]) > 0 for row in rows) > 3
+    assert sum(float(row["bame/predicted_loss_reduction"]) != 0 for row in rows) > 3
     assert callback.summary()["frozen_fraction"] == pytest.approx(float(rows[-1]["bame/frozen_fraction"]))
 
 

@@ -49,8 +49,8 @@ def swap_in_mask(victim: BAMECallback, trainer: L.Trainer) -> None:
     sparse = victim.weights[2]
     row, column = first_pruned(victim)
     block = slice(column // 4 * 4, column // 4 * 4 + 4)
-    kept = int((~sparse.pruned[row, block]).nonzero()[0]) + block.start
-    sparse.pruned[row, column], sparse.pruned[row, kept] = False, True
+    kept = int(sparse.kept[row, block].nonzero()[0]) + block.start
+    sparse.kept[row, column], sparse.kept[row, kept] = True, False
     sparse.weight[row, kept] = 0
     for value in trainer.optimizers[0].state[sparse.weight].values():
         if value.shape == sparse.weight.shape:
@@ -58,7 +58,7 @@ def swap_in_mask(victim: BAMECallback, trainer: L.Trainer) -> None:
 
 
 def drift(victim: BAMECallback, trainer: L.Trainer) -> None:
-    victim.weights[2].pruned[first_pruned(victim)] = False
+    victim.weights[2].kept[first_pruned(victim)] = True
 
 
 FAULTS = {

@@ -125,8 +125,8 @@ class BAMECallback(MaskedCallback):
         reading = self.evidence.reading(self.steps, self._window)
         if reading is not None:
             # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
-            read = [weight.reading.gradient.isfinite().all() for weight in self.evolving if weight.reading]
-            finite = torch.stack(read).all() if read else torch.ones((), dtype=torch.bool)
+            extremes = [bound for weight in self.evolving for bound in weight.extremes()]
+            finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones((), dtype=torch.bool)
             self.discarded += ~finite
             for weight in self.evolving:
                 weight.accumulate(optimizer, reading, finite, len(self._window))
@@ -147,7 +147,7 @@ class BAMECallback(MaskedCallback):
     @override
     def method_statistics(self) -> dict[str, Tensor]:
         positions = sum(weight.evidence.numel() for weight in self.evolving)
-        blocks = sum(len(weight.learning_time) for weight in self.evolving)
+        blocks = sum(len(weight.evidence) for weight in self.evolving)
         frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
         designated = sum(len(weight.designated) for weight in self.evolving) if self.steps in self._window else 0
         statistics = {

@@ -14,6 +14,7 @@ from bame_lightning import invariants
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.flops import Shares
 from bame_lightning.layers import SparseWeight
+from bame_lightning.masks import zero_pruned_
 from bame_lightning.optimizer_state import elementwise_state
 from bame_lightning.scale import CHANCE, alignment
 
@@ -55,8 +56,7 @@ class MaskedCallback(SparseCallback):
         self.read_gradients()
         for sparse in self.weights:
             if sparse.weight.grad is not None:
-                # Filling, not multiplying: an infinite gradient times zero is NaN.
-                sparse.weight.grad.masked_fill_(sparse.pruned, 0)
+                zero_pruned_(sparse.weight.grad, sparse.kept)
         if self._rescaling:
             self._rescale()
 
@@ -98,14 +98,14 @@ class MaskedCallback(SparseCallback):
     @override
     def enforce(self, optimizer: Optimizer | None = None) -> None:
         for sparse in self.weights:
-            sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+            zero_pruned_(sparse.weight.detach(), sparse.kept)
             if optimizer is not None:
                 for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
-                    value.masked_fill_(sparse.pruned, 0)
+                    zero_pruned_(value, sparse.kept)
 
     def _remember_masks(self) -> None:
         if self.verify:
-            self._expected = {sparse.name: sparse.pruned.clone() for sparse in self.weights}
+            self._expected = {sparse.name: sparse.kept.clone() for sparse in self.weights}
 
 
 class StaticMask(MaskedCallback):

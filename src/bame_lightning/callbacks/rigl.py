@@ -100,7 +100,7 @@ class RigL(MaskedCallback):
             new = drop_and_grow(to_blocks(sparse.weight.detach(), sparse.pattern.m), gradient, old, share)
             new = torch.where(finite, new, old)
             self.flips[sparse.name] += flipped_positions(old, new)
-            sparse.pruned.copy_(~from_blocks(new, sparse.weight.shape))
+            sparse.kept.copy_(from_blocks(new, sparse.weight.shape))
         self._gradients = {}
         return True
 

@@ -188,7 +188,7 @@ class TransposableSTE(SRSTE):
         for latent in self.latents:
             if not restored and id(latent.sparse) not in known:
                 latent.expose()
-                latent.sparse.pruned.copy_(~self._transposable(latent))
+                latent.sparse.kept.copy_(self._transposable(latent))
         self.enforce()
 
     @override
