@@ -49,6 +49,7 @@ class Settings:
     share: float
     step_size: float
     margin: float
+    one_per_row: bool
     freeze_after: int | None
     lr: float
     momentum: float
@@ -108,9 +109,12 @@ def train(
                 designate(weight, layer.blocks, s)
         if (t - s.start + 1) % s.every == 0:
             for weight, layer, momentum in zip(weights, layers, momenta, strict=True):
-                for block in layer.blocks:
-                    if not frozen(block, s) and (layer.all_read or block.designated):
-                        swaps += adapt(weight.data, momentum, block, s)
+                chosen = [b for b in layer.blocks if not frozen(b, s) and (layer.all_read or b.designated)]
+                if s.one_per_row:
+                    rows = {b.row: [other for other in chosen if other.row == b.row] for b in chosen}
+                    chosen = [max(row, key=lambda b, w=weight: urgency(w, b)) for row in rows.values()]
+                for block in chosen:
+                    swaps += adapt(weight.data, momentum, block, s)
                 layer.all_read = False
     return layers, swaps
 
@@ -136,16 +140,17 @@ def measure(weight: Tensor, layer: Layer, gradient: Tensor, read: list[Block]) -
     layer.unit = math.sqrt(sum(w * w for w in kept) / len(kept)) / math.sqrt(layer.noise)
 
 
-def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
-    def ratio(block: Block) -> float:
-        strongest = max((abs(v) for v, kept in zip(block.evidence, block.kept, strict=True) if not kept), default=0.0)
-        weakest = min(
-            abs(weight[block.row, c].item()) for c, kept in zip(block.columns, block.kept, strict=True) if kept
-        )
-        return strongest / weakest
+def urgency(weight: Tensor, block: Block) -> float:
+    strongest = max((abs(v) for v, kept in zip(block.evidence, block.kept, strict=True) if not kept), default=0.0)
+    weakest = min(abs(weight[block.row, c].item()) for c, kept in zip(block.columns, block.kept, strict=True) if kept)
+    return strongest / weakest
 
+
+def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
     open_blocks = [block for block in blocks if not frozen(block, s)]
-    chosen = sorted(open_blocks, key=ratio, reverse=True)[: math.ceil(s.share * len(open_blocks))]
+    chosen = sorted(open_blocks, key=lambda b: urgency(weight, b), reverse=True)[
+        : math.ceil(s.share * len(open_blocks))
+    ]
     for block in blocks:
         block.designated = any(block is c for c in chosen)
 

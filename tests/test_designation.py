@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bame_lightning.designation import designate, urgency
+from bame_lightning.designation import designate, most_urgent, urgency
 
 
 def test_urgency_compares_the_strongest_pruned_with_the_weakest_kept_weight() -> None:
@@ -51,3 +51,14 @@ def test_an_infinitely_urgent_frozen_block_is_not_designated() -> None:
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.25, 1), (0.26, 2), (1.0, 4)])
 def test_the_share_is_rounded_up(share: float, count: int) -> None:
     assert len(designate(torch.zeros(4), torch.zeros(4, dtype=torch.bool), share)) == count
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=30))
+def test_most_urgent_against_loops(blocks: list[tuple[int, int]]) -> None:
+    blocks.sort()
+    chosen = most_urgent(
+        torch.tensor([float(u) for _, u in blocks]), torch.tensor([r for r, _ in blocks], dtype=torch.int64), count=5
+    )
+    for b, (row, urgency_here) in enumerate(blocks):
+        rivals = [(-u, other) for other, (r, u) in enumerate(blocks) if r == row]
+        assert chosen[b] == (min(rivals) == (-urgency_here, b))

@@ -128,7 +128,9 @@ def test_evidence_moves_in_the_blocks_that_are_read_and_at_pruned_positions_only
         for keep, place in zip(row, block, strict=True):
             pruned[place] = not keep
     parameter = nn.Parameter(torch.ones_like(gradient) * ~pruned)
-    weight = EvolvingWeight(SparseWeight("layer.weight", parameter, pattern, ~pruned), Evidence(), freeze_after=0)
+    weight = EvolvingWeight(
+        SparseWeight("layer.weight", parameter, pattern, ~pruned), Evidence(one_per_row=False), freeze_after=0
+    )
     frozen = torch.rand(len(positions), generator=torch.Generator().manual_seed(seed)) < 0.3
     weight.history = weight.history._replace(oscillations=frozen.int())
     open_blocks = (~frozen).nonzero().flatten()
@@ -308,7 +310,7 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
 def test_blocks_that_were_not_read_since_wait_for_the_next_reading_of_all() -> None:
     # Every block would swap; the designated one does, then all of them.
     sparse = sparse_linear([[1.0, 0.0] * 4], [[1, 0] * 4], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(margin=0.0), freeze_after=None)
+    weight = EvolvingWeight(sparse, Evidence(margin=0.0, one_per_row=False), freeze_after=None)
     learn(weight, sgd(weight), [[0.0, 1.0] * 4], distance=0.5)
     weight.designated = torch.tensor([2])
     weight.adapt(1.0)
@@ -377,7 +379,7 @@ def test_large_blocks_are_no_trouble() -> None:
     born = pruned.clone()
     sparse = SparseWeight("layer.weight", parameter, NMPattern(512, 1024), ~pruned)
     parameter.data.masked_fill_(pruned, 0)
-    weight = EvolvingWeight(sparse, Evidence(), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(one_per_row=False), freeze_after=1)
     learn(weight, sgd(weight), torch.full((2, 2048), 7.0), distance=2)
     weight.adapt(1.0)
     assert weight.flips == 2 * 2048

@@ -21,7 +21,7 @@ def test_accumulated_evidence_by_hand() -> None:
         [[1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 1, 1]],
         "2:4",
     )
-    weight = EvolvingWeight(sparse, Evidence(init="zero", margin=0.25), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(init="zero", margin=0.25, one_per_row=False), freeze_after=1)
     optimizer = sgd(weight, lr=0.1, momentum=0.9, weight_decay=0.1)
     parameter, storage = sparse.weight, sparse.weight.data_ptr()
 
@@ -163,3 +163,31 @@ def test_one_batch_by_hand() -> None:
     assert not weight.evidence.any()
     weight.adapt(1.0)
     assert weight.last_flips == 0
+
+
+def test_one_block_of_each_row_swaps_at_a_time() -> None:
+    # Evidence over the weakest kept weight: row 0 has 3, 4 and 4 (the first of the two swaps), row 1 has 2, 0 and 1.1 (less than
+    # the margin asks for), row 2 has 1.1 at most.
+    sparse = sparse_linear(
+        [[1.0, 3, 1, 4, 2, 8], [1.0, 2, 1, 0, 1, 1.1], [1, 1, 1, 1.1, 1, 1]],
+        [[1, 0, 1, 0, 1, 0]] * 3,
+        "1:2",
+    )
+    weight = EvolvingWeight(sparse, Evidence(), freeze_after=0)
+    sparse.weight.detach().masked_fill_(sparse.pruned, 0)
+    weight.noise, weight.due = torch.tensor(1.0), True
+    weight.adapt(1.0)
+    swapped = [[1.0, 0, 0, 1.2, 2, 0], [0, 1.2, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]]
+    torch.testing.assert_close(sparse.weight.detach(), torch.tensor(swapped))
+    assert weight.last_flips == 4
+    # The others of row 0 follow, one at a time; a frozen block does not stand in their way.
+    weight.history.oscillations[2] = 1
+    weight.evidence[2] = torch.tensor([0, 99.0])
+    weight.due = True
+    weight.adapt(1.0)
+    torch.testing.assert_close(sparse.weight[0].detach(), torch.tensor([0, 1.2, 0, 1.2, 2, 0]))
+    # Of designated blocks only one of the row may, too: block 1 of row 0 has 1 over 1.2, block 4 of row 1 nothing.
+    weight.history.oscillations[2] = 0
+    weight.designated = torch.tensor([1, 2, 4])
+    weight.adapt(1.0)
+    torch.testing.assert_close(sparse.weight[0].detach(), torch.tensor([0, 1.2, 0, 1.2, 0, 2.4]))

@@ -109,21 +109,6 @@ class UncappedWeight(EvolvingWeight):
         self._put(weight, index, torch.where(revived, latent.to(weight.dtype), self._blocks(weight, index)))
 
 
-class OneSwapARowWeight(EvolvingWeight):
-    """At most one block of each output row (a filter) is adapted at a time, the most urgent: a budget for a shared residual."""
-
-    @override
-    def adapt(self, share: float) -> None:
-        rows = len(self.sparse.weight)
-        weight = self._blocks(self.sparse.weight.detach(), ALL).to(self.dtype)
-        rank = urgency(weight, self.evidence, self.sparse.mask()).view(rows, -1)
-        best = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, rank.argmax(1, keepdim=True), True).flatten()
-        designated, self.designated = self.designated, best.nonzero().squeeze(-1)
-        self.due, self.reading = False, None  # what was read are other blocks
-        super().adapt(share)
-        self.designated = designated
-
-
 class CoolingWeight(EvolvingWeight):
     """A block that oscillates rests for a fifth of the window, instead of freezing for good."""
 
@@ -251,12 +236,6 @@ class Uncapped(BAMECallback):
     """See `UncappedWeight`."""
 
     weight_type = UncappedWeight
-
-
-class OneSwapARow(BAMECallback):
-    """See `OneSwapARowWeight`."""
-
-    weight_type = OneSwapARowWeight
 
 
 class Cooling(BAMECallback):

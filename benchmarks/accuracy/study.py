@@ -49,6 +49,7 @@ def _attempt(kind: str) -> str:
 VARIANTS = {
     "no margin": ["method.evidence.margin=0.0"],
     "margin 0.5": ["method.evidence.margin=0.5"],
+    "any number of blocks a row": ["method.evidence.one_per_row=false"],
     "evidence from zero": ["method.evidence.init=zero"],
     "half the step": ["method.evidence.step_size=0.5"],
     "twice the step": ["method.evidence.step_size=2.0"],
@@ -72,7 +73,6 @@ ATTEMPTS = {
     "evidence in bfloat16": "HalfPrecision",
     "noise of each block": "BlockNoise",
     "revived at full evidence": "Uncapped",
-    "one swap a row": "OneSwapARow",
     "cooling periods": "Cooling",
     "constant step": "ConstantStep",
     "nothing forgotten": "Unforgetting",

@@ -1,4 +1,4 @@
-"""Which blocks to read until the next reading of all: those that are closest to a swap."""
+"""Which blocks come first, those that are closest to a swap: to be read until the next reading of all, and to swap."""
 
 from __future__ import annotations
 
@@ -43,6 +43,28 @@ def designate(
     count = blocks_in_share(share, int((~frozen).sum()))
     ranked = urgency.masked_fill(frozen, -1).argsort(descending=True, stable=True)
     return ranked[:count].sort().values
+
+
+def most_urgent(urgency: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"], count: int) -> Bool[Tensor, " chosen"]:
+    """Choose the most urgent block of each output row.
+
+    Args:
+        urgency: How close each block is to a swap, at least 0.
+        rows: The row of each block, below `count`.
+        count: Number of rows.
+
+    Returns:
+        True for one block of each row that has any; a tie keeps the first.
+
+    Example:
+        >>> most_urgent(torch.tensor([0.5, 2.0, 2.0, 0.1]), torch.tensor([0, 0, 0, 2]), count=3)
+        tensor([False,  True, False,  True])
+    """
+    best = urgency.new_zeros(count).scatter_reduce(0, rows, urgency, "amax")
+    place = torch.arange(len(rows), device=rows.device)
+    behind = torch.where(urgency == best[rows], place, len(rows))
+    first = rows.new_full((count,), len(rows)).scatter_reduce(0, rows, behind, "amin")
+    return place == first[rows]
 
 
 def blocks_in_share(share: float, blocks: int) -> int:

@@ -52,6 +52,8 @@ class Evidence:
         step_size: Multiplies the step that evidence takes, k.
         init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
         margin: By how much evidence must exceed the weight that it replaces, as a share of it.
+        one_per_row: Let an adaptation swap in one block of each output row (a filter) only, the most urgent: the blocks of a
+            row make up for the same error of its output, and all of them at once overshoot.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -62,6 +64,7 @@ class Evidence:
     step_size: float = 1.0
     init: Literal["zero", "weights"] = "weights"
     margin: float = 0.2
+    one_per_row: bool = True
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class OneBatch:
     share: float = 0.3
     init: ClassVar[str] = "zero"
     margin: ClassVar[None] = None
+    one_per_row: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

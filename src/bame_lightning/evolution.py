@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bame_lightning.criterion import select_mask
-from bame_lightning.designation import blocks_in_share, designate, urgency
+from bame_lightning.designation import blocks_in_share, designate, most_urgent, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, unpack_mask, zero_pruned_
@@ -231,8 +231,12 @@ class EvolvingWeight:
         zero_pruned_(old, mask)
         latent = old + evidence
         history = FlipHistory(*(_rows(values, index) for values in self.history))
-        worth, adaptable = self._worth(latent, index), self._adaptable(index)
-        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin)
+        adaptable = self._adaptable(index)
+        if self.config.one_per_row:
+            pressing = urgency(old, evidence, mask) * adaptable
+            adaptable = adaptable & most_urgent(pressing, self._output_rows(index), len(weight))
+        worth, margin = self._worth(latent, index), self.config.margin
+        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=margin)
         self._put(weight, index, new.weight)
         self._put(self.sparse.kept, index, new.mask)
         _put_rows(self.evidence, index, new.evidence)
@@ -254,6 +258,12 @@ class EvolvingWeight:
         if self.freeze_after is None:
             return known[None]
         return known & ~frozen_blocks(_rows(self.history.oscillations, index), self.freeze_after)
+
+    def _output_rows(self, index: Tensor | slice) -> Int[Tensor, " chosen"]:
+        blocks = len(self.evidence)
+        if isinstance(index, slice):
+            index = torch.arange(blocks, device=self.evidence.device)
+        return index // (blocks // len(self.sparse.weight))
 
     def _first_order(self, index: Tensor | slice, change: Float[Tensor, "chosen m"]) -> Float[Tensor, ""]:
         r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$.

@@ -16,8 +16,12 @@ from tests import reference
 from tests.training import Spy, Task, blocks_over, trainer
 
 
-@pytest.mark.parametrize(("n", "m", "freeze_after"), [(1, 4, None), (2, 4, 1), (3, 8, 2)])
-def test_training_equals_the_specification_written_out_in_loops(n: int, m: int, freeze_after: int | None) -> None:
+@pytest.mark.parametrize(
+    ("n", "m", "freeze_after", "one_per_row"), [(1, 4, None, True), (2, 4, 1, False), (3, 8, 2, True)]
+)
+def test_training_equals_the_specification_written_out_in_loops(
+    n: int, m: int, freeze_after: int | None, one_per_row: bool
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)
@@ -25,12 +29,12 @@ def test_training_equals_the_specification_written_out_in_loops(n: int, m: int, 
     twin = copy.deepcopy(model)
     settings = reference.Settings(
         n=n, m=m, start=3, stop=70, every=2, read_every=7, share=0.25, step_size=3.5, margin=0.1,
-        freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
+        one_per_row=one_per_row, freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
     )  # fmt: skip
     callback = BAMECallback(
         f"{n}:{m}",
         schedule=Schedule(start=3, stop=70, every=2),
-        evidence=Evidence(read_every=7, share=0.25, step_size=3.5, margin=0.1),
+        evidence=Evidence(read_every=7, share=0.25, step_size=3.5, margin=0.1, one_per_row=one_per_row),
         freeze_after=freeze_after,
         rescale=False,
         verify=True,
