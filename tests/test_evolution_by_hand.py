@@ -166,8 +166,8 @@ def test_one_batch_by_hand() -> None:
 
 
 def test_one_block_of_each_row_swaps_at_a_time() -> None:
-    # Evidence over the weakest kept weight: row 0 has 3, 4 and 4 (the first of the two swaps), row 1 has 2, 0 and 1.1 (less than
-    # the margin asks for), row 2 has 1.1 at most.
+    # Evidence over the weakest kept weight: row 0 has 3, 4 and 4 (the first of the two swaps), row 1 has 2, 0 and 1.1 (less
+    # than the margin asks for), row 2 has 1.1 at most.
     sparse = sparse_linear(
         [[1.0, 3, 1, 4, 2, 8], [1.0, 2, 1, 0, 1, 1.1], [1, 1, 1, 1.1, 1, 1]],
         [[1, 0, 1, 0, 1, 0]] * 3,
