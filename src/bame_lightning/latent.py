@@ -29,27 +29,31 @@ class LatentWeight:
 
     def __init__(self, sparse: SparseWeight) -> None:
         self.sparse = sparse
-        self.value = sparse.weight.detach().clone()
+        self.value = sparse.values.clone()
         self.flips = torch.zeros((), dtype=torch.int64, device=self.value.device)
         self.last_flips = torch.zeros((), dtype=torch.int64, device=self.value.device)
 
     def add_decay(self, decay: float) -> None:
         """Add `decay` times the latent value to the gradient of every pruned weight."""
-        gradient = self.sparse.weight.grad
+        gradient = self.sparse.gradient
         if gradient is not None:
             gradient.add_(self.value * self.sparse.pruned, alpha=decay)
 
     def expose(self) -> None:
-        """Put the latent values into the parameter, for the optimizer to update."""
-        self.sparse.weight.detach().copy_(self.value)
+        """Put the latent values of pruned weights into the parameter, for the optimizer to update.
+
+        Kept weights stay what they are: somebody may have changed them since the last step, as an averaging callback does.
+        """
+        weight = self.sparse.values
+        weight.copy_(torch.where(self.sparse.kept, weight, self.value))
 
     def take_back(self) -> None:
         """Take the updated values out of the parameter."""
-        self.value.copy_(self.sparse.weight.detach())
+        self.value.copy_(self.sparse.values)
 
     def hide(self) -> None:
         """Make the parameter sparse by the mask."""
-        zero_pruned_(self.sparse.weight.detach(), self.sparse.kept)
+        zero_pruned_(self.sparse.values, self.sparse.kept)
 
     def change_mask(self, mask: Bool[Tensor, "out inp *kernel"]) -> None:
         """Put another mask in force, true where kept, and count what it changed."""
@@ -59,13 +63,19 @@ class LatentWeight:
 
     def state_dict(self) -> dict[str, Any]:
         """Latent values of pruned weights (the model holds the others), in the row-major order of the weight; flips."""
-        state = {"latent": self.value[self.sparse.pruned], "flips": self.flips, "last_flips": self.last_flips}
+        rows = self.sparse.rows
+        # Every row has as many pruned weights as any other.
+        latent = rows.gather(self.value[self.sparse.pruned])
+        state = {"latent": latent, "flips": rows.total(self.flips), "last_flips": rows.total(self.last_flips)}
         return {key: value.cpu().clone() for key, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; mask and weight must have been restored before."""
-        self.value[self.sparse.pruned] = state["latent"].to(self.value)
-        self.flips, self.last_flips = (state[key].to(self.value.device) for key in ("flips", "last_flips"))
+        rows = self.sparse.rows
+        self.value[self.sparse.pruned] = rows.own(state["latent"]).to(self.value)
+        self.flips, self.last_flips = (
+            rows.part_of(state[key].to(self.value.device)) for key in ("flips", "last_flips")
+        )
 
     def blocks(self) -> Float[Tensor, "blocks m"]:
         """Latent values in blocks."""

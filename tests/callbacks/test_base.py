@@ -358,21 +358,6 @@ class TestOtherTools:
         assert callback.steps == 8
         assert torch.equal(masks[0].view(-1, 4).nonzero()[:, 1].view(-1, 2), expected)
 
-    @pytest.mark.parametrize(
-        "average",
-        [
-            lambda: StochasticWeightAveraging(swa_lrs=0.1),
-            pytest.param(
-                lambda: callbacks.EMAWeightAveraging(),
-                marks=pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6"),
-            ),
-        ],
-    )
-    def test_weight_averaging_is_refused_by_name(self, average: Any) -> None:
-        averaging = average()
-        with pytest.raises(ValueError, match=rf"`callbacks` holds {type(averaging).__name__}.*not N:M"):
-            trainer(bame(), averaging).fit(Task())
-
     def test_whoever_densifies_at_the_end_is_told_about(self) -> None:
         class Densify(L.Callback):
             def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from bame_lightning import invariants, statistics
+from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
@@ -25,10 +25,6 @@ from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_m
 from bame_lightning.pattern import NMPattern, to_blocks
 from bame_lightning.schedule import Schedule
 
-# WeightAveraging came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
 Init = Literal["magnitude", "random", "nonzero"]
 
 
@@ -77,11 +73,13 @@ class SparseCallback(L.Callback):
         self.steps = 0
         self.books = Bookkeeper({})
         self._optimizer: Optimizer | None = None
+        self._averages = Averages((), ())
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._rescaling: set[str] = set()
         self._blank = False
         self._stepping = False
+        self._backward = False
         self._ranks = 1
 
     # What a method implements, in the order in which it is called.
@@ -95,7 +93,16 @@ class SparseCallback(L.Callback):
         """Make weights and optimizer state fit the masks; state may come from a checkpoint of dense training."""
 
     def handle_gradients(self) -> None:
-        """Change gradients once they are whole and before they are clipped."""
+        """Change gradients once they are whole and before they are clipped (automatic optimization)."""
+
+    def before_backward(self) -> None:
+        """Prepare for one of a step's backward passes (manual optimization)."""
+
+    def after_backward(self) -> None:
+        """Change gradients, which further backward passes may add to and users may clip (manual optimization)."""
+
+    def mask_gradients(self) -> None:
+        """Zero gradients where weights are pruned; under manual optimization users may have written them last."""
 
     def before_update(self) -> None:
         """Prepare for the optimizer's update."""
@@ -146,7 +153,6 @@ class SparseCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         restored, self._restored = self._restored, None
         blank, self._blank = self._blank, False
-        _refuse_averaging(trainer)
         if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
             raise ValueError(
                 f"The checkpoint `ckpt_path` = {trainer.ckpt_path} holds no state of {type(self).__name__}, so its masks are "
@@ -164,6 +170,7 @@ class SparseCallback(L.Callback):
             self.weights = self._make_masks(plans)
             self.steps = self.steps if trainer.global_step else 0
         self.start(restored)
+        self._averages = Averages(trainer.callbacks, self.weights)  # type: ignore[attr-defined]
         if restored or not self.steps:
             densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
             booked = restored.get("flops") if restored else None
@@ -188,13 +195,16 @@ class SparseCallback(L.Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.books.end_forward()
+        if not pl_module.automatic_optimization:
+            self.before_backward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under manual optimization users clip before `on_before_optimizer_step`, so this is the last moment. Under
         # automatic optimization gradients may still be scaled here, or local to a rank.
         if not pl_module.automatic_optimization:
-            self.handle_gradients()
+            self._backward = True
+            self.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -204,6 +214,9 @@ class SparseCallback(L.Callback):
             self.check()
         if pl_module.automatic_optimization:
             self.handle_gradients()
+        else:
+            self._check_backward()
+            self.mask_gradients()
         self.before_update()
         self._stepping = True
 
@@ -213,7 +226,7 @@ class SparseCallback(L.Callback):
             # An optimizer whose `step` calls that of its parent class comes here twice; raw steps come from nowhere.
             self.enforce(optimizer)
             return
-        self._stepping = False
+        self._stepping = self._backward = False
         self.after_update(optimizer)
         self.steps += 1
         self.books.book(self.shares(), self._ranks)
@@ -224,6 +237,7 @@ class SparseCallback(L.Callback):
     ) -> None:
         self.books.abort()
         self.after_batch()
+        self._averages.follow()
         if self.verify:
             self.check()
         if trainer._logger_connector.should_update_logs:
@@ -292,6 +306,14 @@ class SparseCallback(L.Callback):
             self._rescaling |= fresh.keys()
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
 
+    def _check_backward(self) -> None:
+        if not self._backward and any(sparse.weight.grad is not None for sparse in self.weights):
+            raise RuntimeError(
+                "`training_step` steps the optimizer of sparse weights on gradients that no `self.manual_backward` has made, so "
+                f"{type(self).__name__} could not see them before they are clipped. Call `self.manual_backward(loss)` where it "
+                "calls `loss.backward()` or writes gradients."
+            )
+
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -307,15 +329,6 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
     return math.inf if steps == -1 else steps
 
 
-def _refuse_averaging(trainer: L.Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _AVERAGING):
-            raise ValueError(
-                f"`callbacks` holds {type(callback).__name__}: the average of weights under changing masks is not N:M sparse. "
-                "Leave it out."
-            )
-
-
 def _trained(trainer: L.Trainer) -> set[int]:
     return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
 
@@ -329,6 +342,11 @@ def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: se
         raise ValueError(
             f"`layers` lets {len(holders)} optimizers hold sparse weights, whose steps would be counted together. Keep all "
             "but one optimizer's layers dense with layers={'name.*': 'dense'}."
+        )
+    if isinstance(holders[0], torch.optim.LBFGS):
+        raise ValueError(
+            "`configure_optimizers` returns LBFGS, which steps along gradients of earlier steps, when other masks held. Use an "
+            "optimizer that keeps one value per weight, as SGD or AdamW."
         )
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scaled and not pl_module.automatic_optimization:

@@ -1,0 +1,64 @@
+"""Averages of weights, as Lightning's averaging callbacks hold them, under masks that change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch import callbacks
+from torch import Tensor, nn
+
+from bame_lightning.layers import SparseWeight
+from bame_lightning.masks import zero_pruned_
+
+# WeightAveraging came with Lightning 2.6.
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
+
+
+class Averages:
+    """Keep every average of the weights N:M sparse under the masks in force.
+
+    The average of weights whose masks changed on the way holds more than N non-zeros in a block. So whenever masks have
+    changed, it is zeroed where weights are pruned now; where a weight has been revived, its average starts anew at the weight.
+    Then the average of weights under the same masks stays sparse, whichever callback is called first.
+
+    Args:
+        trained_with: The Trainer's callbacks, of which those that average are looked at.
+        weights: The sparse weights, under their first masks. Averages are made sparse at once.
+    """
+
+    def __init__(self, trained_with: Iterable[L.Callback], weights: Sequence[SparseWeight]) -> None:
+        self._averaging = [callback for callback in trained_with if isinstance(callback, _AVERAGING)]
+        self._weights = weights
+        self._kept = [sparse.kept.clone() for sparse in weights] if self._averaging else []
+        self._zero_pruned()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Follow the masks; call after each batch, when they may have changed."""
+        if not self._averaging:
+            return
+        for average in self._models():
+            for sparse, before in zip(self._weights, self._kept, strict=True):
+                value = average.get_parameter(sparse.name).detach()
+                revived = (sparse.kept & ~before).to(value.device)
+                value.copy_(torch.where(revived, sparse.weight.detach().to(value), value))
+        self._zero_pruned()
+        for sparse, before in zip(self._weights, self._kept, strict=True):
+            before.copy_(sparse.kept)
+
+    def _zero_pruned(self) -> None:
+        for average in self._models():
+            for sparse in self._weights:
+                value: Tensor = average.get_parameter(sparse.name).detach()
+                zero_pruned_(value, sparse.kept.to(value.device))
+
+    def _models(self) -> Iterator[nn.Module]:
+        for callback in self._averaging:
+            # There is no public way to an average: the callbacks hold it until training ends.
+            average = callback._average_model
+            if average is not None:
+                yield average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
