@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from bame_lightning.callbacks.base import Init, total_steps
 from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.flops import Shares
@@ -112,6 +113,10 @@ class BAMECallback(MaskedCallback):
                 weight.evidence.mul_(factor)
 
     @override
+    def reads_gradients(self) -> bool:
+        return self.evidence.reading(self.steps, self._window) is not None
+
+    @override
     def read_gradients(self) -> None:
         reading = self.evidence.reading(self.steps, self._window)
         for weight in self.evolving:
@@ -126,7 +131,8 @@ class BAMECallback(MaskedCallback):
         if reading is not None:
             # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
             extremes = [bound for weight in self.evolving for bound in weight.extremes()]
-            finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones((), dtype=torch.bool)
+            finite = torch.stack(extremes).isfinite().all() if extremes else self.discarded == self.discarded
+            finite = self._ranks.all(finite)
             self.discarded += ~finite
             for weight in self.evolving:
                 weight.accumulate(optimizer, reading, finite, len(self._window))
@@ -149,13 +155,15 @@ class BAMECallback(MaskedCallback):
         positions = sum(weight.evidence.numel() for weight in self.evolving)
         blocks = sum(len(weight.evidence) for weight in self.evolving)
         frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
+        # A sum over rows, written so that its mean over ranks is right.
+        predicted = [weight.predicted * weight.sparse.rows.parts for weight in self.evolving]
         designated = sum(len(weight.designated) for weight in self.evolving) if self.steps in self._window else 0
         statistics = {
             "bame/flip_rate": torch.stack([weight.last_flips for weight in self.evolving]).sum() / positions,
             "bame/oscillation_frequency": pooled_mean(frequencies),
             "bame/frozen_fraction": pooled_mean(weight.frozen for weight in self.evolving),
             "bame/designated_fraction": torch.tensor(designated / blocks),
-            "bame/predicted_loss_reduction": torch.stack([weight.predicted for weight in self.evolving]).sum(),
+            "bame/predicted_loss_reduction": torch.stack(predicted).sum(),
             "bame/discarded_readings": self.discarded.float(),
         }
         for weight, frequency in zip(self.evolving, frequencies, strict=True):
@@ -164,6 +172,16 @@ class BAMECallback(MaskedCallback):
             statistics[f"{layer}/oscillation_frequency"] = frequency.mean()
             statistics[f"{layer}/frozen_fraction"] = weight.frozen.float().mean()
         return statistics
+
+    @override
+    def copies(self) -> Iterator[Copy]:
+        yield from super().copies()
+        for weight in self.evolving:
+            # Statistics of the whole layer, even where its rows are spread.
+            yield Copy("size of gradients", weight.sparse.label, weight.noise)
+            if weight.sparse.rows.whole:
+                yield Copy("evidence", weight.sparse.label, weight.evidence)
+                yield Copy("flip history", weight.sparse.label, weight.history.oscillations)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -183,9 +201,9 @@ class BAMECallback(MaskedCallback):
         summary = super().summary()
         totals = {
             "adaptations": self.adaptations,
-            "flips": sum(int(weight.flips) for weight in self.evolving),
+            "flips": sum(int(weight.sparse.rows.total(weight.flips)) for weight in self.evolving),
             "discarded_readings": int(self.discarded),
         }
         names = ("oscillation_frequency", "frozen_fraction")
-        statistics = self.method_statistics()
+        statistics = self._mean(self.method_statistics())
         return summary | totals | {name: float(statistics[f"bame/{name}"]) for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,14 +28,19 @@ class MaskedCallback(SparseCallback):
     """
 
     _expected: dict[str, Bool[Tensor, "*shape"]]
+    _withheld: dict[str, Tensor]
 
     # What a method overrides.
 
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
         """Prepare what evolves, before pruned weights are zeroed; or restore it from what `state_dict` returned."""
 
+    def reads_gradients(self) -> bool:
+        """Whether this step needs dense gradients."""
+        return False
+
     def read_gradients(self) -> None:
-        """Look at the dense gradients, just before they are masked."""
+        """Look at the dense gradients of the step so far, just before they are masked; the last look counts."""
 
     def evolve(self, optimizer: Optimizer) -> bool:
         """Change masks after an optimizer step, which may have moved pruned weights; returns whether any may have changed."""
@@ -47,6 +53,7 @@ class MaskedCallback(SparseCallback):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
+        self._withheld = {}
         self.start_method(restored)
         self.enforce()
         self._remember_masks()
@@ -54,18 +61,52 @@ class MaskedCallback(SparseCallback):
     @override
     def handle_gradients(self) -> None:
         self.read_gradients()
+        self.mask_gradients()
+
+    @override
+    @torch.no_grad()
+    def before_backward(self) -> None:
+        # Users may have zeroed gradients since the last backward pass, which leave nothing withheld, then.
         for sparse in self.weights:
-            if sparse.weight.grad is not None:
-                zero_pruned_(sparse.weight.grad, sparse.kept)
+            if sparse.weight.grad is None:
+                self._withheld.pop(sparse.name, None)
+            elif sparse.name in self._withheld:
+                zero_pruned_(self._withheld[sparse.name], sparse.weight.grad.any())
+
+    @override
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        # The last pass of a step is not known to be the last one, so each look is at the whole gradient so far.
+        for sparse in self.weights:
+            if sparse.weight.grad is not None and sparse.name in self._withheld:
+                sparse.weight.grad.add_(self._withheld[sparse.name])
+        self.read_gradients()
+        if self.reads_gradients():
+            for sparse in self.weights:
+                if sparse.weight.grad is not None:
+                    self._withheld[sparse.name] = sparse.weight.grad.clone()
+                    zero_pruned_(self._withheld[sparse.name], sparse.pruned)
+        self.mask_gradients()
+
+    @override
+    def mask_gradients(self) -> None:
+        for sparse in self.weights:
+            if sparse.gradient is not None:
+                zero_pruned_(sparse.gradient, sparse.kept)
+
+    @override
+    def before_update(self) -> None:
+        # Not earlier: under manual optimization another backward pass may need the weights as they were.
         if self._rescaling:
             self._rescale()
 
     def _rescale(self) -> None:
         for sparse in self.weights:
-            if sparse.name not in self._rescaling or sparse.weight.grad is None:
+            if sparse.name not in self._rescaling or sparse.gradient is None:
                 continue
-            weight = sparse.weight.detach()
-            aligned = alignment(weight, sparse.weight.grad)
+            weight = sparse.values
+            # A mean over all rows, wherever they lie.
+            aligned = alignment(sparse.rows.gather(weight), sparse.rows.gather(sparse.gradient))
             if aligned.isfinite():  # otherwise nothing is known yet
                 self._rescaling.remove(sparse.name)
                 if aligned > CHANCE:
@@ -78,6 +119,7 @@ class MaskedCallback(SparseCallback):
         if self.verify:
             invariants.check_gradients(self.weights, self.steps)
         evolved = self.evolve(optimizer)
+        self._withheld = {}
         # State was zero wherever weights were pruned, so a revived weight starts without history, too.
         self.enforce(optimizer)
         if evolved:
@@ -98,7 +140,7 @@ class MaskedCallback(SparseCallback):
     @override
     def enforce(self, optimizer: Optimizer | None = None) -> None:
         for sparse in self.weights:
-            zero_pruned_(sparse.weight.detach(), sparse.kept)
+            zero_pruned_(sparse.values, sparse.kept)
             if optimizer is not None:
                 for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
                     zero_pruned_(value, sparse.kept)

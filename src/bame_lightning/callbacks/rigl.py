@@ -76,9 +76,13 @@ class RigL(MaskedCallback):
             )  # counted in place; the checkpoint is the caller's
 
     @override
+    def reads_gradients(self) -> bool:
+        return self._window.adapts(self.steps)
+
+    @override
     def read_gradients(self) -> None:
         self._gradients = {}
-        if self._window.adapts(self.steps):
+        if self.reads_gradients():
             self._gradients = {
                 sparse.name: to_blocks(sparse.weight.grad, sparse.pattern.m).clone()
                 for sparse in self.weights

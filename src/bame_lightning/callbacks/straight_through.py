@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from bame_lightning import invariants
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.flops import Shares
 from bame_lightning.latent import LatentWeight
 from bame_lightning.masks import top_n_mask
@@ -85,6 +86,11 @@ class SRSTE(SparseCallback):
     @override
     @torch.no_grad()
     def before_update(self) -> None:
+        if self._exposed:
+            raise RuntimeError(
+                f"The optimizer calls its closure more than once in a step (as LBFGS and SAM do), and {type(self).__name__} has put "
+                "dense weights into the model for the update by then. Use an optimizer of one evaluation per step, or BAME."
+            )
         for latent in self.latents:
             latent.add_decay(self.decay)
             latent.expose()
@@ -123,6 +129,13 @@ class SRSTE(SparseCallback):
         return {"bame/flip_rate": rate} | {f"bame/layer/{name}/flip_rate": value for name, value in flips.items()}
 
     @override
+    def copies(self) -> Iterator[Copy]:
+        yield from super().copies()
+        for latent in self.latents:
+            if latent.sparse.rows.whole:
+                yield Copy("latent weight", latent.sparse.label, latent.value)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         for latent in self.latents:
@@ -131,7 +144,9 @@ class SRSTE(SparseCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
-        return super().summary() | {"flips": sum(int(latent.flips) for latent in self.latents)}
+        return super().summary() | {
+            "flips": sum(int(latent.sparse.rows.total(latent.flips)) for latent in self.latents)
+        }
 
 
 class TransposableSTE(SRSTE):
@@ -177,10 +192,11 @@ class TransposableSTE(SRSTE):
     def start(self, restored: Mapping[str, Any] | None) -> None:
         # First of all, since it may refuse.
         for sparse in self.weights:
-            if sparse.weight.shape[0] % sparse.pattern.m:
+            if len(sparse.kept) % sparse.pattern.m:
+                spread = "" if sparse.rows.whole else f" / {sparse.rows.parts} processes that share it"
                 raise ValueError(
                     f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
-                    f"divide its output dimension {sparse.weight.shape[0]}. Keep it dense with "
+                    f"divide its output dimension {sparse.weight.shape[0]}{spread}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
         known = {id(latent.sparse) for latent in self.latents}
