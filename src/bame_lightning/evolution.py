@@ -18,6 +18,7 @@ from bame_lightning.masks import pack_mask, unpack_mask, zero_pruned_
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, record
 from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.sharding import ALL_ROWS, Rows, local
 from bame_lightning.statistics import flipped_positions
 
 ALL = slice(None)
@@ -48,6 +49,7 @@ def adapt(
     *,
     share: float = 1.0,
     margin: float | None = None,
+    rows: Rows = ALL_ROWS,
 ) -> Adaptation:
     """Adapt the mask of one weight.
 
@@ -61,6 +63,7 @@ def adapt(
         margin: For a worth that is the size of a weight: swap only where evidence exceeds the weight that it replaces by this
             share of it, and start revived weights there, however far evidence went since the last adaptation: of the size
             (1 + margin) times the largest weight that is pruned in the block. None knows neither.
+        rows: Which rows the blocks are of; a share is one of the blocks of all rows.
 
     Returns:
         New mask, weights and evidence.
@@ -69,7 +72,8 @@ def adapt(
     if share < 1:
         # Summed over a block: the worth of what is revived less that of what is pruned.
         gain = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
-        best = gain.argsort(descending=True, stable=True)[: blocks_in_share(share, len(mask))]
+        ranked = rows.gather(gain).argsort(descending=True, stable=True)
+        best = rows.own_index(ranked[: blocks_in_share(share, len(ranked))], len(mask))
         chosen = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, best, True)
         proposed = torch.where(chosen[:, None], proposed, mask)
     weight, evidence = latent.clone(), latent.clone()
@@ -128,7 +132,7 @@ class EvolvingWeight:
         device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
-            self.evidence += torch.where(mask, 0, self._blocks(sparse.weight.detach(), ALL))
+            self.evidence += torch.where(mask, 0, self._blocks(sparse.values, ALL))
         self.noise = torch.zeros((), device=device, dtype=self.dtype)
         self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
@@ -147,7 +151,7 @@ class EvolvingWeight:
 
     def read(self, everywhere: bool) -> None:
         """Copy the dense gradient of all unfrozen or of the designated blocks, before it is masked."""
-        gradient = self.sparse.weight.grad
+        gradient = self.sparse.gradient
         if gradient is None:
             self.reading, self.read_share = None, 0.0
             return
@@ -197,33 +201,40 @@ class EvolvingWeight:
             self.evidence.index_copy_(0, index, evidence)
 
     def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
-        """Follow the size of gradients and of weights at a reading everywhere."""
+        """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
         pattern = self.sparse.pattern
-        square = _sum_of_squares(pruned_gradient) / max(1, len(pruned_gradient) * (pattern.m - pattern.n))
+        # The optimizer may have moved pruned weights, which are zeroed only later.
+        weight = self.sparse.values.clone()
+        zero_pruned_(weight, self.sparse.kept)
+        gradients, weights = _sum_of_squares(pruned_gradient), _sum_of_squares(weight.to(self.dtype))
+        read: int | Tensor = max(1, len(pruned_gradient) * (pattern.m - pattern.n))
+        if not self.sparse.rows.whole:
+            sums = torch.stack((gradients, weights, gradients.new_tensor(read)))
+            gradients, weights, read = self.sparse.rows.total(sums).unbind()
+        square = gradients / read
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         # The square of a finite gradient may overflow.
         self.noise = torch.where(finite & running.isfinite(), running, self.noise)
-        # The optimizer may have moved pruned weights, which are zeroed only later.
-        weight = self.sparse.weight.detach().clone()
-        zero_pruned_(weight, self.sparse.kept)
-        weights = _sum_of_squares(weight.to(self.dtype)) / (weight.numel() * pattern.density)
+        weights = weights / (self.sparse.weight.numel() * pattern.density)
         self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
 
     def _optimizer_step(self, optimizer: Optimizer, mask: Tensor) -> Tensor:
         assert self.reading is not None
         index, gradient = self.reading
         rule = update_rule(optimizer, self.sparse.weight)
-        moment = None if rule.second_moment is None else self._blocks(rule.second_moment, index)
+        moment = None if rule.second_moment is None else self._blocks(local(rule.second_moment), index)
         return block_rates(rule, moment, gradient, mask, self.sparse.pattern.n)
 
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
-        weight = self._blocks(self.sparse.weight.detach(), ALL).to(self.dtype)
-        self.designated = designate(urgency(weight, self.evidence, self.sparse.mask()), self.frozen, share)
+        weight, rows = self._blocks(self.sparse.values, ALL).to(self.dtype), self.sparse.rows
+        pressing = urgency(weight, self.evidence, self.sparse.mask())
+        chosen = designate(rows.gather(pressing), rows.gather(self.frozen), share)
+        self.designated = rows.own_index(chosen, len(pressing))
 
     def adapt(self, share: float) -> None:
         """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
-        pattern, weight = self.sparse.pattern, self.sparse.weight.detach()
+        pattern, weight = self.sparse.pattern, self.sparse.values
         index, self.due = (ALL, False) if self.due else (self.designated, False)
         mask, evidence = self._blocks(self.sparse.kept, index, copy=True), _rows(self.evidence, index)
         # The optimizer may have moved pruned weights, which are zeroed only later.
@@ -236,7 +247,7 @@ class EvolvingWeight:
             pressing = urgency(old, evidence, mask) * adaptable
             adaptable = adaptable & most_urgent(pressing, self._output_rows(index), len(weight))
         worth, margin = self._worth(latent, index), self.config.margin
-        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=margin)
+        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=margin, rows=self.sparse.rows)
         self._put(weight, index, new.weight)
         self._put(self.sparse.kept, index, new.mask)
         _put_rows(self.evidence, index, new.evidence)
@@ -263,7 +274,7 @@ class EvolvingWeight:
         blocks = len(self.evidence)
         if isinstance(index, slice):
             index = torch.arange(blocks, device=self.evidence.device)
-        return index // (blocks // len(self.sparse.weight))
+        return index // (blocks // len(self.sparse.kept))
 
     def _first_order(self, index: Tensor | slice, change: Float[Tensor, "chosen m"]) -> Float[Tensor, ""]:
         r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$.
@@ -278,18 +289,20 @@ class EvolvingWeight:
         return -torch.dot(gradient.flatten(), change.flatten())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that evolves beside the mask, compact: evidence of pruned positions only, a bit per mask position."""
+        """All that evolves beside the mask, of all rows: evidence of pruned positions only, a bit per mask position."""
+        rows = self.sparse.rows
         state = {
-            "evidence": self.evidence[~self.sparse.mask()],
+            # Every row has as many pruned positions as any other.
+            "evidence": rows.gather(self.evidence[~self.sparse.mask()]),
             "noise": self.noise,
             "unit": self.unit,
-            "oscillations": self.history.oscillations,
-            "pruned_before": pack_mask(self.history.pruned_before),
-            "designated": self.designated.int(),
+            "oscillations": rows.gather(self.history.oscillations),
+            "pruned_before": pack_mask(rows.gather(self.history.pruned_before)),
+            "designated": rows.gather_index(self.designated, len(self.evidence)).int(),
             "due": torch.tensor(self.due),
-            "flips": self.flips,
-            "last_flips": self.last_flips,
-            "predicted": self.predicted,
+            "flips": rows.total(self.flips),
+            "last_flips": rows.total(self.last_flips),
+            "predicted": rows.total(self.predicted),
         }
         # Copies: a checkpoint may be written while training goes on.
         return {key: value.detach().cpu().clone() for key, value in state.items()}
@@ -297,15 +310,19 @@ class EvolvingWeight:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the mask must have been restored before."""
         # Copies: training goes on in place, and the checkpoint is the caller's.
-        device = self.evidence.device
+        device, rows = self.evidence.device, self.sparse.rows
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.sparse.mask()
-        self.evidence = torch.zeros_like(self.evidence).masked_scatter(~mask, state["evidence"].to(self.dtype))
+        self.evidence = torch.zeros_like(self.evidence).masked_scatter(
+            ~mask, rows.own(state["evidence"]).to(self.dtype)
+        )
         self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
-        self.history = FlipHistory(state["oscillations"], unpack_mask(state["pruned_before"], mask.shape))
-        self.designated, self.due = state["designated"].long(), bool(state["due"])
-        self.flips, self.last_flips = state["flips"], state["last_flips"]
-        self.predicted = state["predicted"].to(self.dtype)
+        everywhere = torch.Size((len(mask) * rows.parts, mask.shape[1]))
+        before = rows.own(unpack_mask(state["pruned_before"], everywhere))
+        self.history = FlipHistory(rows.own(state["oscillations"]), before)
+        self.designated, self.due = rows.own_index(state["designated"].long(), len(mask)), bool(state["due"])
+        self.flips, self.last_flips = rows.part_of(state["flips"]), rows.part_of(state["last_flips"])
+        self.predicted = rows.part_of(state["predicted"].to(self.dtype))
 
     def _blocks(self, tensor: Tensor, index: Tensor | slice, *, copy: bool = False) -> Tensor:
         m = self.sparse.pattern.m

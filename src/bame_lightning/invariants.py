@@ -27,9 +27,7 @@ def check_weights(weights: Iterable[SparseWeight], step: int) -> None:
         InvariantError: If one is not.
     """
     for sparse in weights:
-        _check_zero(
-            sparse, sparse.weight.detach(), "weight", "something changed weights after the optimizer step", step
-        )
+        _check_zero(sparse, sparse.values, "weight", "something changed weights after the optimizer step", step)
 
 
 def check_gradients(weights: Iterable[SparseWeight], step: int) -> None:
@@ -43,9 +41,9 @@ def check_gradients(weights: Iterable[SparseWeight], step: int) -> None:
         InvariantError: If one is not.
     """
     for sparse in weights:
-        if sparse.weight.grad is not None:
+        if sparse.gradient is not None:
             cause = "something changed gradients after they were masked in `on_before_optimizer_step`"
-            _check_zero(sparse, sparse.weight.grad, "gradient", cause, step)
+            _check_zero(sparse, sparse.gradient, "gradient", cause, step)
 
 
 def check_optimizer_state(weights: Iterable[SparseWeight], optimizer: Optimizer, step: int) -> None:

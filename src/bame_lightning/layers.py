@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bame_lightning.masks import pack_mask
 from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.sharding import ALL_ROWS, Rows, local
 
 VERSION_KEY = "nm_sparsity_version"
 """Key in a callback's state that marks it as one of sparse weights."""
@@ -55,25 +56,38 @@ class SparseWeight:
         name: Its key in the model's state dict.
         weight: The parameter.
         pattern: Its pattern.
-        kept: True where the weight may differ from zero; shaped like the weight. Always updated in place.
+        kept: True where the weight may differ from zero; shaped like `values`. Always updated in place.
+        rows: Which rows of the weight this process holds.
     """
 
     name: str
     weight: nn.Parameter
     pattern: NMPattern
     kept: Bool[Tensor, "out inp *kernel"]
+    rows: Rows = ALL_ROWS
 
     @classmethod
     def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
-        """Put a planned weight under a mask, given in blocks, true where kept."""
+        """Put a planned weight under a mask, given in blocks (those of all rows), true where kept."""
         assert plan.pattern is not None
+        rows = Rows.of(plan.weight, plan.name)
         # Laid out like the weight (it may be channels-last), so that zeroing runs over both in one order.
-        kept = torch.empty_like(plan.weight, dtype=torch.bool, requires_grad=False)
-        return cls(plan.name, plan.weight, plan.pattern, kept.copy_(from_blocks(mask, plan.weight.shape)))
+        kept = torch.empty_like(local(plan.weight.detach()), dtype=torch.bool)
+        return cls(plan.name, plan.weight, plan.pattern, kept.copy_(from_blocks(rows.own(mask), kept.shape)), rows)
+
+    @property
+    def values(self) -> Float[Tensor, "out inp *kernel"]:
+        """The weights that this process holds, without autograd, in the parameter's memory."""
+        return local(self.weight.detach())
+
+    @property
+    def gradient(self) -> Float[Tensor, "out inp *kernel"] | None:
+        """Their gradient, in the memory of the parameter's; None if it has none."""
+        return None if self.weight.grad is None else local(self.weight.grad)
 
     @property
     def pruned(self) -> Bool[Tensor, "out inp *kernel"]:
-        """A copy: true where the weight must be zero; shaped like the weight."""
+        """A copy: true where the weight must be zero; shaped like `values`."""
         return ~self.kept
 
     def mask(self) -> Bool[Tensor, "blocks m"]:
@@ -82,7 +96,7 @@ class SparseWeight:
 
     def state_dict(self) -> dict[str, Any]:
         """Pattern, shape and the mask packed to bits, in the weight's own row-major order."""
-        mask = pack_mask(self.kept).cpu()
+        mask = pack_mask(self.rows.gather(self.kept)).cpu()
         return {"pattern": str(self.pattern), "shape": list(self.weight.shape), "mask": mask}
 
     @property

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bame_lightning.sharding import local
+
 # State of torch's optimizers that holds one value per weight, and of others that use the same names.
 ELEMENTWISE = set(
     {
@@ -132,7 +134,7 @@ def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> 
         name: What to call the weight in messages.
 
     Yields:
-        Key and tensor, shaped like the weight.
+        Key and tensor, shaped like the weight, or like the part of it that this process holds.
 
     Raises:
         ValueError: If state has the shape of the weight, but a zero in it may mean something else: codes of a quantised
@@ -148,7 +150,7 @@ def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> 
             )
         if key not in ELEMENTWISE:
             _check_unknown(optimizer, weight, name, key)
-        yield key, value
+        yield key, local(value)
 
 
 def _check_unknown(optimizer: Optimizer, weight: nn.Parameter, name: str, key: str) -> None:

@@ -131,7 +131,7 @@ class BAMECallback(MaskedCallback):
         if reading is not None:
             # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
             extremes = [bound for weight in self.evolving for bound in weight.extremes()]
-            finite = torch.stack(extremes).isfinite().all() if extremes else self.discarded == self.discarded
+            finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones_like(self.discarded) > 0
             finite = self._ranks.all(finite)
             self.discarded += ~finite
             for weight in self.evolving:

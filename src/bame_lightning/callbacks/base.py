@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -18,12 +18,14 @@ from typing_extensions import override
 from bame_lightning import invariants, statistics
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper
+from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
 from bame_lightning.schedule import Schedule
+from bame_lightning.sharding import Rows, local
 
 Init = Literal["magnitude", "random", "nonzero"]
 
@@ -80,7 +82,8 @@ class SparseCallback(L.Callback):
         self._blank = False
         self._stepping = False
         self._backward = False
-        self._ranks = 1
+        self._ranks = Ranks()
+        self._started = False
 
     # What a method implements, in the order in which it is called.
 
@@ -123,10 +126,22 @@ class SparseCallback(L.Callback):
         """Share of each sparse weight's dense cost that the last step needed, by name."""
 
     def method_statistics(self) -> dict[str, Tensor]:
-        """Metrics of the method, on the weights' device."""
+        """Metrics of the method, on the weights' device; of one's own rows where weights are sharded."""
         return {}
 
+    def copies(self) -> Iterator[Copy]:
+        """What every rank must hold the same of, in the same order on all."""
+        for sparse in self.weights:
+            if sparse.rows.whole:
+                yield Copy("mask", sparse.label, sparse.kept)
+                yield Copy("weight", sparse.label, sparse.values)
+
     # Lightning's hooks, in the order in which they are called.
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -151,6 +166,11 @@ class SparseCallback(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = not restores_late(trainer)
+        if self._started:
+            self._start(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         restored, self._restored = self._restored, None
         blank, self._blank = self._blank, False
         if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
@@ -160,7 +180,6 @@ class SparseCallback(L.Callback):
                 "weights, or load the weights and start a new run."
             )
         plans = plan_layers(pl_module, self.pattern, self.rules, _trained(trainer))
-        self._ranks = trainer.world_size
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         if restored:
             self._rescaling = set(restored["rescaling"])
@@ -169,6 +188,7 @@ class SparseCallback(L.Callback):
         else:
             self.weights = self._make_masks(plans)
             self.steps = self.steps if trainer.global_step else 0
+        self._ranks = Ranks(trainer.world_size, self.weights)
         self.start(restored)
         self._averages = Averages(trainer.callbacks, self.weights)  # type: ignore[attr-defined]
         if restored or not self.steps:
@@ -179,6 +199,8 @@ class SparseCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._started:
+            self._start(trainer, pl_module)
         assert self._optimizer is not None
         self.enforce(self._optimizer)
         if trainer.ckpt_path and not self.steps:
@@ -229,7 +251,8 @@ class SparseCallback(L.Callback):
         self._stepping = self._backward = False
         self.after_update(optimizer)
         self.steps += 1
-        self.books.book(self.shares(), self._ranks)
+        self.books.book(self.shares(), self._ranks.count)
+        self._compare(every=1 if self.verify else COMPARE_EVERY)
 
     @override
     def on_train_batch_end(
@@ -241,13 +264,14 @@ class SparseCallback(L.Callback):
         if self.verify:
             self.check()
         if trainer._logger_connector.should_update_logs:
-            density = statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)
+            density = statistics.nonzero_share(sparse.values for sparse in self.weights)
             metrics: dict[str, Any] = {"bame/density": density, **self.method_statistics(), **self.books.metrics()}
-            pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+            pl_module.log_dict(self._mean(metrics), on_step=True, on_epoch=False)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_hooks()
+        self._compare(every=1)
         try:
             invariants.check_weights(self.weights, self.steps)
         except invariants.InvariantError as error:
@@ -267,7 +291,7 @@ class SparseCallback(L.Callback):
             "steps": self.steps,
             "layers": layers,
             "rescaling": sorted(self._rescaling),
-            "flops": self.books.state_dict(),
+            "flops": {name: float(booked) for name, booked in self._mean(self.books.state_dict()).items()},
         }
 
     def summary(self) -> dict[str, Any]:
@@ -281,13 +305,21 @@ class SparseCallback(L.Callback):
         """
         if not self.weights:
             raise RuntimeError(f"{type(self).__name__} has not been fitted, so there is nothing to sum up.")
+        density = statistics.nonzero_share(sparse.values for sparse in self.weights)
         return {
             "pattern": str(self.pattern),
             "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
-            "density": float(statistics.nonzero_share(sparse.weight.detach() for sparse in self.weights)),
+            "density": float(self._mean({"density": density})["density"]),
             "steps": self.steps,
-            "flops": self.books.metrics(),
+            "flops": {name: float(value) for name, value in self._mean(self.books.metrics()).items()},
         }
+
+    def _mean(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics over all rows, where ranks hold different ones."""
+        return self._ranks.mean(metrics, self.weights[0].kept.device) if self.weights else dict(metrics)
+
+    def _compare(self, every: int) -> None:
+        self._ranks.compare(self.copies(), self.steps, every=every)
 
     def _make_masks(self, plans: list[LayerPlan]) -> list[SparseWeight]:
         # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
@@ -300,7 +332,9 @@ class SparseCallback(L.Callback):
         fresh = {}
         for plan in plans:
             if plan.pattern and id(plan.weight) not in known:
-                blocks = to_blocks(plan.weight.detach(), plan.pattern.m)
+                # Of all rows, wherever they lie: the mask is that of a single process.
+                rows = Rows.of(plan.weight, plan.name)
+                blocks = to_blocks(rows.gather(local(plan.weight.detach())), plan.pattern.m)
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
         if self.rescale and self.init != "nonzero":  # those were trained already
             self._rescaling |= fresh.keys()

@@ -66,25 +66,25 @@ class MaskedCallback(SparseCallback):
     @override
     @torch.no_grad()
     def before_backward(self) -> None:
-        # Users may have zeroed gradients since the last backward pass, which leave nothing withheld, then.
+        # Users may have zeroed gradients since the last pass: what was withheld of them is void, too.
         for sparse in self.weights:
-            if sparse.weight.grad is None:
+            if sparse.gradient is None:
                 self._withheld.pop(sparse.name, None)
             elif sparse.name in self._withheld:
-                zero_pruned_(self._withheld[sparse.name], sparse.weight.grad.any())
+                zero_pruned_(self._withheld[sparse.name], sparse.gradient.any())
 
     @override
     @torch.no_grad()
     def after_backward(self) -> None:
         # The last pass of a step is not known to be the last one, so each look is at the whole gradient so far.
         for sparse in self.weights:
-            if sparse.weight.grad is not None and sparse.name in self._withheld:
-                sparse.weight.grad.add_(self._withheld[sparse.name])
+            if sparse.gradient is not None and sparse.name in self._withheld:
+                sparse.gradient.add_(self._withheld[sparse.name])
         self.read_gradients()
         if self.reads_gradients():
             for sparse in self.weights:
-                if sparse.weight.grad is not None:
-                    self._withheld[sparse.name] = sparse.weight.grad.clone()
+                if sparse.gradient is not None:
+                    self._withheld[sparse.name] = sparse.gradient.clone()
                     zero_pruned_(self._withheld[sparse.name], sparse.pruned)
         self.mask_gradients()
 

@@ -71,9 +71,8 @@ class RigL(MaskedCallback):
         layers = restored["layers"] if restored else {}
         for sparse in self.weights:
             flips = layers.get(sparse.name, {}).get("flips", torch.zeros((), dtype=torch.int64))
-            self.flips[sparse.name] = flips.to(
-                sparse.weight.device, copy=True
-            )  # counted in place; the checkpoint is the caller's
+            # Counted in place; the checkpoint is the caller's.
+            self.flips[sparse.name] = sparse.rows.part_of(flips.to(sparse.kept.device, copy=True))
 
     @override
     def reads_gradients(self) -> bool:
@@ -84,9 +83,9 @@ class RigL(MaskedCallback):
         self._gradients = {}
         if self.reads_gradients():
             self._gradients = {
-                sparse.name: to_blocks(sparse.weight.grad, sparse.pattern.m).clone()
+                sparse.name: to_blocks(sparse.gradient, sparse.pattern.m).clone()
                 for sparse in self.weights
-                if sparse.weight.grad is not None
+                if sparse.gradient is not None
             }
 
     @override
@@ -96,15 +95,19 @@ class RigL(MaskedCallback):
         self.enforce(optimizer)  # what is grown starts at zero
         share = self._window.annealed(self.share, self.steps)
         finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients.values()]).all()
+        finite = self._ranks.all(finite)
         for sparse in self.weights:
             gradient = self._gradients.get(sparse.name)
             if gradient is None or sparse.pattern.n == sparse.pattern.m:
                 continue
             old = sparse.mask()
-            new = drop_and_grow(to_blocks(sparse.weight.detach(), sparse.pattern.m), gradient, old, share)
+            # The share is one of the blocks of all rows.
+            rows, blocks = sparse.rows, to_blocks(sparse.values, sparse.pattern.m)
+            new = drop_and_grow(rows.gather(blocks), rows.gather(gradient), rows.gather(old), share)
+            new = rows.own(new)
             new = torch.where(finite, new, old)
             self.flips[sparse.name] += flipped_positions(old, new)
-            sparse.kept.copy_(from_blocks(new, sparse.weight.shape))
+            sparse.kept.copy_(from_blocks(new, sparse.kept.shape))
         self._gradients = {}
         return True
 
@@ -116,10 +119,13 @@ class RigL(MaskedCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        for name, flips in self.flips.items():
+        for name, flips in self._total_flips().items():
             state["layers"][name]["flips"] = flips.cpu().clone()
         return state
 
     @override
     def summary(self) -> dict[str, Any]:
-        return super().summary() | {"flips": sum(int(flips) for flips in self.flips.values())}
+        return super().summary() | {"flips": sum(int(flips) for flips in self._total_flips().values())}
+
+    def _total_flips(self) -> dict[str, Tensor]:
+        return {sparse.name: sparse.rows.total(self.flips[sparse.name]) for sparse in self.weights if self.flips}

@@ -193,10 +193,10 @@ class TransposableSTE(SRSTE):
         # First of all, since it may refuse.
         for sparse in self.weights:
             if len(sparse.kept) % sparse.pattern.m:
-                spread = "" if sparse.rows.whole else f" / {sparse.rows.parts} processes that share it"
+                shared = "" if sparse.rows.whole else f" / {sparse.rows.parts} processes"
                 raise ValueError(
                     f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
-                    f"divide its output dimension {sparse.weight.shape[0]}{spread}. Keep it dense with "
+                    f"divide its output dimension {sparse.weight.shape[0]}{shared}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
         known = {id(latent.sparse) for latent in self.latents}

@@ -1,0 +1,131 @@
+"""Weights of which every process holds some rows only, as `DTensor`s of FSDP2.
+
+A block lies within one row of the output dimension, so a process that holds whole rows holds whole blocks, and what happens
+inside a block needs no other process. What looks at a whole layer (a mean, a ranking of blocks) asks them, through `Rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing its memory; all of an ordinary tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a weight that this process holds: all of them, or an even part.
+
+    Methods that ask other processes must be called by all of them. Of a weight that is not sharded they ask nobody, and
+    return what they are given.
+
+    Args:
+        part: Which part this process holds, counting from 0.
+        parts: Number of parts.
+        group: The processes that hold the other parts.
+    """
+
+    part: int = 0
+    parts: int = 1
+    group: Any = None
+
+    @classmethod
+    def of(cls, weight: Tensor, name: str) -> Rows:
+        """Find out which rows of a weight this process holds.
+
+        Args:
+            weight: An ordinary tensor, or a `DTensor`.
+            name: What to call the weight in messages.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: If processes do not hold whole rows, all as many.
+        """
+        if not isinstance(weight, DTensor):
+            return cls()
+        mesh, placements = weight.device_mesh, weight.placements
+        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        # Equal to no subclass: FSDP2 inside tensor parallelism strides over rows.
+        if [placements[dim] for dim in cut] != [Shard(0)]:
+            raise ValueError(
+                f"`{name}` is a DTensor placed as {placements}, which cuts its blocks of weights along the input dimension, or "
+                "mixes its rows. Sparse weights can be sharded along dimension 0 only, as `fully_shard(module, "
+                "mesh=device_mesh['data_parallel'])` does; use `tensor_parallel_size=1`, or keep the layer dense with "
+                f"layers={{'{name}': 'dense'}}."
+            )
+        (dim,) = cut
+        if weight.shape[0] % mesh.size(dim):
+            raise ValueError(
+                f"`{name}` has {weight.shape[0]} rows, which {mesh.size(dim)} processes cannot share evenly, as sparse weights "
+                f"must be. Use a number of processes that divides it, or keep the layer dense with "
+                f"layers={{'{name}': 'dense'}}."
+            )
+        return cls(mesh.get_local_rank(dim), mesh.size(dim), mesh.get_group(dim))
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds all rows."""
+        return self.parts == 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over processes; shaped like `values`."""
+        if self.whole:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def part_of(self, total: Tensor) -> Tensor:
+        """Divide a sum again: all of it for the first process, nothing for the others."""
+        return total if self.part == 0 else torch.zeros_like(total)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values of all rows, from those of one's own.
+
+        Args:
+            values: As many for each row, along the first dimension in the order of rows; shape (own, ...).
+
+        Returns:
+            Those of all processes; shape (all, ...).
+        """
+        if self.whole:
+            return values
+        # Not every backend sends booleans.
+        sent = values.contiguous().view(torch.uint8) if values.dtype == torch.bool else values.contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.parts)]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts).view(values.dtype)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Undo `gather`: a view of the values of one's own rows."""
+        size = len(values) // self.parts
+        return values if self.whole else values.narrow(0, self.part * size, size)
+
+    def own_index(self, index: Int[Tensor, " chosen"], size: int) -> Int[Tensor, " own"]:
+        """Turn places among what `gather` returns into places among one's own values, of which there are `size`."""
+        if self.whole:
+            return index
+        index = index - self.part * size
+        return index[(index >= 0) & (index < size)]
+
+    def gather_index(self, index: Int[Tensor, " own"], size: int) -> Int[Tensor, " chosen"]:
+        """Undo `own_index`, for ascending places."""
+        if self.whole:
+            return index
+        chosen = torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        return self.gather(chosen).nonzero().squeeze(-1)
+
+
+ALL_ROWS = Rows()
+"""Those of a weight that is not sharded."""
