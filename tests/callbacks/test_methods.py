@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,10 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
-from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
+from bame_lightning import SRSTE, RigL, Schedule, TransposableSTE
+from tests.callbacks.registry import MASKED, METHODS, MOVING, every_method
 from tests.callbacks.test_base import assert_same
 from tests.training import Spy, Task, blocks_over, trainer
-
-METHODS: dict[str, Callable[..., Any]] = {
-    "bame": lambda **kwargs: BAMECallback(
-        "2:4", schedule=Schedule(every=3), evidence=Evidence(read_every=4), verify=True, **kwargs
-    ),
-    "bame_one_batch": lambda **kwargs: BAMECallback(
-        "2:4", schedule=Schedule(every=3), evidence=OneBatch(), verify=True, **kwargs
-    ),
-    "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), verify=True, **kwargs),
-    "sr_ste": lambda **kwargs: SRSTE("2:4", verify=True, **kwargs),
-    "static": lambda **kwargs: StaticMask("2:4", verify=True, **kwargs),
-    "transposable": lambda **kwargs: TransposableSTE("2:4", refresh_every=3, verify=True, **kwargs),
-}
-every_method = pytest.mark.parametrize("name", METHODS)
-MOVING = sorted(METHODS.keys() - {"static"})
 
 
 def assert_sparse(module: L.LightningModule) -> None:
@@ -148,7 +133,7 @@ def test_a_second_fit_starts_from_the_masks_of_the_first(name: str) -> None:
     assert_sparse(task)
 
 
-@pytest.mark.parametrize("name", ["bame", "bame_one_batch", "rigl", "static"])
+@pytest.mark.parametrize("name", MASKED)
 def test_where_the_optimizer_moves_pruned_weights_makes_no_difference(name: str) -> None:
     def push(*_: Any) -> None:
         """As an optimizer does that mixes inputs or outputs."""
