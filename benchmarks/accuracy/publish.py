@@ -16,6 +16,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from bame_lightning import Evidence, Schedule
+from bame_lightning.flops import Shares
+from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import CSV, TABLE, Row, quality, read_rows, spread, table
 
@@ -57,7 +60,7 @@ def main() -> None:
 
     text = [f"Measured on {hardware}.", "", "![quality against training FLOPs](../benchmarks/accuracy/results.png)", ""]
     for pattern in [pattern for pattern in MARKERS if pattern]:
-        text += [f"### {pattern}", "", *headline(rows, pattern), ""]
+        text += [f"### {pattern}", "", *headline(rows, pattern), "", over_sparse_layers(pattern), ""]
     _fill(ROOT / "docs" / "results.md", "headline", "\n".join([*text, command]))
     _fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
     _fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
@@ -92,22 +95,41 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
     return lines
 
 
+def over_sparse_layers(pattern: str) -> str:
+    """How many times SR-STE's training FLOPs exceed BAME's and a static mask's, over the N:M layers alone, by the defaults."""
+    default, schedule = Evidence(), Schedule()
+    assert isinstance(schedule.stop, float)
+    read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.share)
+    density = NMPattern.parse(pattern).density
+    base, bame, static = (
+        shares.forward + shares.input_gradient + shares.weight_gradient
+        for shares in (Shares.sr_ste(density), Shares.bame(density, read), Shares.static(density))
+    )
+    return (
+        f"Over the N:M layers alone SR-STE costs {base / bame:.2f}x the training FLOPs of BAME; of a static mask, the bound, "
+        f"{base / static:.2f}x."
+    )
+
+
 def ablation(rows: list[Row]) -> list[str]:
-    """The default with one part changed, beside the default."""
+    """The default with one part changed, beside the default; the lowest training loss first."""
     lines = [
-        "| task | changed | seeds | quality | training loss | swaps a block | FLOPs / SR-STE |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| task | N:M | changed | seeds | quality | to the default | training loss | swaps a block | FLOPs / SR-STE |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for task in TASKS:
-        chosen = [row for row in rows if row["recipe"] == task and row["pattern"] == "1:16"]
+    for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
+        chosen = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
         changed = [row for row in chosen if row["variant"] or row["method"] == "bame_one_batch"]
         default = [row for row in chosen if row["method"] == "bame" and not row["variant"]]
-        groups: dict[str, list[Row]] = {"nothing: the default": default} if changed else {}
+        groups: dict[str, list[Row]] = {}
         for row in changed:
             groups.setdefault(row["variant"] or "one batch, the literal criterion", []).append(row)
-        for name, group in groups.items():
+        ranked = sorted(groups.items(), key=lambda item: statistics.mean(float(row["train_loss"]) for row in item[1]))
+        for name, group in [("**nothing: the default**", default), *ranked] if changed else []:
+            difference = statistics.mean(map(quality, group)) - statistics.mean(map(quality, default))
             cells = [
-                *(task, name, str(len(group)), spread([quality(row) for row in group], 2)),
+                *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], 2)),
+                f"{difference:+.2f}" if group is not default else "",
                 spread([float(row["train_loss"]) for row in group], 4),
                 f"{statistics.mean(float(row['flips_per_block']) for row in group):.2f}",
                 f"{statistics.mean(float(row['train_vs_sr_ste']) for row in group):.3f}",
