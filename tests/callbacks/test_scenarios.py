@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.callbacks.registry import MASKED, METHODS
 from tests.callbacks.scenarios import SCENARIOS
@@ -24,6 +25,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "scenario"), CASES)
 def test_every_step_keeps_the_promises(name: str, scenario: str) -> None:
+    torch.manual_seed(0)
     how, callback = SCENARIOS[scenario], METHODS[name]()
     watch = Watch(callback, how.sparse, masked=name in MASKED)
     fit = trainer(*how.callbacks(), callback, watch, **how.trainer())

@@ -83,18 +83,16 @@ class BAMECallback(MaskedCallback):
         self._window = Window(0, 0, 1)
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # First of all, since it may refuse, and nothing has been changed yet.
+    def plan(self, trainer: L.Trainer) -> None:
         self._window = self.schedule.window(total_steps(trainer, self.schedule))
-        super().on_fit_start(trainer, pl_module)
-
-    @override
-    def start_method(self, restored: Mapping[str, Any] | None) -> None:
         if not self._window.adaptations:
             rank_zero_warn(
                 f"BAME will never adapt a mask: its window of {len(self._window)} optimizer steps "
                 f"is shorter than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
             )
+
+    @override
+    def start_method(self, restored: Mapping[str, Any] | None) -> None:
         if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
             return  # a second fit goes on where the first one ended
         self.evolving = [self.weight_type(sparse, self.evidence, self.freeze_after) for sparse in self.weights]

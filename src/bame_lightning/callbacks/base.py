@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -86,6 +87,9 @@ class SparseCallback(L.Callback):
         self._started = False
 
     # What a method implements, in the order in which it is called.
+
+    def plan(self, trainer: L.Trainer) -> None:
+        """Resolve a schedule against the length of the run, or refuse it."""
 
     @abstractmethod
     def start(self, restored: Mapping[str, Any] | None) -> None:
@@ -166,6 +170,8 @@ class SparseCallback(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.ckpt_path:
+            self.plan(trainer)  # first of all, since it may refuse, and nothing has been changed yet
         self._started = not restores_late(trainer)
         if self._started:
             self._start(trainer, pl_module)
@@ -199,6 +205,9 @@ class SparseCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path:
+            # Not earlier: to tell the length of the run, Lightning sets up the data loader, whose place is not restored yet.
+            self.plan(trainer)
         if not self._started:
             self._start(trainer, pl_module)
         assert self._optimizer is not None
@@ -360,6 +369,14 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
     if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
         return math.inf  # nobody asks, and counting may need the data
     steps = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
+    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in found:
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1 and math.isfinite(batches):
+            # Lightning has counted as if accumulation never changed.
+            epochs = range(trainer.max_epochs or 1)
+            counted = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in epochs)
+            steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
     return math.inf if steps == -1 else steps
 
 

@@ -62,9 +62,8 @@ class RigL(MaskedCallback):
         self._gradients: dict[str, Tensor] = {}
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def plan(self, trainer: L.Trainer) -> None:
         self._window = self.schedule.window(total_steps(trainer, self.schedule))
-        super().on_fit_start(trainer, pl_module)
 
     @override
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
