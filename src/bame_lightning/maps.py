@@ -108,21 +108,6 @@ def changes(
     return first.to(torch.uint8) + 2 * kept.to(torch.uint8)
 
 
-def painted(codes: UInt8[Tensor, "filters positions"], *, scale: int = 1) -> UInt8[Tensor, "height width 3"]:
-    """Paint codes in the colours of `CHANGES`.
-
-    Args:
-        codes: Indices into `CHANGES`.
-        scale: Pixels along each side of a position.
-
-    Returns:
-        Red, green and blue.
-    """
-    colours = torch.tensor([list(bytes.fromhex(colour[1:])) for _, colour in CHANGES], dtype=torch.uint8)
-    image = colours[codes.long().cpu()]
-    return image.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-
-
 def mask_title(label: str, pattern: NMPattern, size: Sequence[int], shown: Sequence[int]) -> str:
     """Say which part of a mask is shown.
 

@@ -22,8 +22,8 @@ class MaskSnapshots(L.Callback):
 
     The masks at the start, and then those after adaptations that are spaced evenly over the method's window; a method without
     a schedule is looked at in steps spaced evenly over the run. All go to one small file, `snapshots.npz`, which is written
-    anew each time; and into checkpoints, so that a resumed run has those from before. Does nothing where no method of
-    this package trains a sparse network.
+    anew each time; and into checkpoints, so that a resumed run has those from before. Of sharded weights, the rows of
+    the first process are recorded. Does nothing where no method of this package trains a sparse network.
 
     Args:
         folder: Where the file goes: the run's folder.

@@ -49,7 +49,8 @@ def run_report(folder: Path) -> Report:
         Section("Masks", tuple(evolution(log))),
         Section("Cost", tuple(cost(log))),
     ]
-    if snapshots is None or not snapshots.steps:
+    dense = bool(summary) and summary.get("pattern") is None
+    if (snapshots is None or not snapshots.steps) and not dense:
         notes.append(
             "No maps of masks: the run recorded no snapshots (they come with callbacks=default, for sparse methods)."
         )
