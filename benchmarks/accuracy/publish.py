@@ -21,6 +21,7 @@ from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import CSV, TABLE, Row, quality, read_rows, spread, table
+from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
 FIGURE = CSV.with_name("results.png")
@@ -56,14 +57,14 @@ def main() -> None:
         "",
         "All patterns and tasks, what each part of the method gives, and what did not work: [results](docs/results.md).",
     ]
-    _fill(ROOT / "README.md", "study", "\n".join(text))
+    fill(ROOT / "README.md", "study", "\n".join(text))
 
     text = [f"Measured on {hardware}.", "", "![quality against training FLOPs](../benchmarks/accuracy/results.png)", ""]
     for pattern in [pattern for pattern in MARKERS if pattern]:
         text += [f"### {pattern}", "", *headline(rows, pattern), "", over_sparse_layers(pattern), ""]
-    _fill(ROOT / "docs" / "results.md", "headline", "\n".join([*text, command]))
-    _fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
-    _fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
+    fill(ROOT / "docs" / "results.md", "headline", "\n".join([*text, command]))
+    fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
+    fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
     _recipes(rows, hardware)
 
 
@@ -203,7 +204,7 @@ def _recipes(rows: list[Row], hardware: str) -> None:
         path.write_text(text)
     source = "`python -m benchmarks.accuracy.study headline` ([script](../benchmarks/accuracy/study.py))"
     note = f"Mean ± standard deviation over seeds, measured by {source}; minutes, while other runs shared the machine."
-    _fill(ROOT / "recipes/README.md", "recipes", "\n".join([*lines, "", note, f"Hardware: {hardware}."]))
+    fill(ROOT / "recipes/README.md", "recipes", "\n".join([*lines, "", note, f"Hardware: {hardware}."]))
 
 
 def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -211,16 +212,6 @@ def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         groups[row["pattern"], row["method"]].append(row)
     return dict(groups)
-
-
-def _fill(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = path.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{path.name} has no section {begin} ... {end}.")
-    path.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")
 
 
 if __name__ == "__main__":
