@@ -159,7 +159,6 @@ class EvolvingWeight:
         if everywhere:
             frozen = self.frozen
             index = (~frozen).nonzero().squeeze(-1) if self.freeze_after is not None and frozen.any() else ALL
-            self.due = True
         self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.evidence)
         self.reading = BlockGradient(index, self._blocks(gradient, index, copy=True).to(self.dtype))
 
@@ -180,6 +179,7 @@ class EvolvingWeight:
             self.evidence.zero_()
         if self.reading is None:
             return
+        self.due |= reading.everywhere
         index, gradient = self.reading
         zero_pruned_(gradient, finite)
         kept = self._blocks(self.sparse.kept, index)

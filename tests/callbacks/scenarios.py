@@ -172,6 +172,18 @@ class ManualTwice(Manual):
             super().update(optimizer, batch, batch_idx)
 
 
+class ManualNoisy(Manual):
+    """Writes to gradients itself, as private training does."""
+
+    def update(self, optimizer: Any, batch: Sequence[Tensor], batch_idx: int) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        generator = torch.Generator().manual_seed(self.global_step)
+        for p in self.parameters():
+            p.grad.add_(torch.randn(p.shape, generator=generator), alpha=1e-3)
+        optimizer.step()
+
+
 class TwoOptimizers(Manual):
     """One optimizer for the sparse weights, one for all others; the latter's loss has a gradient for all."""
 
@@ -330,6 +342,7 @@ SCENARIOS: dict[str, Scenario] = {
     "manual, accumulated": Scenario(ManualAccumulated, lambda: {"max_epochs": 4}),
     "manual, closure": Scenario(ManualClosure),
     "manual, two steps": Scenario(ManualTwice, steps=32),
+    "manual, noisy": Scenario(ManualNoisy),
     "manual, bf16-mixed": Scenario(ManualHalves, lambda: {"precision": "bf16-mixed"}),
     "two optimizers": Scenario(TwoOptimizers),
     "parameter groups": Scenario(Groups),

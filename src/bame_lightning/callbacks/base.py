@@ -172,11 +172,17 @@ class SparseCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.ckpt_path:
             self.plan(trainer)  # first of all, since it may refuse, and nothing has been changed yet
-        self._started = not restores_late(trainer)
-        if self._started:
+        self._started = False
+        if not restores_late(trainer):
+            self._start(trainer, pl_module)
+
+    @override
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._started:
             self._start(trainer, pl_module)
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = True
         restored, self._restored = self._restored, None
         blank, self._blank = self._blank, False
         if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
@@ -352,9 +358,9 @@ class SparseCallback(L.Callback):
     def _check_backward(self) -> None:
         if not self._backward and any(sparse.weight.grad is not None for sparse in self.weights):
             raise RuntimeError(
-                "`training_step` steps the optimizer of sparse weights on gradients that no `self.manual_backward` has made, so "
-                f"{type(self).__name__} could not see them before they are clipped. Call `self.manual_backward(loss)` where it "
-                "calls `loss.backward()` or writes gradients."
+                "`training_step` steps the optimizer of sparse weights on gradients that no `self.manual_backward` has made, "
+                f"so {type(self).__name__} could not see them before they are clipped. Call `self.manual_backward(loss)` "
+                "where it calls `loss.backward()` or writes gradients."
             )
 
     def _remove_hooks(self) -> None:

@@ -88,7 +88,7 @@ class SRSTE(SparseCallback):
     def before_update(self) -> None:
         if self._exposed:
             raise RuntimeError(
-                f"The optimizer calls its closure more than once in a step (as LBFGS and SAM do), and {type(self).__name__} has put "
+                f"The optimizer calls its closure more than once in a step (as SAM does), and {type(self).__name__} has put "
                 "dense weights into the model for the update by then. Use an optimizer of one evaluation per step, or BAME."
             )
         for latent in self.latents:
