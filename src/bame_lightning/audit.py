@@ -101,7 +101,7 @@ def audit_checkpoint(
     try:
         checkpoint = load_untrusted(Path(path))
         state = state_dict_of(checkpoint)
-        saved = _saved_layers(checkpoint)
+        saved = saved_layers(checkpoint)
         if saved is not None:
             return audit_saved_layers(state, saved, asked, dense=dense)
         if asked is None:
@@ -297,7 +297,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
+def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """Find what sparsity callbacks saved of their layers.
+
+    Args:
+        checkpoint: From `load_untrusted`.
+
+    Returns:
+        Name of a weight -> its saved entry, not yet checked; None if no sparsity callback saved anything.
+
+    Raises:
+        AuditError: If the state is of another version, names no layers, or names one twice.
+    """
     callbacks = checkpoint.get("callbacks")
     values = callbacks.values() if isinstance(callbacks, Mapping) else ()
     states = [value for value in values if isinstance(value, Mapping) and VERSION_KEY in value]

@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bame_lightning.export.errors import ExportError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file beside another, and put it in the other's place when all went well.
+
+    Until then a file that lies at `path` stays as it is; afterwards nothing else is left in the folder.
+
+    Args:
+        path: Where the file shall lie.
+
+    Yields:
+        A path in the same folder, to write to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; safetensors makes files that others cannot read
+        yield part
+        part.chmod(mode)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name; they may share memory, which is then written several times.
+        metadata: Text by key, for the file's `__metadata__`.
+
+    Raises:
+        ExportError: If safetensors has no such type of numbers, or cannot write.
+    """
+    apart: dict[str, Tensor] = {}
+    seen = set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory.
+        apart[name] = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    try:
+        save_file(apart, path, dict(metadata))
+    except (SafetensorError, KeyError) as error:
+        raise ExportError(f"cannot be written as safetensors ({type(error).__name__}: {error}).") from error
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same names, types, shapes and bits.
+
+    Args:
+        left: One.
+        right: The other.
+
+    Returns:
+        True if nothing differs, not even the payload of a NaN.
+    """
+    return left.keys() == right.keys() and all(
+        tensor.dtype == right[name].dtype
+        and tensor.shape == right[name].shape
+        and torch.equal(_bytes(tensor), _bytes(right[name]))
+        for name, tensor in left.items()
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,135 @@
+"""2:4 weights as torch's `SparseSemiStructuredTensorCUTLASS` holds them, made without a GPU (`docs/export.md`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Int16, Shaped
+from safetensors import safe_open
+from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from bame_lightning.export.errors import ExportError
+from bame_lightning.export.trained import Trained
+
+FORMAT = "bame_lightning.semi_structured"
+VERSION = "1"
+PACKED, META = ".packed", ".meta"
+
+# int8, which torch compresses as well, is no type that this project trains.
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(weight: Shaped[Tensor, "out inp *kernel"]) -> str:
+    """Say why torch cannot hold a weight in semi-structured form.
+
+    Sparse tensor cores multiply half precision with 2 of 4 weights, but float32 with 1 of 2; torch would drop the second
+    weight of a pair silently.
+
+    Args:
+        weight: The weight, with zeros where pruned.
+
+    Returns:
+        The reason; empty if it can.
+
+    Example:
+        >>> why_not(torch.tensor([0.0, 0.0, 1.0, 1.0]).half().tile(32, 16))
+        ''
+        >>> why_not(torch.tensor([0.0, 0.0, 1.0, 1.0]).tile(32, 16))
+        'float32 needs 1:2, half precision 2:4 (`--dtype float16` or bfloat16 rounds to it)'
+    """
+    if weight.dim() != 2:
+        return f"torch multiplies matrices only, not {weight.dim()}-dimensional weights"
+    if weight.dtype not in _TYPES:
+        return (
+            f"torch has no semi-structured {str(weight.dtype).removeprefix('torch.')} (`--dtype float16` rounds to one)"
+        )
+    # torch's own table; a layer that breaks it is refused by the constructor on a GPU.
+    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
+    rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
+    if weight.shape[0] % rows or weight.shape[1] % columns:
+        return f"its shape {tuple(weight.shape)} is no multiple of ({rows}, {columns})"
+    n, m = (1, 2) if weight.dtype == torch.float32 else (2, 4)
+    if ((weight.reshape(-1, m) != 0).sum(-1) > n).any():
+        if weight.dtype == torch.float32:
+            return "float32 needs 1:2, half precision 2:4 (`--dtype float16` or bfloat16 rounds to it)"
+        return "it has more than 2 non-zeros in 4 consecutive weights"
+    return ""
+
+
+def compress(
+    weight: Shaped[Tensor, "out inp"],
+) -> tuple[Shaped[Tensor, "out half"], Int16[Tensor, "out words"]]:
+    """Compress a weight for which `why_not` is empty.
+
+    Args:
+        weight: The weight, with zeros where pruned.
+
+    Returns:
+        Two of every four values (float32: one of every two), shape (out, in / 2), and torch's metadata: where they lie.
+    """
+    packed, meta = sparse_semi_structured_from_dense_cutlass(weight.contiguous())  # type: ignore[no-untyped-call]
+    return packed, meta
+
+
+def semi_structured_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Lay out a trained model for a semi-structured file.
+
+    Args:
+        trained: The model.
+
+    Returns:
+        Tensors by name; the file's metadata; the sparse weights that stay dense in the file, with the reasons.
+
+    Raises:
+        ExportError: If no weight fits, or a name of the model means something else in the file.
+    """
+    reasons = {name: why_not(trained.tensors[name]) for name in trained.patterns}
+    dense = {name: reason for name, reason in reasons.items() if reason}
+    if len(dense) == len(reasons):
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])
+        raise ExportError(
+            f"has no sparse weight that torch can hold in semi-structured form ({told}"
+            f"{f'; {len(dense) - 3} more' if len(dense) > 3 else ''}). Use `--format packed`, which holds every pattern."
+        )
+    tensors: dict[str, Tensor] = {}
+    layers = {}
+    for name, tensor in trained.tensors.items():
+        if reasons.get(name, "dense"):
+            tensors[name] = tensor
+            continue
+        for part in (name + PACKED, name + META):
+            if part in trained.tensors:
+                raise ExportError(f"holds a tensor `{part}`, a name that the semi-structured layout needs. Rename it.")
+        tensors[name + PACKED], tensors[name + META] = compress(tensor)
+        layers[name] = {"pattern": str(trained.patterns[name]), "shape": list(tensor.shape)}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layers": json.dumps(layers),
+        "same_as": json.dumps(dict(trained.same_as)),
+    }
+    return tensors, metadata, dense
+
+
+def read_dense(path: Path) -> dict[str, Tensor]:
+    """Expand a semi-structured file to a dense state dict; needs no GPU.
+
+    Args:
+        path: A file of this release.
+
+    Returns:
+        The state dict.
+    """
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in json.loads(metadata["layers"]):
+        packed, meta = tensors.pop(name + PACKED), tensors.pop(name + META)
+        tensors[name] = sparse_semi_structured_to_dense_cutlass(packed, meta)  # type: ignore[no-untyped-call]
+    return tensors | {alias: tensors[name] for alias, name in json.loads(metadata["same_as"]).items()}
