@@ -292,7 +292,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("there is no Chromium on this machine (Debian's package is named chromium)")
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield opened
         opened.close()
 
@@ -303,12 +303,13 @@ SIZES = pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)], 
 def open_page(browser: Any, path: Path, width: int, height: int) -> tuple[Any, list[str]]:
     """The page once it is drawn, and a list that collects complaints and requests."""
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(180_000)  # other work may leave the browser little time
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
     page.goto(path.as_uri())
-    page.wait_for_selector("body[data-drawn]", timeout=60_000)
+    page.wait_for_selector("body[data-drawn]")
     return page, complaints
 
 

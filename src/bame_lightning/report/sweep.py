@@ -96,9 +96,10 @@ def _log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     exponents = range(floor(log10(low)) - 1, floor(log10(high)) + 2)
     margin = max(0.06 * log10(high / low), 0.08)
     ends = [log10(low) - margin, log10(high) + margin]
-    ticks = [float(f"{d}e{e}") for e in exponents for d in digits if ends[0] <= log10(float(f"{d}e{e}")) <= ends[1]]
-    labels = [f"{tick:.0e}".replace("e+", "e") for tick in ticks]
-    return axis(title, type="log", range=ends, tickvals=ticks, ticktext=labels)
+    ticks = [(digit, power) for power in exponents for digit in digits]
+    ticks = [tick for tick in ticks if ends[0] <= log10(tick[0]) + tick[1] <= ends[1]]
+    values, labels = [digit * 10.0**power for digit, power in ticks], [f"{digit}e{power}" for digit, power in ticks]
+    return axis(title, type="log", range=ends, tickvals=values, ticktext=labels)
 
 
 _MARKS = dict(zip(_SYMBOLS, "●■▲◆▼✚✖★", strict=True))
