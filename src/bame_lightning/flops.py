@@ -106,7 +106,8 @@ class MacCounter(TorchDispatchMode):
     computed stays the same; it may be entered around a real training step.
 
     Counted: matrix products, convolutions, scaled dot-product attention (a causal mask saves nothing). Not counted:
-    anything else; recurrent layers on CUDA, flex attention and sharded (`DTensor`) parameters neither.
+    anything else; recurrent layers on CUDA, flex attention and products of sharded tensors (tensor parallelism) neither.
+    Weights that FSDP2 gathers for the forward pass count as the parameters that they are.
 
     Args:
         model: Its parameters give the names. The counter keeps casts of them alive; drop it after use.
@@ -127,6 +128,7 @@ class MacCounter(TorchDispatchMode):
         """Cost of products without a weight: attention's scores."""
         # By address of their memory. The tensors are kept, since freed memory would be given to others.
         self._owners: dict[int, tuple[str, Tensor]] = {}
+        self._model = model
         for name, tensor in [*(("", buffer) for buffer in model.buffers()), *model.named_parameters()]:
             self._owners |= {_address(strided): (name, strided) for strided in _tensors(tensor)}
         self._fast_attention = True
@@ -194,7 +196,12 @@ class MacCounter(TorchDispatchMode):
 
     def _owner(self, tensor: Tensor) -> str | None:
         """Name of the parameter that a tensor comes from; empty for buffers, None for activations."""
-        return self._owners.get(_address(tensor), (None, None))[0]
+        address = _address(tensor)
+        if address not in self._owners and isinstance(tensor, nn.Parameter):
+            # FSDP2 puts whole weights into the model for the forward pass only.
+            for name, parameter in self._model.named_parameters():
+                self._owners.setdefault(_address(parameter), (name, parameter))
+        return self._owners.get(address, (None, None))[0]
 
     def _inherit(self, arguments: Any, result: Any) -> None:
         """What is computed from parameters and buffers alone belongs to the largest parameter among them."""

@@ -52,6 +52,12 @@ def refuse_strategy(trainer: L.Trainer) -> None:
         if isinstance(trainer.strategy, refused):
             raise ValueError(f"`strategy` {name} cannot train N:M sparse weights: {why}. {_REMEDY}")
     if isinstance(trainer.strategy, ModelParallelStrategy):
+        tensor_parallel = trainer.strategy.device_mesh["tensor_parallel"].size()
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"`strategy` {name} has `tensor_parallel_size` {tensor_parallel}, and tensor parallelism may cut blocks of "
+                f"weights along the input dimension. {_REMEDY}"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, _AVERAGING):
                 raise ValueError(
@@ -61,8 +67,8 @@ def refuse_strategy(trainer: L.Trainer) -> None:
 
 
 def restores_late(trainer: L.Trainer) -> bool:
-    """Whether a checkpoint is still to be loaded at `on_fit_start`, as by strategies that shard the model first."""
-    return bool(trainer.ckpt_path) and trainer.strategy.restore_checkpoint_after_setup
+    """Whether a checkpoint would be loaded after `on_fit_start` only, as by strategies that shard the model first."""
+    return trainer.strategy.restore_checkpoint_after_setup
 
 
 class Copy(NamedTuple):
