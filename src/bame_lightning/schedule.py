@@ -20,8 +20,8 @@ class Schedule:
         ValueError: If a bound is negative, a fraction exceeds 1, `stop` does not come after `start`, or `every` < 1.
     """
 
-    start: float | int = 0.0
-    stop: float | int = 0.9
+    start: int | float = 0.0  # in this order: parsers of configs try int first, so that steps stay steps
+    stop: int | float = 0.9
     every: int = 2
 
     def __post_init__(self) -> None:

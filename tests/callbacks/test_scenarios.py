@@ -50,7 +50,8 @@ def test_every_step_keeps_the_promises(name: str, scenario: str) -> None:
     else:
         assert watch.steps == how.steps
     assert (watch.moves > 0) == (name != "static")
-    if how.clip:
+    # Under manual optimization the decay of straight-through methods comes after the user has clipped.
+    if how.clip and (name in MASKED or not scenario.startswith("manual")):
         # Had clipping seen more than the sparse gradient, what is left of it would be smaller.
         reached = watch.norms if how.clip == "norm" else watch.largest
         assert max(reached) == pytest.approx(0.05, rel=2e-3)
@@ -349,6 +350,7 @@ CONFIGS = {
 
 def run_cli(folder: Path, monkeypatch: Any, method: str, pattern: str, *lines: str) -> LightningCLI:
     monkeypatch.setattr("sys.argv", ["train"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
     arguments = "".join(f"        {line}\n" for line in (f"pattern: {pattern}", *lines))
     (folder / "config.yaml").write_text(
         f"""
@@ -369,8 +371,6 @@ trainer:
     )
 
 
-# Lightning 2.6 under jsonargparse 4.53
-@pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning")
 class TestLightningCLI:
     @pytest.mark.parametrize("method", CONFIGS)
     def test_makes_the_callback_from_its_config(self, method: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -30,7 +30,8 @@ class SRSTE(SparseCallback):
 
     Latent weights are in the parameters only between `on_before_optimizer_step` and the end of the update. Whoever looks at
     any other time (validation, a checkpoint) sees the sparse network; latent values of pruned weights are saved in this
-    callback's state. The decay is added after a loss scaler has unscaled the gradients, and before they are clipped.
+    callback's state. The decay is added after a loss scaler has unscaled the gradients, and before they are clipped (under
+    manual optimization after `training_step` has clipped them).
 
     Args:
         pattern: "N:M" or an `NMPattern`.
