@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bame_lightning.export import ExportError
-from bame_lightning.export.files import replacing, same_bits, write_safetensors
+from bame_lightning.export.files import replacing, same_bits, same_values, write_safetensors
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -58,3 +58,10 @@ def test_types_that_safetensors_lacks_are_refused(tmp_path: Path) -> None:
 def test_bits_are_compared(other: torch.Tensor, same: bool) -> None:
     assert same_bits({"a": torch.tensor([0.0, float("nan")])}, {"a": other}) is same
     assert not same_bits({"a": other}, {"b": other})
+
+
+def test_values_are_compared() -> None:
+    values = {"a": torch.tensor([0.0, float("nan"), 1.0]), "b": torch.tensor([True])}
+    assert same_values(values, {"a": torch.tensor([-0.0, float("nan"), 1.0]), "b": torch.tensor([True])})
+    assert not same_values(values, {"a": torch.tensor([0.0, float("nan"), 1.1]), "b": torch.tensor([True])})
+    assert not same_values(values, {"a": values["a"]})

@@ -20,8 +20,9 @@ from bame_lightning.export import (
     read_packed,
     semi_structured_tensors,
 )
-from bame_lightning.export.files import replacing, same_bits, write_safetensors
+from bame_lightning.export.files import replacing, same_bits, same_values, write_safetensors
 from bame_lightning.export.onnx_model import Inputs, load_weights, write_onnx
+from bame_lightning.export.semi_structured import read_dense
 
 _FORMATS = ("dense", "packed", "semi_structured", "onnx")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -153,6 +154,10 @@ def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
     if args.format == "semi_structured":
         tensors, metadata, dense = semi_structured_tensors(trained)
         write_safetensors(part, tensors, metadata)
+        if not same_values(read_dense(part), trained.state_dict()):
+            raise ExportError(
+                "gave a semi-structured file that reads back differently, so it was not kept. Report this."
+            )
         return [f"{name} stays dense: {reason}" for name, reason in dense.items()]
     shape = None if args.input_shape is None else _shape(args.input_shape)
     if args.model is None:

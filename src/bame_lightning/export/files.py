@@ -82,5 +82,23 @@ def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     )
 
 
+def same_values(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same names, types, shapes and numbers; 0 and -0 are one, and so are all NaNs.
+
+    Args:
+        left: One.
+        right: The other.
+
+    Returns:
+        True if nothing differs.
+    """
+    return left.keys() == right.keys() and all(
+        tensor.dtype == right[name].dtype
+        and tensor.shape == right[name].shape
+        and torch.allclose(tensor, right[name], rtol=0, atol=0, equal_nan=tensor.is_floating_point())
+        for name, tensor in left.items()
+    )
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)

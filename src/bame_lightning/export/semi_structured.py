@@ -22,15 +22,13 @@ FORMAT = "bame_lightning.semi_structured"
 VERSION = "1"
 PACKED, META = ".packed", ".meta"
 
-# int8, which torch compresses as well, is no type that this project trains.
-_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Also compressed by torch, but left out: int8, which this project does not train, and float32, of which sparse tensor cores
+# multiply 1:2 only (torch drops the second weight of a pair silently, and its `to_dense` changes bits).
+_TYPES = (torch.float16, torch.bfloat16)
 
 
 def why_not(weight: Shaped[Tensor, "out inp *kernel"]) -> str:
     """Say why torch cannot hold a weight in semi-structured form.
-
-    Sparse tensor cores multiply half precision with 2 of 4 weights, but float32 with 1 of 2; torch would drop the second
-    weight of a pair silently.
 
     Args:
         weight: The weight, with zeros where pruned.
@@ -42,23 +40,19 @@ def why_not(weight: Shaped[Tensor, "out inp *kernel"]) -> str:
         >>> why_not(torch.tensor([0.0, 0.0, 1.0, 1.0]).half().tile(32, 16))
         ''
         >>> why_not(torch.tensor([0.0, 0.0, 1.0, 1.0]).tile(32, 16))
-        'float32 needs 1:2, half precision 2:4 (`--dtype float16` or bfloat16 rounds to it)'
+        'sparse tensor cores multiply 2:4 in half precision, not float32 (`--dtype float16` or bfloat16 rounds to it)'
     """
     if weight.dim() != 2:
         return f"torch multiplies matrices only, not {weight.dim()}-dimensional weights"
     if weight.dtype not in _TYPES:
-        return (
-            f"torch has no semi-structured {str(weight.dtype).removeprefix('torch.')} (`--dtype float16` rounds to one)"
-        )
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"sparse tensor cores multiply 2:4 in half precision, not {kind} (`--dtype float16` or bfloat16 rounds to it)"
     # torch's own table; a layer that breaks it is refused by the constructor on a GPU.
     limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
     rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
     if weight.shape[0] % rows or weight.shape[1] % columns:
         return f"its shape {tuple(weight.shape)} is no multiple of ({rows}, {columns})"
-    n, m = (1, 2) if weight.dtype == torch.float32 else (2, 4)
-    if ((weight.reshape(-1, m) != 0).sum(-1) > n).any():
-        if weight.dtype == torch.float32:
-            return "float32 needs 1:2, half precision 2:4 (`--dtype float16` or bfloat16 rounds to it)"
+    if ((weight.reshape(-1, 4) != 0).sum(-1) > 2).any():
         return "it has more than 2 non-zeros in 4 consecutive weights"
     return ""
 
@@ -72,7 +66,7 @@ def compress(
         weight: The weight, with zeros where pruned.
 
     Returns:
-        Two of every four values (float32: one of every two), shape (out, in / 2), and torch's metadata: where they lie.
+        Two of every four values, shape (out, in / 2), and torch's metadata: where they lie.
     """
     packed, meta = sparse_semi_structured_from_dense_cutlass(weight.contiguous())  # type: ignore[no-untyped-call]
     return packed, meta
