@@ -28,20 +28,23 @@ def urgency(
 
 
 def designate(
-    urgency: Float[Tensor, " blocks"], frozen: Bool[Tensor, " blocks"], share: float
+    urgency: Float[Tensor, " blocks"], frozen: Bool[Tensor, " blocks"] | None, share: float
 ) -> Int[Tensor, " chosen"]:
     """Choose the blocks to read until the next reading of all.
 
     Args:
         urgency: How close each block is to a swap.
-        frozen: Blocks whose mask is final; never chosen.
+        frozen: Blocks whose mask is final; never chosen. None knows of none, and asks the device nothing.
         share: Share of the unfrozen blocks to choose, rounded up.
 
     Returns:
         The most urgent unfrozen blocks' indices, ascending; a tie keeps the lower index.
     """
-    count = blocks_in_share(share, int((~frozen).sum()))
-    ranked = urgency.masked_fill(frozen, -1).argsort(descending=True, stable=True)
+    blocks = len(urgency)
+    if frozen is not None:
+        blocks, urgency = int((~frozen).sum()), urgency.masked_fill(frozen, -1)
+    count = blocks_in_share(share, blocks)
+    ranked = urgency.argsort(descending=True, stable=True)
     return ranked[:count].sort().values
 
 

@@ -229,7 +229,8 @@ class EvolvingWeight:
         """Choose the blocks to read until the next reading of all."""
         weight, rows = self._blocks(self.sparse.values, ALL).to(self.dtype), self.sparse.rows
         pressing = urgency(weight, self.evidence, self.sparse.mask())
-        chosen = designate(rows.gather(pressing), rows.gather(self.frozen), share)
+        frozen = None if self.freeze_after is None else rows.gather(self.frozen)
+        chosen = designate(rows.gather(pressing), frozen, share)
         self.designated = rows.own_index(chosen, len(pressing))
 
     def adapt(self, share: float) -> None:
