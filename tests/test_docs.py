@@ -149,3 +149,17 @@ def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
     if path.stem != "bame_one_batch":  # which refers to the card of bame for the others
         named = {parameter.partition(".")[0] for parameter, *_ in rows}
         assert named == {key for key in cfg.method if not str(key).startswith("_")}
+
+
+REFERENCES = sorted(
+    {match for path in DOCUMENTS for match in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())}
+)
+
+
+@pytest.mark.parametrize(("file", "test"), REFERENCES)
+def test_a_test_that_a_document_names_exists(file: str, test: str) -> None:
+    assert re.search(rf"^\s*def {test}\(", (ROOT / file).read_text(), re.MULTILINE)
+
+
+def test_the_defects_of_other_tools_are_looked_for() -> None:
+    assert len([file for file, _ in REFERENCES if file.startswith("tests/callbacks/")]) > 15
