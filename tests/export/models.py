@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY
+
 
 def mask(shape: tuple[int, ...], n: int, m: int, seed: int = 0) -> Tensor:
     """Exactly `n` of every `m` inputs, another choice in every block."""
@@ -35,6 +37,6 @@ def entry(kept: Tensor, pattern: str) -> dict[str, Any]:
 
 def save(path: Path, state: dict[str, Tensor], layers: dict[str, Any]) -> Path:
     """A Lightning checkpoint with the state of a sparsity callback."""
-    callbacks = {"Any": {"nm_sparsity_version": 3, "layers": layers}}
+    callbacks = {"Any": {VERSION_KEY: STATE_VERSION, "layers": layers}}
     torch.save({"pytorch-lightning_version": "2.6", "state_dict": state, "callbacks": callbacks}, path)
     return path
