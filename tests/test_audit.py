@@ -270,8 +270,8 @@ def test_a_saved_layer_without_weight_is_named(path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"nm_sparsity_version": 3, "layers": {}}, "`nm_sparsity_version` 3, where this release reads 2"),
-        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 2"),
+        ({"nm_sparsity_version": 4, "layers": {}}, "`nm_sparsity_version` 4, where this release reads 1 to 3"),
+        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 1 to 3"),
         ({"nm_sparsity_version": 2}, "names no `layers`"),
         ({"nm_sparsity_version": 2, "layers": {}}, "names no `layers`"),
         ({"nm_sparsity_version": 2, "layers": [1]}, "names no `layers`"),
@@ -284,6 +284,14 @@ def test_malformed_state_is_refused(path: Path, state: dict[str, Any], message: 
     torch.save(checkpoint, path)
     with pytest.raises(AuditError, match=message):
         audit_checkpoint(path, "1:4")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_masks_of_earlier_releases_are_read(path: Path, version: int) -> None:
+    checkpoint = lightning_checkpoint()
+    checkpoint["callbacks"]["AnyNameAtAll"]["nm_sparsity_version"] = version
+    torch.save(checkpoint, path)
+    assert audit_checkpoint(path).compliant
 
 
 def test_two_states_may_not_share_a_layer(path: Path) -> None:

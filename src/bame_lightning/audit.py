@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bame_lightning.layers import STATE_VERSION, VERSION_KEY
+from bame_lightning.layers import AUDITABLE, VERSION_KEY
 from bame_lightning.masks import unpack_mask
 from bame_lightning.pattern import NMPattern, to_blocks
 from bame_lightning.untrusted import UnreadableError, first_sentence, load_untrusted, state_dict_of
@@ -315,9 +315,11 @@ def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for state in states:
         version, layers = state[VERSION_KEY], state.get("layers")
-        if repr(version) != repr(STATE_VERSION):
+        # Anything may stand there: a tensor compares to no number.
+        if repr(version) not in map(str, AUDITABLE):
             raise AuditError(
-                f"has a callback state of `{VERSION_KEY}` {version!r:.20}, where this release reads {STATE_VERSION}. "
+                f"has a callback state of `{VERSION_KEY}` {version!r:.20}, where this release reads {AUDITABLE[0]} to "
+                f"{AUDITABLE[-1]}. "
                 "Install the release of bame_lightning that wrote it."
             )
         if not isinstance(layers, Mapping) or not layers or not all(isinstance(name, str) for name in layers):
