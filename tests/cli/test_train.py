@@ -5,12 +5,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bame_lightning.cli.loggers import wandb_logger
+from bame_lightning.cli.progress import EpochLines
 
 Run = Callable[..., Path]
 
@@ -321,3 +323,12 @@ def test_help_tells_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) 
         "hydra/launcher=joblib",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_epochs_are_told_by_the_first_rank_only(first: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = SimpleNamespace(
+        is_global_zero=first, current_epoch=1, max_epochs=4, progress_bar_metrics={"val/loss": 0.5}
+    )
+    EpochLines().on_train_epoch_end(trainer, None)
+    assert capsys.readouterr().out == ("epoch 2/4  val/loss 0.5000\n" if first else "")
