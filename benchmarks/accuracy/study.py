@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import runpy
 import statistics
 import sys
@@ -167,7 +168,8 @@ def main() -> None:
 
 
 def run(cell: Cell) -> Row:
-    folder = Path("outputs/study") / "-".join(cell).replace(":", "of").replace(" ", "_")
+    # Hydra takes commas and quotes for something else.
+    folder = Path("outputs/study") / re.sub(r"[^\w.-]+", "_", "-".join(cell).replace(":", "of"))
     arguments = [f"recipe={cell.recipe}", f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
     arguments += [f"pattern={cell.pattern}"] if cell.pattern else []
     arguments += ["threads=1", "quiet=true", f"hydra.run.dir={folder}"]

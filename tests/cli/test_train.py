@@ -5,11 +5,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 
 from bame_lightning.cli.loggers import wandb_logger
 from bame_lightning.cli.progress import EpochLines
@@ -326,9 +326,12 @@ def test_help_tells_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_epochs_are_told_by_the_first_rank_only(first: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = SimpleNamespace(
-        is_global_zero=first, current_epoch=1, max_epochs=4, progress_bar_metrics={"val/loss": 0.5}
-    )
-    EpochLines().on_train_epoch_end(trainer, None)
-    assert capsys.readouterr().out == ("epoch 2/4  val/loss 0.5000\n" if first else "")
+def test_epochs_are_told_by_the_first_rank_only(
+    first: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False)
+    capsys.readouterr()
+    monkeypatch.setattr(Trainer, "is_global_zero", first)
+    monkeypatch.setattr(Trainer, "progress_bar_metrics", {"val/loss": 0.5})
+    EpochLines().on_train_epoch_end(trainer, LightningModule())
+    assert capsys.readouterr().out == ("epoch 1/4  val/loss 0.5000\n" if first else "")
