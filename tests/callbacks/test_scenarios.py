@@ -109,6 +109,15 @@ class TestManualOptimization:
         assert callback.steps == 2
         assert all(most_in_a_block(sparse.weight) <= 2 for sparse in callback.weights)
 
+    @every_method
+    def test_gradients_of_one_rank_are_refused(self, name: str) -> None:
+        class Unsynchronised(Manual):
+            # As DistributedDataParallel has it under `no_sync`.
+            require_backward_grad_sync = False
+
+        with pytest.raises(ValueError, match=r"`manual_backward` under `no_sync` of DDP.*`accumulate_grad_batches`"):
+            trainer(METHODS[name]()).fit(Unsynchronised())
+
 
 class TestRefusals:
     @every_method

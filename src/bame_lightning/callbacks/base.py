@@ -233,6 +233,7 @@ class SparseCallback(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.books.end_forward()
         if not pl_module.automatic_optimization:
+            self._refuse_local_gradients(trainer)
             self.before_backward()
 
     @override
@@ -354,6 +355,15 @@ class SparseCallback(L.Callback):
         if self.rescale and self.init != "nonzero":  # those were trained already
             self._rescaling |= fresh.keys()
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
+
+    def _refuse_local_gradients(self, trainer: L.Trainer) -> None:
+        # What DistributedDataParallel's `no_sync` switches off.
+        if not getattr(trainer.strategy.model, "require_backward_grad_sync", True):
+            raise ValueError(
+                "`manual_backward` under `no_sync` of DDP makes gradients of this rank only, and masks that follow them would "
+                "differ between ranks. Let every backward pass synchronise, or accumulate by automatic optimization with "
+                "`accumulate_grad_batches`."
+            )
 
     def _check_backward(self) -> None:
         if not self._backward and any(sparse.weight.grad is not None for sparse in self.weights):
