@@ -113,7 +113,7 @@ def over_sparse_layers(pattern: str) -> str:
 
 
 def ablation(rows: list[Row]) -> list[str]:
-    """The default with one part changed, beside the default; the lowest training loss first."""
+    """The default with one part changed, beside the default under the same seeds; the lowest training loss first."""
     lines = [
         "| task | N:M | changed | seeds | quality | to the default | training loss | swaps a block | FLOPs / SR-STE |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
@@ -127,7 +127,9 @@ def ablation(rows: list[Row]) -> list[str]:
             groups.setdefault(row["variant"] or "one batch, the literal criterion", []).append(row)
         ranked = sorted(groups.items(), key=lambda item: statistics.mean(float(row["train_loss"]) for row in item[1]))
         for name, group in [("**nothing: the default**", default), *ranked] if changed else []:
-            difference = statistics.mean(map(quality, group)) - statistics.mean(map(quality, default))
+            seeds = {row["seed"] for row in group}
+            same = [row for row in default if row["seed"] in seeds]
+            difference = statistics.mean(map(quality, group)) - statistics.mean(map(quality, same))
             cells = [
                 *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], 2)),
                 f"{difference:+.2f}" if group is not default else "",
