@@ -270,8 +270,8 @@ def test_a_saved_layer_without_weight_is_named(path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"nm_sparsity_version": 4, "layers": {}}, "`nm_sparsity_version` 4, where this release reads 1 to 3"),
-        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 1 to 3"),
+        ({"nm_sparsity_version": 5, "layers": {}}, "`nm_sparsity_version` 5, where this release reads 1 to 4"),
+        ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 1 to 4"),
         ({"nm_sparsity_version": 2}, "names no `layers`"),
         ({"nm_sparsity_version": 2, "layers": {}}, "names no `layers`"),
         ({"nm_sparsity_version": 2, "layers": [1]}, "names no `layers`"),
@@ -286,7 +286,7 @@ def test_malformed_state_is_refused(path: Path, state: dict[str, Any], message: 
         audit_checkpoint(path, "1:4")
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_masks_of_earlier_releases_are_read(path: Path, version: int) -> None:
     checkpoint = lightning_checkpoint()
     checkpoint["callbacks"]["AnyNameAtAll"]["nm_sparsity_version"] = version

@@ -482,6 +482,7 @@ def test_the_saved_state_is_a_compact_copy() -> None:
         "noise": (),
         "unit": (),
         "oscillations": (24,),
+        "ages": (24,),
         "pruned_before": (12,),  # one bit for each of 96 positions
         "designated": (len(weight.designated),),
         "due": (),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bame_lightning.oscillation import FlipHistory, frozen_blocks, oscillation_frequency, record
+from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, oscillation_frequency, record
 from bame_lightning.pattern import NMPattern
 from tests.helpers import random_kept
 
@@ -62,6 +62,17 @@ def test_history_of_many_blocks_against_loops(n: int, seed: int) -> None:
             pruned |= before - after
         assert history.oscillations[block] == count
         assert set(history.pruned_before[block].nonzero().flatten().tolist()) == pruned
+
+
+def test_a_mask_is_as_old_as_the_adaptations_that_it_has_outlived() -> None:
+    # One block goes away and comes back, another changes once, the third never.
+    masks = [["10", "10", "10"], ["01", "10", "10"], ["10", "01", "10"], ["10", "01", "10"], ["10", "01", "10"]]
+    kept = [torch.tensor([[bit == "1" for bit in block] for block in blocks]) for blocks in masks]
+    ages, seen = torch.zeros(3, dtype=torch.int32), []
+    for old, new in pairwise(kept):
+        ages = mask_ages(ages, old, new)
+        seen.append(ages.tolist())
+    assert seen == [[0, 1, 1], [0, 0, 2], [1, 1, 3], [2, 2, 4]]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, unpack_mask, zero_pruned_
 from bame_lightning.optimizer_state import block_rates, update_rule
-from bame_lightning.oscillation import FlipHistory, frozen_blocks, record
+from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, record
 from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 from bame_lightning.statistics import flipped_positions
@@ -115,6 +115,7 @@ class EvolvingWeight:
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; scalar.
         history: Oscillations, and positions pruned before.
+        ages: Adaptations since the mask of a block last changed, or all so far; shape (blocks,).
         designated: Blocks that steps between two readings of all read; shape (chosen,).
         flips: Mask positions changed so far; scalar.
         last_flips: Those that the last adaptation changed; scalar.
@@ -136,6 +137,7 @@ class EvolvingWeight:
         self.noise = torch.zeros((), device=device, dtype=self.dtype)
         self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
+        self.ages = torch.zeros_like(self.history.oscillations)
         self.designated = torch.zeros(0, dtype=torch.int64, device=device)
         self.flips = torch.zeros((), dtype=torch.int64, device=device)
         self.last_flips = torch.zeros((), dtype=torch.int64, device=device)
@@ -225,10 +227,14 @@ class EvolvingWeight:
         moment = None if rule.second_moment is None else self._blocks(local(rule.second_moment), index)
         return block_rates(rule, moment, gradient, mask, self.sparse.pattern.n)
 
+    def urgency(self) -> Float[Tensor, " blocks"]:
+        """How close each block is to a swap: `designation.urgency`."""
+        weight = self._blocks(self.sparse.values, ALL).to(self.dtype)
+        return urgency(weight, self.evidence, self.sparse.mask())
+
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
-        weight, rows = self._blocks(self.sparse.values, ALL).to(self.dtype), self.sparse.rows
-        pressing = urgency(weight, self.evidence, self.sparse.mask())
+        pressing, rows = self.urgency(), self.sparse.rows
         frozen = None if self.freeze_after is None else rows.gather(self.frozen)
         chosen = designate(rows.gather(pressing), frozen, share)
         self.designated = rows.own_index(chosen, len(pressing))
@@ -254,6 +260,9 @@ class EvolvingWeight:
         _put_rows(self.evidence, index, new.evidence)
         for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
             _put_rows(values, index, changed)
+        ages = mask_ages(_rows(self.ages, index), mask, new.mask)
+        self.ages += 1
+        _put_rows(self.ages, index, ages)
         if self.freeze_after is not None:
             self.designated = self.designated[~self.frozen[self.designated]]
         self.last_flips = flipped_positions(mask, new.mask)
@@ -298,6 +307,7 @@ class EvolvingWeight:
             "noise": self.noise,
             "unit": self.unit,
             "oscillations": rows.gather(self.history.oscillations),
+            "ages": rows.gather(self.ages),
             "pruned_before": pack_mask(rows.gather(self.history.pruned_before)),
             "designated": rows.gather_index(self.designated, len(self.evidence)).int(),
             "due": torch.tensor(self.due),
@@ -321,6 +331,7 @@ class EvolvingWeight:
         everywhere = torch.Size((len(mask) * rows.parts, mask.shape[1]))
         before = rows.own(unpack_mask(state["pruned_before"], everywhere))
         self.history = FlipHistory(rows.own(state["oscillations"]), before)
+        self.ages = rows.own(state["ages"])
         self.designated, self.due = rows.own_index(state["designated"].long(), len(mask)), bool(state["due"])
         self.flips, self.last_flips = rows.part_of(state["flips"]), rows.part_of(state["last_flips"])
         self.predicted = rows.part_of(state["predicted"].to(self.dtype))

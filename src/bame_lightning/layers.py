@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from bame_lightning.masks import pack_mask
+from bame_lightning.masks import pack_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 
 VERSION_KEY = "nm_sparsity_version"
 """Key in a callback's state that marks it as one of sparse weights."""
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 AUDITABLE = range(1, STATE_VERSION + 1)
 """Versions that name layers, patterns and masks as this one does; what evolves beside them has changed."""
@@ -60,6 +60,9 @@ class SparseWeight:
         pattern: Its pattern.
         kept: True where the weight may differ from zero; shaped like `values`. Always updated in place.
         rows: Which rows of the weight this process holds.
+
+    Attributes:
+        packed_initial: The mask that training started with, a bit a weight; shaped like `values` when unpacked.
     """
 
     name: str
@@ -67,6 +70,10 @@ class SparseWeight:
     pattern: NMPattern
     kept: Bool[Tensor, "out inp *kernel"]
     rows: Rows = ALL_ROWS
+    packed_initial: UInt8[Tensor, " bytes"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.set_initial(self.kept)
 
     @classmethod
     def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
@@ -96,10 +103,20 @@ class SparseWeight:
         """The mask in blocks, true where kept; shape (blocks, m)."""
         return to_blocks(self.kept, self.pattern.m)
 
+    @property
+    def initial(self) -> Bool[Tensor, "out inp *kernel"]:
+        """A copy of the mask that training started with; shaped like `values`."""
+        return unpack_mask(self.packed_initial, self.kept.shape)
+
+    def set_initial(self, mask: Bool[Tensor, "out inp *kernel"]) -> None:
+        """Remember the mask that training starts with."""
+        self.packed_initial = pack_mask(mask)
+
     def state_dict(self) -> dict[str, Any]:
-        """Pattern, shape and the mask packed to bits, in the weight's own row-major order."""
-        mask = pack_mask(self.rows.gather(self.kept)).cpu()
-        return {"pattern": str(self.pattern), "shape": list(self.weight.shape), "mask": mask}
+        """Pattern, shape, and masks packed to bits in the weight's own row-major order: in force, and initial."""
+        masks = {"mask": self.kept, "initial": self.initial}
+        packed = {name: pack_mask(self.rows.gather(mask)).cpu() for name, mask in masks.items()}
+        return {"pattern": str(self.pattern), "shape": list(self.weight.shape), **packed}
 
     @property
     def label(self) -> str:

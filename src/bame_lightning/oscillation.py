@@ -48,6 +48,22 @@ def record(history: FlipHistory, old: Bool[Tensor, "blocks m"], new: Bool[Tensor
     return FlipHistory(history.oscillations + returned, history.pruned_before | (old & ~new))
 
 
+def mask_ages(
+    ages: Int32[Tensor, " blocks"], old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]
+) -> Int32[Tensor, " blocks"]:
+    """Count the adaptations that the mask of each block has outlived.
+
+    Args:
+        ages: Before an adaptation: adaptations since the mask last changed, or all so far if it never did.
+        old: Mask before.
+        new: Mask after.
+
+    Returns:
+        Ages after the adaptation: 0 where the mask changed, one more elsewhere.
+    """
+    return (ages + 1).masked_fill((old ^ new).any(-1), 0)
+
+
 def frozen_blocks(oscillations: Int32[Tensor, " blocks"], freeze_after: int | None) -> Bool[Tensor, " blocks"]:
     """Blocks whose mask is final because they oscillated more than `freeze_after` times.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -33,6 +33,38 @@ def nonzero_share(weights: Iterable[Tensor]) -> Float[Tensor, ""]:
     """
     counts, sizes = zip(*((weight.count_nonzero(), weight.numel()) for weight in weights), strict=True)
     return torch.stack(counts).sum() / float(sum(sizes))
+
+
+def survival(masks: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
+    """Share of the positions kept at first that are kept now, whether or not they were pruned in between.
+
+    Args:
+        masks: Mask now and mask at first, of several weights.
+
+    Returns:
+        Kept both times / kept at first, over all weights.
+    """
+    both, first = zip(*(((now & then).sum(), then.sum()) for now, then in masks), strict=True)
+    return torch.stack(both).sum() / torch.stack(first).sum()
+
+
+def percentiles(values: Iterable[Tensor], percents: Sequence[int]) -> Shaped[Tensor, " percents"]:
+    """Percentiles of all elements of several tensors together, by the nearest rank: each is one of the elements.
+
+    Args:
+        values: Tensors of one type, at least one element in all.
+        percents: Each in (0, 100].
+
+    Returns:
+        For each the least element that at least so many percent of all elements do not exceed.
+
+    Example:
+        >>> percentiles([torch.tensor([3, 0, 0]), torch.tensor([1])], [50, 75, 76])
+        tensor([0, 1, 3])
+    """
+    ordered = torch.cat([value.flatten() for value in values]).sort().values
+    ranks = [-(-percent * len(ordered) // 100) for percent in percents]
+    return torch.stack([ordered[rank - 1] for rank in ranks])
 
 
 def pooled_mean(values: Iterable[Tensor]) -> Float[Tensor, ""]:

@@ -302,14 +302,14 @@ class TestCheckpoints:
             trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
 
     def test_state_of_another_version_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="version 7, this release reads 3"):
+        with pytest.raises(ValueError, match="version 7, this release reads 4"):
             bame().load_state_dict({"nm_sparsity_version": 7})
 
     def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:
         callback = BAMECallback("1:16", schedule=Schedule(every=1))
         trainer(callback, max_epochs=1).fit(Task(nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.Linear(64, 5))))
         layer = callback.state_dict()["layers"]["model.1.weight"]
-        assert layer["mask"].nbytes == layer["pruned_before"].nbytes == 48 * 64 / 8
+        assert layer["mask"].nbytes == layer["initial"].nbytes == layer["pruned_before"].nbytes == 48 * 64 / 8
         assert layer["evidence"].nbytes == 48 * 64 * 15 / 16 * 4
 
     def test_a_second_fit_keeps_masks_although_a_revived_weight_is_zero(self) -> None:

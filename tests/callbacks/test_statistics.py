@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from bame_lightning import BAMECallback, Evidence, Schedule
+from tests.callbacks.registry import METHODS, MOVING, every_method
 from tests.training import Spy, Task, trainer
+
+
+def urgencies(weight: Any) -> list[float]:
+    """Largest pruned evidence over smallest kept weight of every block, in plain loops."""
+    found = []
+    kept = weight.sparse.kept.movedim(1, -1).reshape(-1, 4).tolist()
+    values = weight.sparse.weight.detach().movedim(1, -1).reshape(-1, 4).tolist()
+    for block, row, evidence in zip(kept, values, weight.evidence.tolist(), strict=True):
+        strongest = max(abs(v) for v, k in zip(evidence, block, strict=True) if not k)
+        found.append(strongest / min(abs(w) for w, k in zip(row, block, strict=True) if k))
+    return found
+
+
+def nearest_rank(values: list[float], percent: int) -> float:
+    return sorted(values)[math.ceil(percent * len(values) / 100) - 1]
 
 
 def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> None:
@@ -26,6 +44,7 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
                 "masks": [sparse.pruned.clone() for sparse in callback.weights],
                 "frozen": [evolving.history.oscillations > 0 for evolving in callback.evolving],
                 "oscillations": [evolving.history.oscillations.clone() for evolving in callback.evolving],
+                "urgency": [urgencies(evolving) for evolving in callback.evolving],
                 "nonzero": sum(int((module.model[i].weight != 0).sum()) for i in (2, 4, 6)),
             }
         )
@@ -56,9 +75,54 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
         assert float(row["bame/oscillation_frequency"]) == pytest.approx(expected, **close)
         layer = float(row["bame/layer/model.2/oscillation_frequency"])
         assert layer == pytest.approx(now["oscillations"][0].float().mean().item() / max(1, len(adaptations)), **close)
+        frequencies = [int(o) / max(1, len(adaptations)) for counts in now["oscillations"] for o in counts]
+        for percent in (50, 90, 99):
+            logged = float(row[f"bame/oscillation_frequency_p{percent}"])
+            assert logged == pytest.approx(nearest_rank(frequencies, percent), **close)
+        for percent in (50, 90):
+            ratios = [ratio for layer in now["urgency"] for ratio in layer]
+            logged = float(row[f"bame/evidence_to_weight_p{percent}"])
+            assert logged == pytest.approx(nearest_rank(ratios, percent), rel=1e-4)
+        assert float(row["bame/mask_age"]) == pytest.approx(sum(ages(history, adaptations)) / sum(blocks), **close)
+        kept = sum(int((~a & ~b).sum()) for a, b in zip(now["masks"], history[0]["masks"], strict=True))
+        assert float(row["bame/survival"]) == pytest.approx(kept / (positions / 2), **close)
         assert float(row["bame/density"]) == pytest.approx(now["nonzero"] / positions, **close)
     assert sum(float(row["bame/predicted_loss_reduction"]) != 0 for row in rows) > 3
     assert callback.summary()["frozen_fraction"] == pytest.approx(float(rows[-1]["bame/frozen_fraction"]))
+
+
+def ages(history: list[dict[str, Any]], adaptations: list[int]) -> list[int]:
+    """Adaptations since the mask of each block changed, from the masks before and after each."""
+    found = [0] * sum(len(counts) for counts in history[0]["oscillations"])
+    for step in adaptations:
+        pairs = zip(history[step - 1]["masks"], history[step]["masks"], strict=True)
+        changed = [block for a, b in pairs for block in (a ^ b).movedim(1, -1).reshape(-1, 4).any(-1).tolist()]
+        found = [0 if moved else age + 1 for age, moved in zip(found, changed, strict=True)]
+    return found
+
+
+@every_method
+def test_survival_counts_from_the_first_mask_in_a_resumed_run_too(name: str, tmp_path: Path) -> None:
+    first, method = list[Any](), METHODS[name]()
+
+    class First(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            first[:] = first or [sparse.kept.clone() for sparse in method.weights]
+
+    def survived(callback: Any) -> float:
+        both = sum(int((a & s.kept).sum()) for a, s in zip(first, callback.weights, strict=True))
+        return both / sum(int(mask.sum()) for mask in first)
+
+    fit = trainer(method, First(), log_every_n_steps=1, max_epochs=1)
+    fit.fit(Task())
+    assert float(fit.callback_metrics["bame/survival"]) == pytest.approx(survived(method))
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = METHODS[name]()
+    fit = trainer(resumed, log_every_n_steps=1, max_epochs=2)
+    fit.fit(Task(), ckpt_path=tmp_path / "half.ckpt")
+    end = resumed.summary()["survival"]
+    assert end == float(fit.callback_metrics["bame/survival"]) == pytest.approx(survived(resumed))
+    assert (end < 1) == (name in MOVING)
 
 
 def test_metrics_can_be_monitored_without_a_logger() -> None:

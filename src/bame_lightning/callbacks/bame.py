@@ -22,7 +22,7 @@ from bame_lightning.layers import SparseWeight
 from bame_lightning.oscillation import oscillation_frequency
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
-from bame_lightning.statistics import pooled_mean
+from bame_lightning.statistics import percentiles, pooled_mean
 
 
 class BAMECallback(MaskedCallback):
@@ -153,6 +153,7 @@ class BAMECallback(MaskedCallback):
         positions = sum(weight.evidence.numel() for weight in self.evolving)
         blocks = sum(len(weight.evidence) for weight in self.evolving)
         frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
+        urgencies = [weight.urgency() for weight in self.evolving]
         # A sum over rows, written so that its mean over ranks is right.
         predicted = [weight.predicted * weight.sparse.rows.parts for weight in self.evolving]
         designated = sum(len(weight.designated) for weight in self.evolving) if self.steps in self._window else 0
@@ -163,7 +164,16 @@ class BAMECallback(MaskedCallback):
             "bame/designated_fraction": torch.tensor(designated / blocks),
             "bame/predicted_loss_reduction": torch.stack(predicted).sum(),
             "bame/discarded_readings": self.discarded.float(),
+            "bame/mask_age": pooled_mean(weight.ages for weight in self.evolving),
         }
+        for name, values, percents in (
+            ("oscillation_frequency", frequencies, (50, 90, 99)),
+            ("evidence_to_weight", urgencies, (50, 90)),
+        ):
+            # Over all rows: a mean of percentiles is none.
+            whole = [w.sparse.rows.gather(value) for w, value in zip(self.evolving, values, strict=True)]
+            found = percentiles(whole, percents)
+            statistics |= {f"bame/{name}_p{p}": value for p, value in zip(percents, found, strict=True)}
         for weight, frequency in zip(self.evolving, frequencies, strict=True):
             layer = f"bame/layer/{weight.sparse.label}"
             statistics[f"{layer}/flip_rate"] = weight.last_flips / weight.evidence.numel()

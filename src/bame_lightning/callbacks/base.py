@@ -29,6 +29,8 @@ from bame_lightning.schedule import Schedule
 from bame_lightning.sharding import Rows, local
 
 Init = Literal["magnitude", "random", "nonzero"]
+ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
+"""Metrics that the progress bar shows."""
 
 
 class SparseCallback(L.Callback):
@@ -280,9 +282,9 @@ class SparseCallback(L.Callback):
         if self.verify:
             self.check()
         if trainer._logger_connector.should_update_logs:
-            density = statistics.nonzero_share(sparse.values for sparse in self.weights)
-            metrics: dict[str, Any] = {"bame/density": density, **self.method_statistics(), **self.books.metrics()}
-            pl_module.log_dict(self._mean(metrics), on_step=True, on_epoch=False)
+            metrics = self._mean({**self._mask_statistics(), **self.method_statistics(), **self.books.metrics()})
+            for name, value in metrics.items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in ON_THE_BAR)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -314,20 +316,28 @@ class SparseCallback(L.Callback):
         """What the run did, in plain types.
 
         Returns:
-            Pattern, pattern by layer, share of non-zeros, optimizer steps, training FLOPs (counted, not executed).
+            Pattern, pattern by layer, share of non-zeros, survival of the initial masks, optimizer steps, training FLOPs
+            (counted, not executed).
 
         Raises:
             RuntimeError: Before the first fit.
         """
         if not self.weights:
             raise RuntimeError(f"{type(self).__name__} has not been fitted, so there is nothing to sum up.")
-        density = statistics.nonzero_share(sparse.values for sparse in self.weights)
+        masks = self._mean(self._mask_statistics())
         return {
             "pattern": str(self.pattern),
             "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
-            "density": float(self._mean({"density": density})["density"]),
+            "density": float(masks["bame/density"]),
+            "survival": float(masks["bame/survival"]),
             "steps": self.steps,
             "flops": {name: float(value) for name, value in self._mean(self.books.metrics()).items()},
+        }
+
+    def _mask_statistics(self) -> dict[str, Tensor]:
+        return {
+            "bame/density": statistics.nonzero_share(sparse.values for sparse in self.weights),
+            "bame/survival": statistics.survival((sparse.kept, sparse.initial) for sparse in self.weights),
         }
 
     def _mean(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -444,8 +454,13 @@ def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str
     masks = []
     for plan in plans:
         if plan.pattern:
-            mask = unpack_mask(saved[plan.name]["mask"].to(plan.weight.device), plan.weight.shape)
-            masks.append(SparseWeight.of(plan, to_blocks(mask, plan.pattern.m)))
+            mask, initial = (
+                unpack_mask(saved[plan.name][key].to(plan.weight.device), plan.weight.shape)
+                for key in ("mask", "initial")
+            )
+            sparse = SparseWeight.of(plan, to_blocks(mask, plan.pattern.m))
+            sparse.set_initial(sparse.rows.own(initial))
+            masks.append(sparse)
     return masks
 
 

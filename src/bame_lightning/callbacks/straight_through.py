@@ -206,6 +206,7 @@ class TransposableSTE(SRSTE):
             if not restored and id(latent.sparse) not in known:
                 latent.expose()
                 latent.sparse.kept.copy_(self._transposable(latent))
+                latent.sparse.set_initial(latent.sparse.kept)
         self.enforce()
 
     @override
