@@ -18,31 +18,8 @@ from typing_extensions import override
 from bame_lightning import BAMECallback
 from bame_lightning.designation import designate, urgency
 from bame_lightning.evidence import Evidence, Reading
-from bame_lightning.evolution import ALL, BlockGradient, EvolvingWeight
+from bame_lightning.evolution import ALL, EvolvingWeight
 from bame_lightning.schedule import Window
-
-
-class SmoothedWeight(EvolvingWeight):
-    """Gradients are smoothed as by momentum 0.9 before evidence follows them: a float more for each pruned weight."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.momentum = torch.zeros_like(self.evidence)
-
-    @override
-    def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
-        if self.reading is not None:
-            index, gradient = self.reading
-            mask = self._blocks(self.sparse.kept, index)
-            self._raw = gradient.masked_fill(mask, 0)
-            # What has just been revived or pruned starts anew.
-            self.momentum[index] = torch.lerp(self._raw, self.momentum[index], 0.9).masked_fill(mask, 0)
-            self.reading = BlockGradient(index, self.momentum[index].clone())
-        super().accumulate(optimizer, reading, finite, window)
-
-    @override
-    def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
-        super()._measure(self._raw, finite)
 
 
 class CalmFirstWeight(EvolvingWeight):
@@ -76,23 +53,16 @@ class BlockNoiseWeight(EvolvingWeight):
     """The unit of evidence is that of each block, not of the layer: its kept weights and its own gradients."""
 
     @override
-    def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
-        if self.reading is not None:
-            index, gradient = self.reading
-            mask = self._blocks(self.sparse.kept, index)
-            square = gradient.masked_fill(mask, 0).square().sum(-1) / (mask.shape[-1] - self.sparse.pattern.n)
-            if not hasattr(self, "squares"):
-                self.squares = square.clone()  # the first reading is one of all blocks
-            self.squares[index] = torch.lerp(square, self.squares[index], 0.9)
-            weights = self._blocks(self.sparse.weight.detach(), index).masked_fill(~mask, 0).square().sum(-1)
-            units = (weights / self.sparse.pattern.n / self.squares[index].clamp_min(1e-30)).sqrt()
-            super().accumulate(optimizer, reading, finite, window)
-            layer = self.unit.clamp_min(1e-30)
-            before = self.reading
-            assert before is not None
-            # The layer's step has been taken; what is missing to the block's own follows.
-            step = reading.steps / math.sqrt(2 * window * math.log(self.sparse.pattern.m)) * (units - layer)
-            self.evidence[index] -= step[:, None] * before.gradient.masked_fill(mask, 0)
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
+        n, m = self.sparse.pattern.n, self.sparse.pattern.m
+        square = pruned_gradient.square().sum(-1) / (m - n)
+        if not hasattr(self, "squares"):
+            self.squares = square.clone()  # the first reading is one of all blocks
+        self.squares[index] = torch.lerp(square, self.squares[index], 0.9)
+        weights = self._blocks(self.sparse.weight.detach(), index).masked_fill(~kept, 0).square().sum(-1)
+        unit = (weights / n / self.squares[index].clamp_min(1e-30)).sqrt()
+        mean = super()._average(index, pruned_gradient, kept, finite)
+        return mean * (unit / self.unit.clamp_min(1e-30))[:, None]
 
 
 class UncappedWeight(EvolvingWeight):
@@ -164,30 +134,22 @@ class OneSwapABlockWeight(EvolvingWeight):
 
 
 class AdamWeight(EvolvingWeight):
-    """Evidence follows Adam's direction, m / sqrt(s), of each pruned weight: two floats more for each."""
+    """Evidence follows Adam's direction, m / sqrt(s), of each pruned weight: a float more for each."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.first, self.second = torch.zeros_like(self.evidence), torch.zeros_like(self.evidence)
+        self.second = torch.zeros_like(self.evidence)
         self.count = torch.zeros(len(self.evidence), 1, device=self.evidence.device)
 
     @override
-    def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Tensor, window: int) -> None:
-        if self.reading is not None:
-            index, gradient = self.reading
-            self._raw = gradient.masked_fill(self._blocks(self.sparse.kept, index), 0)
-            self.count[index] += 1
-            self.first[index] = torch.lerp(gradient, self.first[index], 0.9)
-            self.second[index] = torch.lerp(gradient.square(), self.second[index], 0.999)
-            first = self.first[index] / (1 - 0.9 ** self.count[index])
-            second = self.second[index] / (1 - 0.999 ** self.count[index])
-            # In units of the layer's noise, by which the step of evidence divides.
-            self.reading = BlockGradient(index, first / (second.sqrt() + 1e-12) * self.noise.sqrt())
-        super().accumulate(optimizer, reading, finite, window)
-
-    @override
-    def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
-        super()._measure(self._raw, finite)
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
+        first = super()._average(index, pruned_gradient, kept, finite)
+        self.count[index] += 1
+        self.second[index] = torch.lerp(pruned_gradient.square(), self.second[index], 0.999)
+        first = first / (1 - self.config.momentum ** self.count[index])
+        second = self.second[index] / (1 - 0.999 ** self.count[index])
+        # In units of the layer's noise, by which the step of evidence divides.
+        return first / (second.sqrt() + 1e-12) * self.noise.sqrt()
 
 
 class CurvedWeight(EvolvingWeight):
@@ -200,12 +162,6 @@ class CurvedWeight(EvolvingWeight):
     def _worth(self, latent: Tensor, index: Tensor | slice) -> Tensor:
         worth = super()._worth(latent, index)
         return worth if self.curvature is None else worth * self.curvature[index].sqrt()
-
-
-class Smoothed(BAMECallback):
-    """See `SmoothedWeight`."""
-
-    weight_type = SmoothedWeight
 
 
 class CalmFirst(BAMECallback):

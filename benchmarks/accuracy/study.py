@@ -51,6 +51,8 @@ VARIANTS = {
     "no margin": ["method.evidence.margin=0.0"],
     "margin 0.5": ["method.evidence.margin=0.5"],
     "any number of blocks a row": ["method.evidence.one_per_row=false"],
+    "gradients not averaged": ["method.evidence.momentum=0.0"],
+    "gradients averaged longer": ["method.evidence.momentum=0.97"],
     "evidence from zero": ["method.evidence.init=zero"],
     "half the step": ["method.evidence.step_size=0.5"],
     "twice the step": ["method.evidence.step_size=2.0"],
@@ -68,7 +70,6 @@ VARIANTS = {
 """The default with one part changed, as overrides of `bame-train`."""
 
 ATTEMPTS = {
-    "gradients smoothed by 0.9": "Smoothed",
     "calm blocks first": "CalmFirst",
     "designated at random": "AtRandom",
     "evidence in bfloat16": "HalfPrecision",

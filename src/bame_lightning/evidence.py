@@ -44,12 +44,14 @@ class Evidence:
     a reading, and standing for all of them would multiply the noise of one batch as well. How far evidence moves follows
     from the length of the window, the weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of
     a layer matters. The step shrinks along a cosine to 0 at the end of the window; so does what a reading forgets of the
-    evidence before it, 1 / n at first, n being the steps of the window.
+    evidence before it, 1 / n at first, n being the steps of the window. Evidence follows a running mean of the gradients
+    that are read of a block, which starts anew with a weight's pruning: the kept weights answer a swap before it is undone.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.
         share: Share of a layer's unfrozen blocks that is read at every step in between.
         step_size: Multiplies the step that evidence takes, k.
+        momentum: Weight of the past in the running mean of a block's gradients, beta, in [0, 1); 0 holds no mean.
         init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
         margin: By how much evidence must exceed the weight that it replaces, as a share of it.
         one_per_row: Let an adaptation swap in one block of each output row (a filter) only, the most urgent: the blocks of a
@@ -62,6 +64,7 @@ class Evidence:
     read_every: int = 10
     share: float = 0.3
     step_size: float = 1.0
+    momentum: float = 0.9
     init: Literal["zero", "weights"] = "weights"
     margin: float = 0.2
     one_per_row: bool = True
@@ -74,6 +77,10 @@ class Evidence:
             raise ValueError(f"`evidence.share` is a share of blocks in [0, 1]; got {self.share}.")
         if not self.step_size > 0:
             raise ValueError(f"`evidence.step_size` must be positive; got {self.step_size}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"`evidence.momentum` is the weight of the past in a mean, in [0, 1); got {self.momentum}."
+            )
         if self.init not in ("zero", "weights"):
             raise ValueError(f"`evidence.init` must be 'zero' or 'weights'; got {self.init!r}.")
         if not 0 <= self.margin < math.inf:
@@ -115,6 +122,7 @@ class OneBatch:
     """
 
     share: float = 0.3
+    momentum: ClassVar[float] = 0.0
     init: ClassVar[str] = "zero"
     margin: ClassVar[None] = None
     one_per_row: ClassVar[bool] = False

@@ -111,6 +111,8 @@ class EvolvingWeight:
 
     Attributes:
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
+        mean_gradient: Running mean of pruned weights' gradients over a block's readings, like `evidence`; None without
+            `momentum`.
         noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; scalar.
@@ -134,6 +136,7 @@ class EvolvingWeight:
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
             self.evidence += torch.where(mask, 0, self._blocks(sparse.values, ALL))
+        self.mean_gradient = torch.zeros_like(self.evidence) if evidence.momentum > 0 else None
         self.noise = torch.zeros((), device=device, dtype=self.dtype)
         self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
@@ -190,6 +193,7 @@ class EvolvingWeight:
         if self.config.remembers:
             if reading.everywhere:
                 self._measure(change, finite)
+            change = self._average(index, change, kept, finite)
             rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
         else:
             rate = reading.steps * self._optimizer_step(optimizer, kept)
@@ -201,6 +205,19 @@ class EvolvingWeight:
         else:
             evidence = self.evidence.index_select(0, index).mul_(keep).addcmul_(change, rate, value=-1)
             self.evidence.index_copy_(0, index, evidence)
+
+    def _average(
+        self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Bool[Tensor, ""]
+    ) -> Float[Tensor, "chosen m"]:
+        """Move the running mean of gradients by what was read of these blocks; returns it there."""
+        if self.mean_gradient is None:
+            return pruned_gradient
+        mean = _rows(self.mean_gradient, index)
+        mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
+        zero_pruned_(mean, ~kept)  # of what has been revived since
+        if not isinstance(index, slice):
+            self.mean_gradient.index_copy_(0, index, mean)
+        return mean
 
     def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
@@ -304,6 +321,9 @@ class EvolvingWeight:
         state = {
             # Every row has as many pruned positions as any other.
             "evidence": rows.gather(self.evidence[~self.sparse.mask()]),
+            "mean_gradient": None
+            if self.mean_gradient is None
+            else rows.gather(self.mean_gradient[~self.sparse.mask()]),
             "noise": self.noise,
             "unit": self.unit,
             "oscillations": rows.gather(self.history.oscillations),
@@ -316,7 +336,7 @@ class EvolvingWeight:
             "predicted": rows.total(self.predicted),
         }
         # Copies: a checkpoint may be written while training goes on.
-        return {key: value.detach().cpu().clone() for key, value in state.items()}
+        return {key: value.detach().cpu().clone() for key, value in state.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the mask must have been restored before."""
@@ -324,9 +344,9 @@ class EvolvingWeight:
         device, rows = self.evidence.device, self.sparse.rows
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.sparse.mask()
-        self.evidence = torch.zeros_like(self.evidence).masked_scatter(
-            ~mask, rows.own(state["evidence"]).to(self.dtype)
-        )
+        self.evidence = self._pruned(mask, state["evidence"])
+        if self.mean_gradient is not None:
+            self.mean_gradient = self._pruned(mask, state["mean_gradient"])
         self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
         everywhere = torch.Size((len(mask) * rows.parts, mask.shape[1]))
         before = rows.own(unpack_mask(state["pruned_before"], everywhere))
@@ -335,6 +355,10 @@ class EvolvingWeight:
         self.designated, self.due = rows.own_index(state["designated"].long(), len(mask)), bool(state["due"])
         self.flips, self.last_flips = rows.part_of(state["flips"]), rows.part_of(state["last_flips"])
         self.predicted = rows.part_of(state["predicted"].to(self.dtype))
+
+    def _pruned(self, mask: Tensor, values: Tensor) -> Float[Tensor, "blocks m"]:
+        """Lay out what was saved of pruned positions."""
+        return torch.zeros_like(self.evidence).masked_scatter(~mask, self.sparse.rows.own(values).to(self.dtype))
 
     def _blocks(self, tensor: Tensor, index: Tensor | slice, *, copy: bool = False) -> Tensor:
         m = self.sparse.pattern.m

@@ -189,6 +189,8 @@ class BAMECallback(MaskedCallback):
             yield Copy("size of gradients", weight.sparse.label, weight.noise)
             if weight.sparse.rows.whole:
                 yield Copy("evidence", weight.sparse.label, weight.evidence)
+                if weight.mean_gradient is not None:
+                    yield Copy("mean gradient", weight.sparse.label, weight.mean_gradient)
                 yield Copy("flip history", weight.sparse.label, weight.history.oscillations)
 
     @override
