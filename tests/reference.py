@@ -21,6 +21,7 @@ class Block:
     columns: list[int]
     kept: list[bool]
     evidence: list[float]
+    mean_gradient: list[float]
     pruned_earlier: set[int] = field(default_factory=set)
     oscillations: int = 0
     designated: bool = False
@@ -48,6 +49,7 @@ class Settings:
     read_every: int
     share: float
     step_size: float
+    averaging: float
     margin: float
     one_per_row: bool
     freeze_after: int | None
@@ -63,7 +65,7 @@ def split(weight: Tensor, s: Settings) -> list[Block]:
             columns = list(range(first, first + s.m))
             strongest = sorted(columns, key=lambda c: -abs(weight[row, c].item()))[: s.n]
             evidence = [0.0 if c in strongest else weight[row, c].item() for c in columns]
-            blocks.append(Block(row, columns, [c in strongest for c in columns], evidence))
+            blocks.append(Block(row, columns, [c in strongest for c in columns], evidence, [0.0] * s.m))
     return blocks
 
 
@@ -103,7 +105,10 @@ def train(
             for block in read:
                 for i, column in enumerate(block.columns):
                     if not block.kept[i]:
-                        step = length * layer.unit * gradient[block.row, column].item()
+                        fresh = gradient[block.row, column].item()
+                        mean = s.averaging * block.mean_gradient[i] + (1 - s.averaging) * fresh
+                        block.mean_gradient[i] = mean
+                        step = length * layer.unit * mean
                         block.evidence[i] = (1 - forgotten) * block.evidence[i] - step
             if everywhere:
                 designate(weight, layer.blocks, s)
@@ -176,6 +181,7 @@ def adapt(weight: Tensor, momentum: Tensor, block: Block, s: Settings) -> int:
         weight[block.row, into] = max(-largest, min(largest, revived))
         weight[block.row, out] = 0
         momentum[block.row, out] = momentum[block.row, into] = 0
+        block.mean_gradient[weakest] = block.mean_gradient[strongest] = 0.0
         block.kept[weakest], block.kept[strongest] = False, True
     block.oscillations += any(strongest in block.pruned_earlier for _, strongest in pairs)
     block.pruned_earlier.update(weakest for weakest, _ in pairs)

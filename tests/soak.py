@@ -99,6 +99,7 @@ def all_settings(draw: st.DrawFn) -> Setting:
             read_every=draw(st.integers(1, 9)),
             share=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
             step_size=draw(st.sampled_from([0.5, 1.0, 5.0])),
+            momentum=draw(st.sampled_from([0.0, 0.9])),
             init=draw(st.sampled_from(["zero", "weights"])),
             margin=draw(st.sampled_from([0.0, 0.2, 1.0])),
             one_per_row=draw(st.booleans()),

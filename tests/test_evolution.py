@@ -129,7 +129,9 @@ def test_evidence_moves_in_the_blocks_that_are_read_and_at_pruned_positions_only
             pruned[place] = not keep
     parameter = nn.Parameter(torch.ones_like(gradient) * ~pruned)
     weight = EvolvingWeight(
-        SparseWeight("layer.weight", parameter, pattern, ~pruned), Evidence(one_per_row=False), freeze_after=0
+        SparseWeight("layer.weight", parameter, pattern, ~pruned),
+        Evidence(momentum=0.0, one_per_row=False),
+        freeze_after=0,
     )
     frozen = torch.rand(len(positions), generator=torch.Generator().manual_seed(seed)) < 0.3
     weight.history = weight.history._replace(oscillations=frozen.int())
@@ -333,7 +335,7 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
     freeze_after: int | None, adaptations: int
 ) -> None:
     # The pruned weight is pushed ever harder, so the block swaps back and forth at every adaptation, until it is frozen.
-    weight = EvolvingWeight(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after)
+    weight = EvolvingWeight(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(momentum=0.0), freeze_after)
     changes = 0
     for c in range(6):
         learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]], distance=2)
@@ -355,7 +357,7 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
 def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state: torch.dtype) -> None:
     sparse = sparse_linear([[1.0, 0, 0, 0]], [[1, 0, 0, 0]], "1:4")
     sparse.weight = nn.Parameter(sparse.weight.detach().to(dtype))
-    weight = EvolvingWeight(sparse, Evidence(margin=0.5), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, margin=0.5), freeze_after=1)
     weight.designated, weight.noise = torch.tensor([0]), torch.tensor(1.0, dtype=state)
     weight.unit = weight.noise.clone()
     for _ in range(3):
@@ -379,7 +381,7 @@ def test_large_blocks_are_no_trouble() -> None:
     born = pruned.clone()
     sparse = SparseWeight("layer.weight", parameter, NMPattern(512, 1024), ~pruned)
     parameter.data.masked_fill_(pruned, 0)
-    weight = EvolvingWeight(sparse, Evidence(one_per_row=False), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, one_per_row=False), freeze_after=1)
     learn(weight, sgd(weight), torch.full((2, 2048), 7.0), distance=2)
     weight.adapt(1.0)
     assert weight.flips == 2 * 2048
@@ -428,6 +430,8 @@ def everything(weight: EvolvingWeight) -> list[Tensor]:
         weight.sparse.weight.detach(),
         weight.sparse.pruned,
         weight.evidence,
+        # Of what has been revived the mean is forgotten at the next reading only.
+        weight.mean_gradient.masked_fill(weight.sparse.mask(), 0),
         weight.noise,
         weight.unit,
         *weight.history,
@@ -479,6 +483,7 @@ def test_the_saved_state_is_a_compact_copy() -> None:
     state = weight.state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "evidence": (48,),  # of pruned positions only
+        "mean_gradient": (48,),
         "noise": (),
         "unit": (),
         "oscillations": (24,),

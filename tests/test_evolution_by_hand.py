@@ -21,7 +21,7 @@ def test_accumulated_evidence_by_hand() -> None:
         [[1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 1, 1]],
         "2:4",
     )
-    weight = EvolvingWeight(sparse, Evidence(init="zero", margin=0.25, one_per_row=False), freeze_after=1)
+    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, init="zero", margin=0.25, one_per_row=False), freeze_after=1)
     optimizer = sgd(weight, lr=0.1, momentum=0.9, weight_decay=0.1)
     parameter, storage = sparse.weight, sparse.weight.data_ptr()
 
@@ -123,7 +123,7 @@ def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer
         lambda p: torch.optim.RMSprop(p, lr=0.1),
     ):
         sparse = sparse_linear([[3.0, -1.0, 0.5, -5.0]], [[1, 0, 0, 1]], "2:4")
-        weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+        weight = EvolvingWeight(sparse, Evidence(momentum=0.0), freeze_after=None)
         sparse.weight.detach().masked_fill_(sparse.pruned, 0)
         optimizer = make([sparse.weight])
         read(weight, [[2.0, -1.0, 4.0, 7.0]])
@@ -133,6 +133,40 @@ def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer
         # In a window of 8 steps and blocks of 4, sqrt(2 * 8 * ln 4) steps are one unit.
         weight.accumulate(optimizer, Reading(True, math.sqrt(16 * 1.3862943611198906)), YES, 8)
         torch.testing.assert_close(weight.evidence, torch.tensor([[0, -1 + 2**0.5, 0.5 - 4 * 2**0.5, 0]]))
+
+
+def test_evidence_follows_a_mean_of_gradients_by_hand() -> None:
+    # The mean forgets half at a reading. The unit stays 1 here, since only one block is read.
+    sparse = sparse_linear([[1.0, 0.0, 1.0, 0.0]], [[1, 0, 1, 0]], "1:2")
+    weight = EvolvingWeight(sparse, Evidence(momentum=0.5, init="zero", margin=0.5), freeze_after=None)
+    weight.designated, weight.noise, weight.unit = torch.tensor([1]), torch.tensor(1.0), torch.tensor(1.0)
+    optimizer = sgd(weight)
+
+    def follow(gradient: list[float]) -> None:
+        learn(weight, optimizer, [gradient], everywhere=False)
+
+    # Block 1, position 1: means -1 / 2 and (-1 / 2 - 1) / 2; evidence goes the other way.
+    follow([9, 9, 9, -1])
+    assert weight.evidence.tolist() == [[0, 0], [0, 0.5]]
+    follow([9, 9, 9, -1])
+    assert weight.evidence.tolist() == [[0, 0], [0, 1.25]]
+    # A discarded reading leaves the mean alone: -3 / 8 follows from -3 / 4, and 0.
+    read(weight, [[0, 0, 0, 1e30]], everywhere=False)
+    weight.accumulate(optimizer, reading(weight, everywhere=False), torch.tensor(False), WINDOW)
+    assert weight.evidence.tolist() == [[0, 0], [0, 1.25]]
+    follow([9, 9, 9, 0])
+    assert weight.evidence.tolist() == [[0, 0], [0, 1.625]]
+    # They swap. What was pruned starts at its value, with a mean that knows nothing of the time before.
+    weight.adapt(1.0)
+    assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
+    follow([9, 9, -2, 9])
+    assert weight.evidence.tolist() == [[0, 0], [2, 0]]
+    # Back and forth again: the mean of the one that was kept meanwhile starts anew, too.
+    sparse.weight.data[0, 3] = 1.0
+    weight.adapt(1.0)
+    assert sparse.weight.tolist() == [[1, 0, 1.5, 0]]
+    follow([9, 9, 9, -4])
+    assert weight.evidence.tolist() == [[0, 0], [0, 3]]
 
 
 def test_one_batch_by_hand() -> None:

@@ -17,10 +17,11 @@ from tests.training import Spy, Task, blocks_over, trainer
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "freeze_after", "one_per_row"), [(1, 4, None, True), (2, 4, 1, False), (3, 8, 2, True)]
+    ("n", "m", "freeze_after", "one_per_row", "averaging"),
+    [(1, 4, None, True, 0.75), (2, 4, 1, False, 0.0), (3, 8, 2, True, 0.5)],
 )
 def test_training_equals_the_specification_written_out_in_loops(
-    n: int, m: int, freeze_after: int | None, one_per_row: bool
+    n: int, m: int, freeze_after: int | None, one_per_row: bool, averaging: float
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -29,12 +30,12 @@ def test_training_equals_the_specification_written_out_in_loops(
     twin = copy.deepcopy(model)
     settings = reference.Settings(
         n=n, m=m, start=3, stop=70, every=2, read_every=7, share=0.25, step_size=3.5, margin=0.1,
-        one_per_row=one_per_row, freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
+        averaging=averaging, one_per_row=one_per_row, freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
     )  # fmt: skip
     callback = BAMECallback(
         f"{n}:{m}",
         schedule=Schedule(start=3, stop=70, every=2),
-        evidence=Evidence(read_every=7, share=0.25, step_size=3.5, margin=0.1, one_per_row=one_per_row),
+        evidence=Evidence(7, 0.25, step_size=3.5, momentum=averaging, margin=0.1, one_per_row=one_per_row),
         freeze_after=freeze_after,
         rescale=False,
         verify=True,
@@ -75,7 +76,9 @@ def test_training_equals_the_specification_written_out_in_loops(
 def test_default_arguments_are_the_contract() -> None:
     callback = BAMECallback("1:16")
     assert (callback.schedule, callback.freeze_after, callback.init) == (Schedule(0.0, 0.9, 2), None, "magnitude")
-    assert callback.evidence == Evidence(read_every=10, share=0.3, step_size=1.0, init="weights", margin=0.2)
+    assert callback.evidence == Evidence(
+        read_every=10, share=0.3, step_size=1.0, momentum=0.9, init="weights", margin=0.2
+    )
     assert (callback.rescale, callback.verify, callback.rules) == (True, False, {})
 
 
