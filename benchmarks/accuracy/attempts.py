@@ -49,6 +49,17 @@ class HalfPrecisionWeight(EvolvingWeight):
         self.evidence = self.evidence.bfloat16().to(self.dtype)
 
 
+class HalfMeanWeight(EvolvingWeight):
+    """The mean of gradients is rounded to bfloat16 after every reading, as if it were stored so."""
+
+    @override
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
+        mean = super()._average(index, pruned_gradient, kept, finite)
+        assert self.mean_gradient is not None
+        self.mean_gradient.copy_(self.mean_gradient.bfloat16())
+        return mean
+
+
 class BlockNoiseWeight(EvolvingWeight):
     """The unit of evidence is that of each block, not of the layer: its kept weights and its own gradients."""
 
@@ -180,6 +191,12 @@ class HalfPrecision(BAMECallback):
     """See `HalfPrecisionWeight`."""
 
     weight_type = HalfPrecisionWeight
+
+
+class HalfMean(BAMECallback):
+    """See `HalfMeanWeight`."""
+
+    weight_type = HalfMeanWeight
 
 
 class BlockNoise(BAMECallback):

@@ -73,6 +73,7 @@ ATTEMPTS = {
     "calm blocks first": "CalmFirst",
     "designated at random": "AtRandom",
     "evidence in bfloat16": "HalfPrecision",
+    "mean of gradients in bfloat16": "HalfMean",
     "noise of each block": "BlockNoise",
     "revived at full evidence": "Uncapped",
     "cooling periods": "Cooling",
