@@ -88,6 +88,42 @@ def test_blocks_of_a_convolution_run_along_its_input_channels() -> None:
     assert [(x.name, x.violations) for x in report.layers] == [("good.weight", 0), ("bad.weight", 1)]
 
 
+def test_blocks_of_a_transposed_weight_run_along_its_first_dimension(path: Path) -> None:
+    weight = sparse_mask((6, 8), 1, 4).t().contiguous()
+    state = {"h.0.attn.weight": weight * 1.0, "fc.weight": sparse_mask((6, 8), 1, 4) * 1.0}
+    report = audit_state_dict(state, NMPattern(1, 4), transposed=["*.attn"])
+    assert report.compliant
+    assert [(x.name, x.blocks, x.transposed) for x in report.layers] == [
+        ("h.0.attn.weight", 12, True),
+        ("fc.weight", 12, False),
+    ]
+    alone = {"attn.weight": torch.eye(8)[:, :1].repeat(1, 8)}  # one input, for every output
+    assert audit_state_dict(alone, NMPattern(1, 8), transposed=["attn"]).compliant
+    assert not audit_state_dict(alone, NMPattern(1, 8)).compliant
+    state["h.0.attn.weight"][:, 5] = 1
+    (layer, _) = audit_state_dict(state, NMPattern(1, 4), transposed=["*.attn"]).layers
+    assert (layer.violations, layer.reason) == (2, "block 10 (filter 5) holds more than 1 non-zero")
+    skipped = audit_state_dict({"conv.weight": torch.ones(4, 4, 1)}, NMPattern(1, 4), transposed=["conv"]).skipped
+    assert skipped == {"conv.weight": "`transposed` is for matrices, not for the shape (4, 4, 1)"}
+    with pytest.raises(AuditError, match="`transposed` 'no' matches"):
+        audit_state_dict(state, NMPattern(1, 4), transposed=["no"])
+
+
+def test_a_saved_layer_says_that_it_is_transposed(path: Path) -> None:
+    mask = sparse_mask((6, 8), 1, 4).t().contiguous()
+    checkpoint = lightning_checkpoint()
+    checkpoint["state_dict"]["net.attn.weight"] = mask * 1.0
+    layers_of(checkpoint)["net.attn.weight"] = entry(mask, "1:4") | {"transposed": True}
+    torch.save(checkpoint, path)
+    assert audit_checkpoint(path).compliant
+    assert audit_checkpoint(path, "1:8").layers[-1].compliant is False  # 8 divides its inputs, not its 6 outputs
+    for wrong in ("yes", None, torch.ones(2)):
+        layers_of(checkpoint)["net.attn.weight"]["transposed"] = wrong
+        torch.save(checkpoint, path)
+        with pytest.raises(AuditError, match=r"layer `net.attn.weight` is malformed: its `transposed` is"):
+            audit_checkpoint(path)
+
+
 def test_one_tampered_weight_is_found_with_its_block_and_filter() -> None:
     weight = sparse_mask((4, 32), 1, 16) * 1.0
     position = int((weight[2, 16:] == 0).nonzero()[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bame_lightning.layers import AUDITABLE, VERSION_KEY
 from bame_lightning.masks import unpack_mask
-from bame_lightning.pattern import NMPattern, to_blocks
+from bame_lightning.pattern import NMPattern, oriented, to_blocks
 from bame_lightning.untrusted import UnreadableError, first_sentence, load_untrusted, state_dict_of
 
 
@@ -34,6 +34,7 @@ class LayerAudit:
         nonzeros: Elements that are not zero; a NaN is not zero.
         violations: Blocks that break the pattern, or the mask that the checkpoint holds for them.
         reason: The first violating block and what is wrong with it; empty if there is none.
+        transposed: Whether its input dimension is the first one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerAudit:
     nonzeros: int
     violations: int
     reason: str = ""
+    transposed: bool = False
 
     @property
     def compliant(self) -> bool:
@@ -77,7 +79,11 @@ class AuditReport:
 
 
 def audit_checkpoint(
-    path: str | Path, pattern: NMPattern | str | None = None, *, dense: Sequence[str] = ()
+    path: str | Path,
+    pattern: NMPattern | str | None = None,
+    *,
+    dense: Sequence[str] = (),
+    transposed: Sequence[str] = (),
 ) -> AuditReport:
     """Audit a Lightning checkpoint or a state dict; code inside the file is never run.
 
@@ -87,6 +93,7 @@ def audit_checkpoint(
         path: The file. A state dict may stand alone or under "state_dict" or "model".
         pattern: Required unless the checkpoint holds the callback's state.
         dense: Globs of the weights or modules that are dense on purpose.
+        transposed: Globs of the weights or modules whose input dimension is the first one; the callback's state says it itself.
 
     Returns:
         The verdict on every layer.
@@ -109,20 +116,24 @@ def audit_checkpoint(
                 "holds no state of a sparsity callback, which would say which layers are sparse. Give `pattern` "
                 "(on the command line `--pattern 1:16`)."
             )
-        return audit_state_dict(state, asked, dense=dense)
+        return audit_state_dict(state, asked, dense=dense, transposed=transposed)
     except (AuditError, UnreadableError) as error:
         raise AuditError(f"`{path}` {error}") from None
 
 
-def audit_state_dict(state: Mapping[str, Tensor], pattern: NMPattern, *, dense: Sequence[str] = ()) -> AuditReport:
-    """Judge every eligible weight: named `*weight`, floating, of two or more dimensions, M dividing the second.
+def audit_state_dict(
+    state: Mapping[str, Tensor], pattern: NMPattern, *, dense: Sequence[str] = (), transposed: Sequence[str] = ()
+) -> AuditReport:
+    """Judge every eligible weight: named `*weight`, floating, of two or more dimensions, M dividing the input dimension.
 
-    Names and shapes do not tell a classifier or an embedding from other layers: name those in `dense`.
+    That is the second one, but for the weights in `transposed`. Names and shapes do not tell a classifier or an embedding from
+    other layers: name those in `dense`.
 
     Args:
         state: A model's state dict.
         pattern: What the weights must obey.
         dense: Globs of the weights or modules that are dense on purpose.
+        transposed: Globs of the weights or modules whose input dimension is the first one, as in GPT-2's `Conv1D`.
 
     Returns:
         The verdict on every eligible weight, and why the others were not judged.
@@ -135,13 +146,13 @@ def audit_state_dict(state: Mapping[str, Tensor], pattern: NMPattern, *, dense: 
         >>> report.compliant, report.layers[0].blocks
         (True, 4)
     """
-    excused = _matching(state, dense)
+    excused, turned = _matching(state, "dense", dense), _matching(state, "transposed", transposed)
     layers, skipped = [], {}
     for name, weight in _matrices(state).items():
-        if reason := _ineligible(name, weight, pattern, excused):
+        if reason := _ineligible(name, weight, pattern, excused, name in turned):
             skipped[name] = reason
         else:
-            layers.append(_judge(name, weight, pattern))
+            layers.append(_judge(name, weight, pattern, transposed=name in turned))
     return AuditReport(tuple(layers), skipped, from_state=False)
 
 
@@ -160,7 +171,7 @@ def audit_saved_layers(
 
     Args:
         state: A model's state dict.
-        saved: For every layer its "pattern", "shape" and packed "mask", as the callback saves them.
+        saved: For every layer its "pattern", "shape" and packed "mask", as the callback saves them; "transposed" if that is so.
         pattern: Asked of all layers on top of their own.
         dense: Globs of the weights or modules not to judge.
 
@@ -170,7 +181,7 @@ def audit_saved_layers(
     Raises:
         AuditError: If `saved` is malformed or does not fit `state`, or a glob matches nothing.
     """
-    excused = _matching(state, dense)
+    excused = _matching(state, "dense", dense)
     layers = []
     skipped = {
         name: "matches `dense`" if name in excused else "dense in the callback's saved state"
@@ -178,22 +189,24 @@ def audit_saved_layers(
         if name in excused or (name not in saved and name.endswith("weight"))
     }
     for name, entry in saved.items():
-        own, mask = _read_entry(name, entry, state)
+        own, mask, transposed = _read_entry(name, entry, state)
         if name in excused:
             continue
-        layers.append(_judge(name, state[name], own, mask))
+        layers.append(_judge(name, state[name], own, mask, transposed=transposed))
         if pattern is None or pattern == own:
             continue
-        if state[name].shape[1] % pattern.m:
-            skipped[name] = f"for {pattern}: {_indivisible(state[name], pattern)}"
+        if reason := _indivisible(state[name], pattern, transposed):
+            skipped[name] = f"for {pattern}: {reason}"
         else:
-            layers.append(_judge(name, state[name], pattern))
+            layers.append(_judge(name, state[name], pattern, transposed=transposed))
     return AuditReport(tuple(layers), skipped, from_state=True)
 
 
-def _judge(name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = None) -> LayerAudit:
+def _judge(
+    name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = None, *, transposed: bool
+) -> LayerAudit:
     try:
-        nonzero = to_blocks(_strided(name, weight), pattern.m) != 0
+        nonzero = to_blocks(oriented(_strided(name, weight), transposed), pattern.m) != 0
     except RuntimeError as error:  # a small file can describe a tensor that no memory holds
         raise AuditError(
             f"holds a weight `{name}` of shape {tuple(weight.shape)} that cannot be examined "
@@ -202,7 +215,7 @@ def _judge(name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = 
     counts = nonzero.sum(-1)
     checks = [(counts > pattern.n, f"holds more than {pattern.n} non-zero{'s' * (pattern.n > 1)}")]
     if mask is not None:
-        kept = to_blocks(mask, pattern.m)
+        kept = to_blocks(oriented(mask, transposed), pattern.m)
         checks.append(((nonzero & ~kept).any(-1), "holds a non-zero outside its mask"))
         checks.append((kept.sum(-1) != pattern.n, f"has a mask that does not keep exactly {pattern.n}"))
     violating = torch.stack([bad for bad, _ in checks]).any(0)
@@ -210,7 +223,8 @@ def _judge(name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = 
     if violating.any():
         first = int(violating.nonzero()[0, 0])
         wrong = " and ".join(text for bad, text in checks if bad[first])
-        reason = f"block {first} (filter {first // (len(counts) // len(weight))}) {wrong}"
+        filters = weight.shape[1 if transposed else 0]
+        reason = f"block {first} (filter {first // (len(counts) // filters)}) {wrong}"
     return LayerAudit(
         name=name,
         pattern=pattern,
@@ -219,6 +233,7 @@ def _judge(name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = 
         nonzeros=int(counts.sum()),
         violations=int(violating.sum()),
         reason=reason,
+        transposed=transposed,
     )
 
 
@@ -237,21 +252,21 @@ def _matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.dim() >= 2 and not tensor.is_nested}
 
 
-def _matching(state: Mapping[str, Tensor], globs: Sequence[str]) -> set[str]:
+def _matching(state: Mapping[str, Tensor], argument: str, globs: Sequence[str]) -> set[str]:
     names = list(_matrices(state))
     found: set[str] = set()
     for glob in globs:
         hits = {name for name in names if fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)}
         if not hits:
             raise AuditError(
-                f"has no weight of two or more dimensions, nor a module with one, that `dense` {glob!r} matches. The "
+                f"has no weight of two or more dimensions, nor a module with one, that `{argument}` {glob!r} matches. The "
                 f"names are {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; '*' matches dots too."
             )
         found |= hits
     return found
 
 
-def _ineligible(name: str, weight: Tensor, pattern: NMPattern, excused: set[str]) -> str:
+def _ineligible(name: str, weight: Tensor, pattern: NMPattern, excused: set[str], transposed: bool) -> str:
     if name in excused:
         return "matches `dense`"
     if not name.endswith("weight"):
@@ -260,14 +275,17 @@ def _ineligible(name: str, weight: Tensor, pattern: NMPattern, excused: set[str]
         return f"not floating point but {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
         return f"empty, of shape {tuple(weight.shape)}"
-    return _indivisible(weight, pattern) if weight.shape[1] % pattern.m else ""
+    if transposed and weight.dim() != 2:
+        return f"`transposed` is for matrices, not for the shape {tuple(weight.shape)}"
+    return _indivisible(weight, pattern, transposed)
 
 
-def _indivisible(weight: Tensor, pattern: NMPattern) -> str:
-    return f"{pattern.m} does not divide its input dimension {weight.shape[1]}"
+def _indivisible(weight: Tensor, pattern: NMPattern, transposed: bool) -> str:
+    inputs = weight.shape[0 if transposed else 1]
+    return f"{pattern.m} does not divide its input dimension {inputs}" if inputs % pattern.m else ""
 
 
-def _read_entry(name: str, entry: Any, state: Mapping[str, Tensor]) -> tuple[NMPattern, Tensor]:
+def _read_entry(name: str, entry: Any, state: Mapping[str, Tensor]) -> tuple[NMPattern, Tensor, bool]:
     try:
         return _parse_entry(entry, state.get(name))
     except ValueError as error:
@@ -277,7 +295,7 @@ def _read_entry(name: str, entry: Any, state: Mapping[str, Tensor]) -> tuple[NMP
         ) from None
 
 
-def _parse_entry(entry: Any, weight: Tensor | None) -> tuple[NMPattern, Tensor]:
+def _parse_entry(entry: Any, weight: Tensor | None) -> tuple[NMPattern, Tensor, bool]:
     if not isinstance(entry, Mapping) or not {"pattern", "shape", "mask"} <= set(entry):
         raise ValueError("it lacks `pattern`, `shape` or `mask`")
     if weight is None:
@@ -286,11 +304,15 @@ def _parse_entry(entry: Any, weight: Tensor | None) -> tuple[NMPattern, Tensor]:
     # By repr, since what a hostile file holds here may not compare.
     if not isinstance(shape, list | tuple) or repr(list(shape)) != repr(list(weight.shape)):
         raise ValueError(f"its `shape` is {shape!r:.60}, where the weight has {list(weight.shape)}")
-    if len(shape) < 2 or 0 in shape or shape[1] % pattern.m:
+    # States of earlier releases do not know transposed weights.
+    transposed = entry.get("transposed", False)
+    if not isinstance(transposed, bool) or (transposed and len(shape) != 2):
+        raise ValueError(f"its `transposed` is {transposed!r:.20} for the shape {list(shape)}")
+    if len(shape) < 2 or 0 in shape or _indivisible(weight, pattern, transposed):
         raise ValueError(f"its shape {list(shape)} does not divide into blocks of the pattern {pattern}")
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1 or not _is_plain(packed):
         raise ValueError("its `mask` is not a vector of uint8")
-    return pattern, unpack_mask(packed, weight.shape)
+    return pattern, unpack_mask(packed, weight.shape), transposed
 
 
 def _is_plain(tensor: Tensor) -> bool:

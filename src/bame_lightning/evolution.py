@@ -241,7 +241,9 @@ class EvolvingWeight:
         assert self.reading is not None
         index, gradient = self.reading
         rule = update_rule(optimizer, self.sparse.weight)
-        moment = None if rule.second_moment is None else self._blocks(local(rule.second_moment), index)
+        moment = rule.second_moment
+        if moment is not None:
+            moment = self._blocks(self.sparse.oriented(local(moment)), index)
         return block_rates(rule, moment, gradient, mask, self.sparse.pattern.n)
 
     def urgency(self) -> Float[Tensor, " blocks"]:

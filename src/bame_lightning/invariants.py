@@ -60,7 +60,7 @@ def check_optimizer_state(weights: Iterable[SparseWeight], optimizer: Optimizer,
     for sparse in weights:
         for key, value in elementwise_state(optimizer, sparse.weight, sparse.name):
             cause = "something changed the optimizer's state after its step"
-            _check_zero(sparse, value, f"optimizer state '{key}'", cause, step)
+            _check_zero(sparse, sparse.oriented(value), f"optimizer state '{key}'", cause, step)
 
 
 def check_counts(weights: Iterable[SparseWeight], step: int) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from bame_lightning.masks import pack_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 
 VERSION_KEY = "nm_sparsity_version"
@@ -36,6 +37,7 @@ class LayerPlan:
         weight: The parameter.
         pattern: Its pattern; None if it stays dense.
         reason: Why it stays dense; empty if it becomes sparse.
+        transposed: Whether its shape is (in, out).
     """
 
     name: str
@@ -43,16 +45,27 @@ class LayerPlan:
     weight: nn.Parameter
     pattern: NMPattern | None
     reason: str = ""
+    transposed: bool = False
 
     @property
     def blocks(self) -> int:
         """Blocks of M weights; 0 if the weight stays dense."""
         return self.weight.numel() // self.pattern.m if self.pattern else 0
 
+    @property
+    def rows(self) -> Rows:
+        """Which of its rows, those of the output dimension, this process holds."""
+        return Rows.of(self.weight, self.name, dim=int(self.transposed))
+
+    @property
+    def values(self) -> Float[Tensor, "out inp *kernel"]:
+        """What of it this process holds, without autograd, in the parameter's memory."""
+        return oriented(local(self.weight.detach()), self.transposed)
+
 
 @dataclass
 class SparseWeight:
-    """A weight under an N:M mask.
+    """A weight under an N:M mask, seen as (out, in, *kernel) even where the parameter is (in, out).
 
     Args:
         name: Its key in the model's state dict.
@@ -60,6 +73,7 @@ class SparseWeight:
         pattern: Its pattern.
         kept: True where the weight may differ from zero; shaped like `values`. Always updated in place.
         rows: Which rows of the weight this process holds.
+        transposed: Whether the parameter's shape is (in, out).
 
     Attributes:
         packed_initial: The mask that training started with, a bit a weight; shaped like `values` when unpacked.
@@ -70,6 +84,7 @@ class SparseWeight:
     pattern: NMPattern
     kept: Bool[Tensor, "out inp *kernel"]
     rows: Rows = ALL_ROWS
+    transposed: bool = False
     packed_initial: UInt8[Tensor, " bytes"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,25 +94,30 @@ class SparseWeight:
     def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
         """Put a planned weight under a mask, given in blocks (those of all rows), true where kept."""
         assert plan.pattern is not None
-        rows = Rows.of(plan.weight, plan.name)
+        rows = plan.rows
         # Laid out like the weight (it may be channels-last), so that zeroing runs over both in one order.
-        kept = torch.empty_like(local(plan.weight.detach()), dtype=torch.bool)
-        return cls(plan.name, plan.weight, plan.pattern, kept.copy_(from_blocks(rows.own(mask), kept.shape)), rows)
+        kept = torch.empty_like(plan.values, dtype=torch.bool)
+        kept.copy_(from_blocks(rows.own(mask), kept.shape))
+        return cls(plan.name, plan.weight, plan.pattern, kept, rows, plan.transposed)
 
     @property
     def values(self) -> Float[Tensor, "out inp *kernel"]:
         """The weights that this process holds, without autograd, in the parameter's memory."""
-        return local(self.weight.detach())
+        return self.oriented(local(self.weight.detach()))
 
     @property
     def gradient(self) -> Float[Tensor, "out inp *kernel"] | None:
         """Their gradient, in the memory of the parameter's; None if it has none."""
-        return None if self.weight.grad is None else local(self.weight.grad)
+        return None if self.weight.grad is None else self.oriented(local(self.weight.grad))
 
     @property
     def pruned(self) -> Bool[Tensor, "out inp *kernel"]:
         """A copy: true where the weight must be zero; shaped like `values`."""
         return ~self.kept
+
+    def oriented(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*oriented"]:
+        """View what is shaped like the parameter, its optimizer state for example, as `values` are seen."""
+        return oriented(values, self.transposed)
 
     def mask(self) -> Bool[Tensor, "blocks m"]:
         """The mask in blocks, true where kept; shape (blocks, m)."""
@@ -113,10 +133,11 @@ class SparseWeight:
         self.packed_initial = pack_mask(mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """Pattern, shape, and masks packed to bits in the weight's own row-major order: in force, and initial."""
+        """Pattern, shape, whether that is (in, out), and masks packed to bits, row-major in it: in force, and initial."""
         masks = {"mask": self.kept, "initial": self.initial}
-        packed = {name: pack_mask(self.rows.gather(mask)).cpu() for name, mask in masks.items()}
-        return {"pattern": str(self.pattern), "shape": list(self.weight.shape), **packed}
+        packed = {name: pack_mask(self.oriented(self.rows.gather(mask))).cpu() for name, mask in masks.items()}
+        shape = list(self.weight.shape)
+        return {"pattern": str(self.pattern), "shape": shape, "transposed": self.transposed, **packed}
 
     @property
     def label(self) -> str:
@@ -132,8 +153,8 @@ def plan_layers(
 ) -> list[LayerPlan]:
     """Decide for every weight matrix of a model whether it becomes sparse.
 
-    Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d` and their subclasses, and the input projections of
-    `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
+    Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d`, transformers' `Conv1D` and their subclasses, and the input
+    projections of `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
     `nn.Linear` in `named_modules()` order (the classifier). A rule with a pattern overrides the latter. A tied weight is
     planned once, under its first name; a rule may use any of its names.
 
@@ -179,7 +200,7 @@ def plan_layers(
             reason = "classifier (last linear layer)"
         else:
             reason = ""
-        plans[id(weight)] = LayerPlan(name, kind, weight, None if reason else wanted, reason)
+        plans[id(weight)] = LayerPlan(name, kind, weight, None if reason else wanted, reason, _is_transposed(module))
     result = [*plans.values(), *ties]
     if not any(plan.pattern for plan in result):
         reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in result) or "the model has no weight matrices"
@@ -232,12 +253,20 @@ def _check_rules(rules: Mapping[str, NMPattern | None], names: list[str]) -> Non
             )
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is (in, out), as in GPT-2."""
+    # A model can only hold one if somebody has imported the class.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
 def _why_dense(
     name: str, module: nn.Module, weight: nn.Parameter, wanted: NMPattern | None, trained: Container[int] | None
 ) -> str:
     """Why a weight cannot be sparse; empty if it can."""
     short = name.rpartition(".")[2]
-    linear = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and short == "weight"
+    transposed = _is_transposed(module)
+    linear = (transposed or isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))) and short == "weight"
     attention = isinstance(module, nn.MultiheadAttention) and short in _ATTENTION
     if not (linear or attention):
         return f"no N:M view for {type(module).__name__}.{short}"
@@ -247,6 +276,7 @@ def _why_dense(
         return "not trained (requires_grad=False)"
     if trained is not None and id(weight) not in trained:
         return "not trained (in no optimizer)"
-    if wanted is not None and weight.shape[1] % wanted.m:
-        return f"input dimension {weight.shape[1]} is not divisible by {wanted.m}"
+    inputs = weight.shape[0 if transposed else 1]
+    if wanted is not None and inputs % wanted.m:
+        return f"input dimension {inputs} is not divisible by {wanted.m}"
     return ""

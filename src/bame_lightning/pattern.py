@@ -83,6 +83,19 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def oriented(values: Shaped[Tensor, "*shape"], transposed: bool) -> Shaped[Tensor, "*oriented"]:
+    """View a weight, or what is shaped like it, as (out, in, *kernel), as all of this package sees weights.
+
+    Args:
+        values: Values of the weight's own shape.
+        transposed: Whether that is (in, out), as in the `Conv1D` of transformers' GPT-2.
+
+    Returns:
+        A view; `values` themselves unless transposed. Its own inverse.
+    """
+    return values.t() if transposed else values
+
+
 def to_blocks(weight: Shaped[Tensor, "out inp *kernel"], m: int) -> Shaped[Tensor, "blocks {m}"]:
     """View a weight as blocks of `m` weights that are consecutive along its input dimension.
 

@@ -39,12 +39,13 @@ class Rows:
     group: Any = None
 
     @classmethod
-    def of(cls, weight: Tensor, name: str) -> Rows:
+    def of(cls, weight: Tensor, name: str, *, dim: int = 0) -> Rows:
         """Find out which rows of a weight this process holds.
 
         Args:
             weight: An ordinary tensor, or a `DTensor`.
             name: What to call the weight in messages.
+            dim: Its output dimension.
 
         Returns:
             The rows.
@@ -55,23 +56,24 @@ class Rows:
         if not isinstance(weight, DTensor):
             return cls()
         mesh, placements = weight.device_mesh, weight.placements
-        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
         # Equal to no subclass: FSDP2 inside tensor parallelism strides over rows.
-        if [placements[dim] for dim in cut] != [Shard(0)]:
+        if [placements[axis] for axis in cut] != [Shard(dim)]:
             raise ValueError(
-                f"`{name}` is a DTensor placed as {placements}, which cuts its blocks of weights along the input dimension, or "
-                "mixes its rows. Sparse weights can be sharded along dimension 0 only, as `fully_shard(module, "
-                "mesh=device_mesh['data_parallel'])` does; use `tensor_parallel_size=1`, or keep the layer dense with "
+                f"`{name}` is a DTensor placed as {placements}, which cuts its blocks of weights along the input dimension, "
+                f"or mixes its rows. Sparse weights can be sharded along their output dimension only, here {dim}, as "
+                "`fully_shard(module, mesh=device_mesh['data_parallel'])` does for dimension 0; use "
+                "`tensor_parallel_size=1`, a `shard_placement_fn`, or keep the layer dense with "
                 f"layers={{'{name}': 'dense'}}."
             )
-        (dim,) = cut
-        if weight.shape[0] % mesh.size(dim):
+        (axis,) = cut
+        if weight.shape[dim] % mesh.size(axis):
             raise ValueError(
-                f"`{name}` has {weight.shape[0]} rows, which {mesh.size(dim)} processes cannot share evenly, as sparse weights "
-                f"must be. Use a number of processes that divides it, or keep the layer dense with "
+                f"`{name}` has {weight.shape[dim]} rows, which {mesh.size(axis)} processes cannot share evenly, as sparse "
+                f"weights must be. Use a number of processes that divides it, or keep the layer dense with "
                 f"layers={{'{name}': 'dense'}}."
             )
-        return cls(mesh.get_local_rank(dim), mesh.size(dim), mesh.get_group(dim))
+        return cls(mesh.get_local_rank(axis), mesh.size(axis), mesh.get_group(axis))
 
     @property
     def whole(self) -> bool:

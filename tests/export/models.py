@@ -29,10 +29,10 @@ def weight(kept: Tensor, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     return torch.where(kept, values, 0.0).to(dtype)
 
 
-def entry(kept: Tensor, pattern: str) -> dict[str, Any]:
+def entry(kept: Tensor, pattern: str, transposed: bool = False) -> dict[str, Any]:
     """What a callback saves of a layer."""
     packed = torch.from_numpy(np.packbits(kept.numpy().reshape(-1), bitorder="little"))
-    return {"pattern": pattern, "shape": list(kept.shape), "mask": packed}
+    return {"pattern": pattern, "shape": list(kept.shape), "transposed": transposed, "mask": packed}
 
 
 def save(path: Path, state: dict[str, Tensor], layers: dict[str, Any]) -> Path:

@@ -61,7 +61,8 @@ def read_packed(path: Path) -> dict[str, Raw]:
         assert (index_kind, length) == ("U8", -(-blocks * n * bits // 8))
         # The lowest bit of the first byte is the lowest bit of a little-endian number.
         stream = int.from_bytes(indices, "little")
-        out, inp, *kernel = layer["shape"]
+        transposed = layer.get("transposed", False)
+        out, inp, *kernel = reversed(layer["shape"]) if transposed else layer["shape"]
         places = itertools.product(range(out), *map(range, kernel), range(inp // m))
         content = bytearray(out * inp * size)
         for extent in kernel:
@@ -73,7 +74,7 @@ def read_packed(path: Path) -> dict[str, Raw]:
                 offset = (stream >> value * bits) & (2**bits - 1)
                 assert previous < offset < m
                 previous = offset
-                flat = row * inp + column * m + offset
+                flat = (column * m + offset) * out + row if transposed else row * inp + column * m + offset
                 for extent, p in zip(kernel, position, strict=True):
                     flat = flat * extent + p
                 content[flat * size : (flat + 1) * size] = values[value * size : (value + 1) * size]

@@ -28,7 +28,7 @@ def documented_reader(name: str) -> Callable[..., dict[str, Tensor]]:
 
 
 @st.composite
-def sparse_weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, NMPattern]:
+def sparse_weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, NMPattern, bool]:
     m = draw(st.integers(1, 20))
     n = draw(st.integers(1, m))
     kernel = draw(st.lists(st.integers(1, 3), max_size=3))
@@ -41,15 +41,18 @@ def sparse_weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, NMPattern]:
         values = torch.where(where, torch.tensor(special).to(values.dtype), values)
     if len(kernel) == 2 and draw(st.booleans()):
         values = values.to(memory_format=torch.channels_last)
-    return values, kept, NMPattern(n, m)
+    transposed = not kernel and draw(st.booleans())
+    if transposed:
+        values, kept = values.t().contiguous(), kept.t().contiguous()
+    return values, kept, NMPattern(n, m), transposed
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sparse_weights())
-def test_any_weight_comes_back_bit_by_bit(tmp_path: Path, case: tuple[Tensor, Tensor, NMPattern]) -> None:
-    values, kept, pattern = case
+def test_any_weight_comes_back_bit_by_bit(tmp_path: Path, case: tuple[Tensor, Tensor, NMPattern, bool]) -> None:
+    values, kept, pattern, transposed = case
     state = {"fc.weight": values, "fc.bias": torch.ones(3), "seen": torch.tensor(7)}
-    save(tmp_path / "a.ckpt", state, {"fc.weight": entry(kept, str(pattern))})
+    save(tmp_path / "a.ckpt", state, {"fc.weight": entry(kept, str(pattern), transposed)})
     tensors, metadata = packed_tensors(load_trained(tmp_path / "a.ckpt"))
     write_safetensors(tmp_path / "a", tensors, metadata)
 
@@ -58,6 +61,7 @@ def test_any_weight_comes_back_bit_by_bit(tmp_path: Path, case: tuple[Tensor, Te
     assert reader.raw_state(read_packed(tmp_path / "a")) == expected
     assert reader.raw_state(documented_reader("read_packed")(tmp_path / "a")) == expected
     # Which zeros were kept comes back, too: the values say how many, the positions which.
+    kept = kept.t() if transposed else kept
     restored = unpack_weight(
         torch.ones_like(tensors["fc.weight.nm_values"]), tensors["fc.weight.nm_indices"], pattern, kept.shape
     )

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from bame_lightning.audit import AuditError
-from bame_lightning.export import ExportError, load_trained
+from bame_lightning.export import ExportError, load_trained, packed_tensors, semi_structured_tensors
 from bame_lightning.pattern import NMPattern
 from tests.export.models import entry, mask, save, weight
 
@@ -57,6 +58,20 @@ def test_a_saved_mask_says_which_zeros_are_kept_and_pruned_zeros_are_positive(pa
 def test_a_weight_is_exported_by_its_own_pattern(path: Path) -> None:
     save(path, {"weight": weight(KEPT)}, {"weight": entry(KEPT, "1:4")})
     assert load_trained(path, "1:2").patterns == {"weight": NMPattern(1, 4)}
+
+
+def test_a_transposed_weight_is_packed_along_its_first_dimension(path: Path) -> None:
+    dense = torch.tensor([[0.0, 7.0], [5.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.save({"attn.weight": dense}, path)
+    trained = load_trained(path, "2:4", transposed=["attn"])
+    assert trained.transposed == {"attn.weight"}
+    # Zeros fill up: positions 0 and 1 of the first output, 0 and 1 of the second.
+    assert trained.kept["attn.weight"].tolist() == [[True, True], [True, True], [False, False], [False, False]]
+    tensors, metadata = packed_tensors(trained)
+    assert tensors["attn.weight.nm_values"].tolist() == [[0, 5], [7, 0]]
+    assert json.loads(metadata["layers"]) == {"attn.weight": {"pattern": "2:4", "shape": [4, 2], "transposed": True}}
+    with pytest.raises(ExportError, match=r"attn\.weight: it is stored as \(in, out\)"):
+        semi_structured_tensors(trained.to(torch.float16))
 
 
 def test_rounding_keeps_names_masks_and_integers(path: Path) -> None:

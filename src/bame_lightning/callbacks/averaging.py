@@ -43,9 +43,9 @@ class Averages:
             return
         for average in self._models():
             for sparse, before in zip(self._weights, self._kept, strict=True):
-                value = average.get_parameter(sparse.name).detach()
+                value = sparse.oriented(average.get_parameter(sparse.name).detach())
                 revived = (sparse.kept & ~before).to(value.device)
-                value.copy_(torch.where(revived, sparse.weight.detach().to(value), value))
+                value.copy_(torch.where(revived, sparse.values.to(value), value))
         self._zero_pruned()
         for sparse, before in zip(self._weights, self._kept, strict=True):
             before.copy_(sparse.kept)
@@ -53,7 +53,7 @@ class Averages:
     def _zero_pruned(self) -> None:
         for average in self._models():
             for sparse in self._weights:
-                value: Tensor = average.get_parameter(sparse.name).detach()
+                value: Tensor = sparse.oriented(average.get_parameter(sparse.name).detach())
                 zero_pruned_(value, sparse.kept.to(value.device))
 
     def _models(self) -> Iterator[nn.Module]:

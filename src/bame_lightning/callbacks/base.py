@@ -24,9 +24,8 @@ from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, to_blocks
+from bame_lightning.pattern import NMPattern, oriented, to_blocks
 from bame_lightning.schedule import Schedule
-from bame_lightning.sharding import Rows, local
 
 Init = Literal["magnitude", "random", "nonzero"]
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
@@ -359,8 +358,7 @@ class SparseCallback(L.Callback):
         for plan in plans:
             if plan.pattern and id(plan.weight) not in known:
                 # Of all rows, wherever they lie: the mask is that of a single process.
-                rows = Rows.of(plan.weight, plan.name)
-                blocks = to_blocks(rows.gather(local(plan.weight.detach())), plan.pattern.m)
+                blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
                 fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
         if self.rescale and self.init != "nonzero":  # those were trained already
             self._rescaling |= fresh.keys()
@@ -441,8 +439,13 @@ def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: se
 
 def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str) -> list[SparseWeight]:
     """Build masks from a checkpoint's state, or say which layers do not fit."""
-    wanted = {plan.name: (str(plan.pattern), list(plan.weight.shape)) for plan in plans if plan.pattern}
-    found = {name: (layer["pattern"], list(layer["shape"])) for name, layer in saved.items()}
+    wanted = {
+        plan.name: (str(plan.pattern), list(plan.weight.shape), plan.transposed) for plan in plans if plan.pattern
+    }
+    # States of earlier releases do not know transposed weights.
+    found = {
+        name: (layer["pattern"], list(layer["shape"]), layer.get("transposed", False)) for name, layer in saved.items()
+    }
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         name = differing[0]
@@ -455,7 +458,7 @@ def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str
     for plan in plans:
         if plan.pattern:
             mask, initial = (
-                unpack_mask(saved[plan.name][key].to(plan.weight.device), plan.weight.shape)
+                oriented(unpack_mask(saved[plan.name][key].to(plan.weight.device), plan.weight.shape), plan.transposed)
                 for key in ("mask", "initial")
             )
             sparse = SparseWeight.of(plan, to_blocks(mask, plan.pattern.m))
@@ -464,5 +467,8 @@ def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str
     return masks
 
 
-def _describe(layer: tuple[str, list[int]] | None) -> str:
-    return f"{layer[0]} of shape {tuple(layer[1])}" if layer else "not sparse"
+def _describe(layer: tuple[str, list[int], bool] | None) -> str:
+    if layer is None:
+        return "not sparse"
+    pattern, shape, transposed = layer
+    return f"{pattern} of shape {tuple(shape)}{' (in, out)' * transposed}"

@@ -143,7 +143,7 @@ class MaskedCallback(SparseCallback):
             zero_pruned_(sparse.values, sparse.kept)
             if optimizer is not None:
                 for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
-                    zero_pruned_(value, sparse.kept)
+                    zero_pruned_(sparse.oriented(value), sparse.kept)
 
     def _remember_masks(self) -> None:
         if self.verify:

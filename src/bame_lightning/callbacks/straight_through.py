@@ -197,7 +197,7 @@ class TransposableSTE(SRSTE):
                 shared = "" if sparse.rows.whole else f" / {sparse.rows.parts} processes"
                 raise ValueError(
                     f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
-                    f"divide its output dimension {sparse.weight.shape[0]}{shared}. Keep it dense with "
+                    f"divide its output dimension {len(sparse.kept) * sparse.rows.parts}{shared}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
         known = {id(latent.sparse) for latent in self.latents}

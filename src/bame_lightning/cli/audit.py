@@ -28,9 +28,9 @@ which weights are checked:
   --pattern as well, where its M divides the input dimension.
 
   Otherwise --pattern is required, and every floating weight named *weight with
-  two or more dimensions is checked if M divides its input dimension (the
-  second). A dense classifier or embedding therefore fails until --dense names
-  it.
+  two or more dimensions is checked if M divides its input dimension: the
+  second, or the first for what --transposed names. A dense classifier or
+  embedding therefore fails until --dense names it.
 
 exit status:
   0  at least one weight was checked, and every one obeys
@@ -62,9 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="do not check the weights or modules of this name, e.g. 'model.fc' or '*.head*'; repeatable",
     )
+    parser.add_argument(
+        "--transposed",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="the input dimension of these weights or modules is the first one, as in GPT-2's Conv1D; repeatable",
+    )
     args = parser.parse_args(argv)
     try:
-        report = audit_checkpoint(args.checkpoint, args.pattern, dense=args.dense)
+        report = audit_checkpoint(args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed)
     except AuditError as error:
         print(f"bame-audit: {_printable(str(error))}", file=sys.stderr)
         return 1

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint: Path = args.checkpoint
     try:
         _check(args)
-        trained = load_trained(checkpoint, args.pattern, dense=args.dense, prefix=args.prefix)
+        trained = load_trained(
+            checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, prefix=args.prefix
+        )
         if args.dtype is not None:
             trained = trained.to(getattr(torch, args.dtype))
         try:
@@ -99,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="weights or modules that are dense on purpose, e.g. 'model.fc'; repeatable",
+    )
+    parser.add_argument(
+        "--transposed",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="weights or modules whose input dimension is the first one, as in GPT-2's Conv1D; repeatable",
     )
     parser.add_argument(
         "--prefix",

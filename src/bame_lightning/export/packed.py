@@ -14,7 +14,7 @@ from torch import Tensor
 from bame_lightning.export.errors import ExportError
 from bame_lightning.export.trained import Trained
 from bame_lightning.masks import pack_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
 
 FORMAT = "bame_lightning.packed"
 VERSION = "1"
@@ -126,8 +126,12 @@ def packed_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[str, str]]
         for part in (name + VALUES, name + INDICES):
             if part in trained.tensors:
                 raise ExportError(f"holds a tensor `{part}`, a name that the packed layout needs. Rename it.")
-        tensors[name + VALUES], tensors[name + INDICES] = pack_weight(tensor, trained.kept[name], pattern)
-        layers[name] = {"pattern": str(pattern), "shape": list(tensor.shape)}
+        transposed = name in trained.transposed
+        weight, kept = oriented(tensor, transposed), oriented(trained.kept[name], transposed)
+        tensors[name + VALUES], tensors[name + INDICES] = pack_weight(weight, kept, pattern)
+        layers[name] = {"pattern": str(pattern), "shape": list(tensor.shape)} | (
+            {"transposed": True} if transposed else {}
+        )
     return tensors, {
         "format": FORMAT,
         "version": VERSION,
@@ -160,8 +164,10 @@ def read_packed(path: Path) -> dict[str, Tensor]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dictionary
         for name, layer in json.loads(metadata["layers"]).items():
-            pattern, shape = NMPattern.parse(layer["pattern"]), torch.Size(layer["shape"])
-            tensors[name] = unpack_weight(tensors.pop(name + VALUES), tensors.pop(name + INDICES), pattern, shape)
+            pattern, transposed = NMPattern.parse(layer["pattern"]), layer.get("transposed", False)
+            shape = torch.Size(reversed(layer["shape"]) if transposed else layer["shape"])
+            weight = unpack_weight(tensors.pop(name + VALUES), tensors.pop(name + INDICES), pattern, shape)
+            tensors[name] = oriented(weight, transposed).contiguous()
         return tensors | {alias: tensors[name] for alias, name in json.loads(metadata["same_as"]).items()}
     except ExportError as error:
         raise ExportError(f"`{path}` {error}") from None

@@ -84,7 +84,13 @@ def semi_structured_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[s
     Raises:
         ExportError: If no weight fits, or a name of the model means something else in the file.
     """
-    reasons = {name: why_not(trained.tensors[name]) for name in trained.patterns}
+    reasons = {
+        name: "it is stored as (in, out), where torch's are (out, in)"
+        if name in trained.transposed
+        else why_not(tensor)
+        for name, tensor in trained.tensors.items()
+        if name in trained.patterns
+    }
     dense = {name: reason for name, reason in reasons.items() if reason}
     if len(dense) == len(reasons):
         told = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])

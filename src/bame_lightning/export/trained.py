@@ -13,7 +13,7 @@ from torch import Tensor
 from bame_lightning.audit import audit_checkpoint, saved_layers
 from bame_lightning.export.errors import ExportError
 from bame_lightning.masks import top_n_mask, unpack_mask, zero_pruned_
-from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
 from bame_lightning.untrusted import load_untrusted, state_dict_of
 
 _LIGHTNING = "pytorch-lightning_version"
@@ -31,6 +31,7 @@ class Trained:
         same_as: Further names of tensors (tied weights) -> their name in `tensors`.
         prefix: What was dropped from the beginning of every name.
         left_out: Names of the checkpoint's tensors that do not begin with `prefix`.
+        transposed: Names of sparse weights whose input dimension is the first one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,6 +40,7 @@ class Trained:
     same_as: Mapping[str, str]
     prefix: str = ""
     left_out: tuple[str, ...] = ()
+    transposed: frozenset[str] = frozenset()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All names with their tensors, for `load_state_dict` of the plain model."""
@@ -73,6 +75,7 @@ def load_trained(
     pattern: NMPattern | str | None = None,
     *,
     dense: Sequence[str] = (),
+    transposed: Sequence[str] = (),
     prefix: str | None = None,
 ) -> Trained:
     """Audit a checkpoint and take the model out of it; code inside the file is never run.
@@ -84,6 +87,7 @@ def load_trained(
         path: A Lightning checkpoint or a state dict, as `audit_checkpoint` reads it.
         pattern: Required unless the checkpoint holds the state of a sparsity callback.
         dense: Globs of the weights or modules that are dense on purpose.
+        transposed: Globs of the weights or modules whose input dimension is the first one, as `audit_checkpoint` takes them.
         prefix: Export the tensors whose names begin with it, and drop it from the names. None drops "model.", under
             which most LightningModules keep their network, if every name of a Lightning checkpoint begins with it.
 
@@ -95,7 +99,7 @@ def load_trained(
         ExportError: If a block violates its pattern, no sparse weight is found, or a tensor cannot be written.
     """
     path = Path(path)
-    report = audit_checkpoint(path, pattern, dense=dense)
+    report = audit_checkpoint(path, pattern, dense=dense, transposed=transposed)
     bad = [layer for layer in report.layers if not layer.compliant]
     if bad:
         raise ExportError(
@@ -113,6 +117,7 @@ def load_trained(
     for layer in report.layers:
         if layer.name in names:
             patterns.setdefault(layer.name, layer.pattern)
+    turned = {layer.name for layer in report.layers if layer.transposed}
     if not patterns:
         first = ", ".join(f"`{name}`" for name in list(state)[:3])
         where = f" below the `--prefix` {prefix!r}" if prefix else ""
@@ -132,7 +137,7 @@ def load_trained(
             continue
         tensor = state[name].detach().contiguous()
         if name in patterns:
-            mask = _mask(tensor, patterns[name], saved.get(name))
+            mask = _mask(tensor, patterns[name], name in turned, saved.get(name))
             tensor = tensor.clone()
             zero_pruned_(tensor, mask)  # a pruned -0 becomes +0, as readers of any format make it
             kept[short[name]] = mask
@@ -144,14 +149,16 @@ def load_trained(
         same_as={short[alias]: short[name] for alias, name in same_as.items()},
         prefix=prefix,
         left_out=tuple(name for name in state if name not in short),
+        transposed=frozenset(short[name] for name in turned.intersection(patterns) - same_as.keys()),
     )
 
 
-def _mask(weight: Tensor, pattern: NMPattern, saved: Mapping[str, Any] | None) -> Tensor:
+def _mask(weight: Tensor, pattern: NMPattern, transposed: bool, saved: Mapping[str, Any] | None) -> Tensor:
     if saved is not None:
         return unpack_mask(saved["mask"], weight.shape)
+    weight = oriented(weight, transposed)
     nonzero = (to_blocks(weight, pattern.m) != 0).to(torch.uint8)
-    return from_blocks(top_n_mask(nonzero, pattern.n), weight.shape).contiguous()
+    return oriented(from_blocks(top_n_mask(nonzero, pattern.n), weight.shape), transposed).contiguous()
 
 
 def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
