@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def network(linear: bool) -> nn.Sequential:
     """Two layers and a classifier; the same numbers whether its layers are (out, in) or (in, out)."""
     generator = torch.Generator().manual_seed(0)
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(SIZES, SIZES[1:], strict=False):
+    for inputs, outputs in pairwise(SIZES):
         layer = nn.Linear(inputs, outputs) if linear else Conv1D(outputs, inputs)
         weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64) / inputs**0.5
         layer.weight = nn.Parameter(weight.t().clone() if linear else weight)
