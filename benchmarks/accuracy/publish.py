@@ -126,10 +126,13 @@ def ablation(rows: list[Row]) -> list[str]:
         for row in changed:
             groups.setdefault(row["variant"] or "one batch, the literal criterion", []).append(row)
         ranked = sorted(groups.items(), key=lambda item: statistics.mean(float(row["train_loss"]) for row in item[1]))
-        for name, group in [("**nothing: the default**", default), *ranked] if changed else []:
+        for name, group in [("**nothing: the default**", default), *ranked] if changed and default else []:
             seeds = {row["seed"] for row in group}
             same = [row for row in default if row["seed"] in seeds]
-            difference = statistics.mean(map(quality, group)) - statistics.mean(map(quality, same))
+            twins = [row for row in group if row["seed"] in {other["seed"] for other in same}]
+            if not twins:
+                continue  # the default has not been measured with these seeds yet
+            difference = statistics.mean(map(quality, twins)) - statistics.mean(map(quality, same))
             cells = [
                 *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], 2)),
                 f"{difference:+.2f}" if group is not default else "",
