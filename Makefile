@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full lint type bench wheel clean
+.PHONY: help setup train test test-full lint type bench docs wheel check-wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -38,8 +38,14 @@ type: setup ## Check types
 bench: setup ## Measure step time and accuracy (minutes)
 	$(BIN)/python -m benchmarks.step_time
 
+docs: setup ## Make the documentation as pages in build/docs; a warning, such as a broken link, is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
+
 wheel: setup ## Build the wheel into dist/
 	$(BIN)/uv build --wheel --quiet
 
+check-wheel: setup ## Install the wheel into an empty environment, and use it from another folder
+	.ci/wheel
+
 clean: ## Remove what training and testing leave behind
-	rm -rf outputs multirun dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf outputs multirun build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,10 @@
 """What the documents show runs: Python blocks, commands, links, and the tables of the method cards."""
 
+import importlib
+import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from torch import nn
 from bame_lightning.cli.conf import conf_dir
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "README")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -111,6 +114,46 @@ def test_a_command_composes(command: str) -> None:
         for words in overrides(command):
             cfg = compose(root, words, return_hydra_config=True)
             instantiate(cfg.method if root == "config" else cfg.evidence)
+
+
+def lines(start: str) -> list[Any]:
+    """Command lines of all documents that begin so, without comments."""
+    found = {}
+    for path in DOCUMENTS:
+        for language, text in blocks(path):
+            for line in text.replace("\\\n", " ").splitlines() if language != "python" else ():
+                command = re.split(r"\s#", line)[0].strip()
+                if re.match(start, command):
+                    found[command] = pytest.param(command, id=f"{name(path)}: {command}")
+    return list(found.values())
+
+
+@pytest.mark.parametrize("command", lines(r"bame-(?!train|flops)"))
+def test_a_command_without_hydra_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(command)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts[program].partition(":")
+    # An option that does not exist ends in `SystemExit`; that there is no such file is an answer.
+    assert getattr(importlib.import_module(module), function)(words) == 1
+
+
+@pytest.mark.parametrize("command", lines("make "))
+def test_make_knows_the_target(command: str) -> None:
+    assert re.search(rf"^{command.split()[1]}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", lines("python "))
+def test_python_finds_the_file_or_module(command: str) -> None:
+    _, first, *rest = shlex.split(command)
+    assert importlib.util.find_spec(rest[0]) if first == "-m" else (ROOT / first).is_file()
+
+
+@pytest.mark.parametrize("command", lines("pip install"))
+def test_pip_knows_the_extra(command: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"bame-lightning\[(.*?)\]", command)
+    assert set(asked) <= set(extras)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

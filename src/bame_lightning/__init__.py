@@ -13,6 +13,8 @@ from bame_lightning.evidence import Evidence, OneBatch
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SRSTE",
     "BAMECallback",

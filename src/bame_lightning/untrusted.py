@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _EXPECTED = "Give a Lightning checkpoint, or `torch.save(model.state_dict(), path)`."
 
@@ -82,6 +82,30 @@ def state_dict_of(checkpoint: Mapping[Any, Any]) -> dict[str, Tensor]:
     if not tensors:
         raise UnreadableError(f"holds no tensors at the top, under 'state_dict' or under 'model'. {_EXPECTED}")
     return tensors
+
+
+def load_weights(module: nn.Module, path: Path, argument: str) -> Mapping[Any, Any]:
+    """Give a module the weights of a checkpoint of the same module.
+
+    Args:
+        module: The module.
+        path: The file, as `load_untrusted` reads it.
+        argument: What to call the file in messages.
+
+    Returns:
+        All that the file holds.
+
+    Raises:
+        ValueError: If the file cannot be read, or does not fit the module.
+    """
+    try:
+        checkpoint = load_untrusted(path)
+        module.load_state_dict(state_dict_of(checkpoint))
+    except UnreadableError as error:
+        raise ValueError(f"`{argument}` {path} {error}") from None
+    except RuntimeError as error:
+        raise ValueError(f"`{argument}` {path} does not fit the model: {' '.join(str(error).split())}") from None
+    return checkpoint
 
 
 def first_sentence(error: Exception) -> str:

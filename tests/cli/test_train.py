@@ -95,6 +95,32 @@ def test_magnitude_prunes_the_network_of_a_dense_run_and_books_it_apart(
     assert "ckpt=PATH" in failure(run, capsys, "method=magnitude", "pattern=2:4")
 
 
+def test_any_method_goes_on_from_the_weights_of_another_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weight(path: Path) -> torch.Tensor:
+        return torch.load(path, weights_only=True)["state_dict"]["model.hidden1.weight"]
+
+    def keep(folder: Path, name: str) -> Path:
+        return (folder / "checkpoints/last.ckpt").rename(tmp_path / name)
+
+    def half(values: torch.Tensor) -> torch.Tensor:
+        blocks = values.view(-1, 4)
+        return blocks.scatter(-1, blocks.abs().argsort(-1)[:, :2], 0).view_as(values)
+
+    dense = keep(run("method=dense"), "dense.ckpt")
+    still = ("optimizer.lr=0", "method.schedule.start=0", "method.schedule.stop=2000", "method.schedule.every=1000")
+    sparse = keep(run("method.rescale=false", f"ckpt={dense}", "pattern=2:4", *still), "sparse.ckpt")
+    assert torch.equal(weight(sparse), half(weight(dense)))
+    frozen = keep(run("method=static", "method.init=nonzero", f"ckpt={sparse}", "pattern=2:4"), "frozen.ckpt")
+    assert torch.equal(weight(frozen) != 0, weight(sparse) != 0)
+    assert not torch.equal(weight(frozen), weight(sparse))
+    capsys.readouterr()
+    assert "method.rescale=false" in failure(run, capsys, f"ckpt={dense}", "pattern=2:4")
+    other = failure(run, capsys, f"ckpt={dense}", "method.rescale=false", "model.hidden=[16]")
+    assert f"`ckpt` {dense} does not fit the model" in other
+
+
 @pytest.mark.parametrize("method", ["sr_ste", "rigl", "transposable", "static", "bame_one_batch"])
 def test_every_method_leaves_a_compliant_checkpoint_and_its_costs(run: Run, method: str) -> None:
     often = ["method.schedule.every=2"] if method == "bame_one_batch" else []

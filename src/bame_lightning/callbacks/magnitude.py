@@ -12,7 +12,7 @@ from typing_extensions import override
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.layers import VERSION_KEY
 from bame_lightning.pattern import NMPattern
-from bame_lightning.untrusted import UnreadableError, load_untrusted, state_dict_of
+from bame_lightning.untrusted import load_weights
 
 
 class OneShotMagnitude(MaskedCallback):
@@ -55,14 +55,7 @@ class OneShotMagnitude(MaskedCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        try:
-            checkpoint = load_untrusted(self.checkpoint)
-            pl_module.load_state_dict(state_dict_of(checkpoint))
-        except UnreadableError as error:
-            raise ValueError(f"`checkpoint` {self.checkpoint} {error}") from None
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"`checkpoint` {self.checkpoint} does not fit the model: {reason}") from None
+        checkpoint = load_weights(pl_module, self.checkpoint, "checkpoint")
         for state in dict(checkpoint.get("callbacks") or {}).values():
             dense = isinstance(state, Mapping) and VERSION_KEY not in state
             if dense and "algorithmic" in (booked := state.get("flops") or {}):

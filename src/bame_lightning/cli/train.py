@@ -12,11 +12,11 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
-from bame_lightning.callbacks import Dense
+from bame_lightning.callbacks import Dense, OneShotMagnitude
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
@@ -27,6 +27,7 @@ from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.pattern import NMPattern
 from bame_lightning.runs import SUMMARY, strict_json
+from bame_lightning.untrusted import load_weights
 
 # Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (
@@ -85,6 +86,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     model = build_model(instantiate(cfg.model), data.input_shape, data.num_classes)
     task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
     method: SparseCallback | Dense = instantiate(cfg.method)
+    if cfg.ckpt is not None and not isinstance(method, OneShotMagnitude):  # which loads them itself
+        _start_from(task, method, Path(cfg.ckpt))
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]
     callbacks.append(method)
     if not bar and not cfg.quiet:
@@ -128,6 +131,16 @@ def _check(cfg: DictConfig) -> None:
         )
     if cfg.threads is not None and cfg.threads < 1:
         raise ValueError(f"`threads` must be at least 1, or null for torch's own choice; got {cfg.threads}.")
+
+
+def _start_from(task: LightningModule, method: SparseCallback | Dense, checkpoint: Path) -> None:
+    """Begin with the weights of another run, whatever method trained them."""
+    load_weights(task, checkpoint, "ckpt")
+    if isinstance(method, SparseCallback) and method.rescale and method.init != "nonzero":
+        raise ValueError(
+            f"`ckpt` {checkpoint} holds trained weights, which `method.rescale` = true would multiply. Add "
+            "method.rescale=false; or method.init=nonzero, if they are sparse already and their masks shall be kept."
+        )
 
 
 def _calm(*, quiet: bool) -> None:
