@@ -53,12 +53,39 @@ def test_the_share_is_rounded_up(share: float, count: int) -> None:
     assert len(designate(torch.zeros(4), torch.zeros(4, dtype=torch.bool), share)) == count
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=30))
-def test_most_urgent_against_loops(blocks: list[tuple[int, int]]) -> None:
-    blocks.sort()
-    chosen = most_urgent(
-        torch.tensor([float(u) for _, u in blocks]), torch.tensor([r for r, _ in blocks], dtype=torch.int64), count=5
+@given(st.data())
+def test_most_urgent_against_loops(data: st.DataObject) -> None:
+    rows, per_row = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    everything = range(rows * per_row)
+    blocks = sorted(data.draw(st.sets(st.sampled_from(everything))))
+    ratios = {block: data.draw(st.integers(-1, 3)) for block in blocks}
+    chosen, may_swap = most_urgent(
+        torch.tensor([float(ratios[block]) for block in blocks]),
+        None if len(blocks) == len(everything) else torch.tensor(blocks, dtype=torch.int64),
+        rows,
+        per_row,
     )
-    for b, (row, urgency_here) in enumerate(blocks):
-        rivals = [(-u, other) for other, (r, u) in enumerate(blocks) if r == row]
-        assert chosen[b] == (min(rivals) == (-urgency_here, b))
+    assert [block // per_row for block in chosen.tolist()] == list(range(rows))
+    for row, (block, may) in enumerate(zip(chosen.tolist(), may_swap.tolist(), strict=True)):
+        rivals = [(-ratios[b], b) for b in blocks if b // per_row == row and ratios[b] >= 0]
+        assert may == bool(rivals)
+        if rivals:
+            assert block == min(rivals)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_urgency_against_loops(dtype: torch.dtype) -> None:
+    # More than a piece, and weights that the optimizer has moved although they are pruned.
+    generator = torch.Generator().manual_seed(0)
+    weight, evidence = torch.randn(2, 60_000, 3, generator=generator, dtype=dtype)
+    mask = torch.rand(60_000, 3, generator=generator) > 0.5
+    mask[:, 1] = True
+    evidence[mask] = 0
+    expected = [
+        max([0.0, *(abs(v) for v, k in zip(vs, ks, strict=True) if not k)])
+        / min(abs(w) for w, k in zip(ws, ks, strict=True) if k)
+        for ws, vs, ks in zip(weight.tolist(), evidence.tolist(), mask.tolist(), strict=True)
+    ]
+    ratios = urgency(weight, evidence, mask)
+    assert ratios.dtype == dtype
+    torch.testing.assert_close(ratios, torch.tensor(expected, dtype=dtype))

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from bame_lightning.masks import as_integers, pieces
+
+
+class MostUrgent(NamedTuple):
+    """A block of each output row.
+
+    Args:
+        blocks: Their indices.
+        may_swap: Whether there is any that may swap; otherwise the block is an arbitrary one.
+    """
+
+    blocks: Int[Tensor, " rows"]
+    may_swap: Bool[Tensor, " rows"]
 
 
 def urgency(
@@ -15,16 +30,23 @@ def urgency(
     r"""How close a block is to a swap: $\max_{j\,\text{pruned}} |v_j| / \min_{i\,\text{kept}} |w_i|$ (ours).
 
     Args:
-        weight: The weights, w.
-        evidence: The evidence, v.
+        weight: The weights, w, whatever they are where pruned.
+        evidence: The evidence, v, zero where kept.
         mask: True where kept.
 
     Returns:
-        One ratio per block; above 1 the block would swap.
+        One ratio per block, in the type of the evidence; above 1 the block would swap.
     """
-    strongest = evidence.abs().masked_fill(mask, 0).amax(-1)
-    weakest = weight.abs().masked_fill(~mask, math.inf).amin(-1)
-    return strongest / weakest.clamp_min(torch.finfo(weight.dtype).tiny)
+    ratios, number = evidence.new_empty(len(evidence)), evidence.dtype
+    for w, v, kept, ratio in pieces(weight, evidence, mask, ratios):
+        bits = as_integers(v)
+        sign = torch.iinfo(bits.dtype).min
+        # Bits of magnitudes are in the order of the magnitudes, and integers are compared several times as fast. With the
+        # sign set they are all below zero, which stands for what is pruned.
+        strongest = bits.bitwise_and(~sign).amax(-1)
+        weakest = as_integers(w.to(number)).bitwise_or(sign).mul_(kept.view(torch.int8)).amin(-1).bitwise_and_(~sign)
+        torch.div(strongest.view(number), weakest.view(number).clamp_min_(torch.finfo(number).tiny), out=ratio)
+    return ratios
 
 
 def designate(
@@ -40,34 +62,45 @@ def designate(
     Returns:
         The most urgent unfrozen blocks' indices, ascending; a tie keeps the lower index.
     """
-    blocks = len(urgency)
+    blocks = unfrozen = len(urgency)
     if frozen is not None:
-        blocks, urgency = int((~frozen).sum()), urgency.masked_fill(frozen, -1)
-    count = blocks_in_share(share, blocks)
-    ranked = urgency.argsort(descending=True, stable=True)
-    return ranked[:count].sort().values
+        unfrozen, urgency = int((~frozen).sum()), urgency.masked_fill(frozen, -1)
+    count = blocks_in_share(share, unfrozen)
+    if not count:
+        return torch.zeros(0, dtype=torch.int64, device=urgency.device)
+    # The bits are in order whatever the ratios are, NaN as well; with the place below them no two are equal.
+    places = torch.arange(blocks, device=urgency.device)
+    order = (as_integers(urgency.float()).long() << 32) - places
+    chosen = order >= order.kthvalue(blocks - count + 1).values
+    # As `nonzero` has it, but that asks the device how many there are.
+    rank = torch.where(chosen, chosen.cumsum(0, dtype=torch.int32) - 1, count).long()
+    index = places.new_empty(count + 1).scatter_(0, rank, places)
+    return index[:count]
 
 
-def most_urgent(urgency: Float[Tensor, " chosen"], rows: Int[Tensor, " chosen"], count: int) -> Bool[Tensor, " chosen"]:
+def most_urgent(
+    urgency: Float[Tensor, " chosen"], blocks: Int[Tensor, " chosen"] | None, rows: int, per_row: int
+) -> MostUrgent:
     """Choose the most urgent block of each output row.
 
     Args:
-        urgency: How close each block is to a swap, at least 0.
-        rows: The row of each block, below `count`.
-        count: Number of rows.
+        urgency: How close blocks are to a swap; negative for those that may not.
+        blocks: Which blocks these are, of `rows` times `per_row` that lie row by row; None for all.
+        rows: Number of rows.
+        per_row: Blocks in each row.
 
     Returns:
-        True for one block of each row that has any; a tie keeps the first.
+        One block of each row, a tie keeps the first; and whether it may swap.
 
     Example:
-        >>> most_urgent(torch.tensor([0.5, 2.0, 2.0, 0.1]), torch.tensor([0, 0, 0, 2]), count=3)
-        tensor([False,  True, False,  True])
+        >>> most_urgent(torch.tensor([2.0, 2.0, 0.1]), torch.tensor([1, 2, 7]), rows=3, per_row=3)
+        MostUrgent(blocks=tensor([1, 3, 7]), may_swap=tensor([ True, False,  True]))
     """
-    best = urgency.new_zeros(count).scatter_reduce(0, rows, urgency, "amax")
-    place = torch.arange(len(rows), device=rows.device)
-    behind = torch.where(urgency == best[rows], place, len(rows))
-    first = rows.new_full((count,), len(rows)).scatter_reduce(0, rows, behind, "amin")
-    return place == first[rows]
+    if blocks is not None:
+        urgency = urgency.new_full((rows * per_row,), -1).index_copy_(0, blocks, urgency)
+    best = urgency.view(rows, per_row).max(-1)
+    first = torch.arange(0, rows * per_row, per_row, device=urgency.device)
+    return MostUrgent(first + best.indices, best.values >= 0)
 
 
 def blocks_in_share(share: float, blocks: int) -> int:

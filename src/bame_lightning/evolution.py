@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bame_lightning.criterion import select_mask
-from bame_lightning.designation import blocks_in_share, designate, most_urgent, urgency
+from bame_lightning.designation import MostUrgent, blocks_in_share, designate, most_urgent, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import pack_mask, unpack_mask, zero_pruned_
+from bame_lightning.masks import CHUNK, pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, record
 from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
@@ -110,6 +110,7 @@ class EvolvingWeight:
         freeze_after: Oscillations that a block may make; one more freezes its mask. None never freezes.
 
     Attributes:
+        mask: The mask in blocks: a view of that of `sparse`, or a copy where blocks are not contiguous in it.
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
         mean_gradient: Running mean of pruned weights' gradients over a block's readings, like `evidence`; None without
             `momentum`.
@@ -131,7 +132,7 @@ class EvolvingWeight:
         self.sparse = sparse
         self.config = evidence
         self.freeze_after = freeze_after
-        mask = sparse.mask()
+        self.mask = mask = sparse.mask()
         device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
@@ -186,47 +187,41 @@ class EvolvingWeight:
             return
         self.due |= reading.everywhere
         index, gradient = self.reading
-        zero_pruned_(gradient, finite)
-        kept = self._blocks(self.sparse.kept, index)
-        change = gradient.clone()
-        zero_pruned_(change, ~kept)
         if self.config.remembers:
             if reading.everywhere:
-                self._measure(change, finite)
-            change = self._average(index, change, kept, finite)
+                self._measure(finite)
             rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
         else:
-            rate = reading.steps * self._optimizer_step(optimizer, kept)
+            zero_pruned_(gradient, finite)
+            rate = reading.steps * self._optimizer_step(optimizer)
         # The optimizer's second moment may be poisoned as well.
-        rate = torch.where(finite, rate, 0)
+        rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
+        learn = (1 - self.config.momentum) * finite.to(self.dtype)
+        mean = self.mean_gradient
         if isinstance(index, slice):
-            self.evidence.mul_(keep).addcmul_(change, rate, value=-1)
-        else:
-            evidence = self.evidence.index_select(0, index).mul_(keep).addcmul_(change, rate, value=-1)
-            self.evidence.index_copy_(0, index, evidence)
+            means = self.evidence if mean is None else mean
+            for seen, step, kept, evidence, average in pieces(gradient, rate, self.mask, self.evidence, means):
+                zero_pruned_(seen, finite)
+                _move(evidence, None if mean is None else average, seen, ~kept, learn=learn, keep=keep, rate=step)
+            return
+        for seen, step, chosen in pieces(gradient, rate, index):
+            zero_pruned_(seen, finite)
+            kept, evidence = _rows(self.mask, chosen), _rows(self.evidence, chosen)
+            average = None if mean is None else _rows(mean, chosen)
+            _move(evidence, average, seen, ~kept, learn=learn, keep=keep, rate=step)
+            self.evidence.index_copy_(0, chosen, evidence)
+            if mean is not None:
+                mean.index_copy_(0, chosen, average)
 
-    def _average(
-        self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Bool[Tensor, ""]
-    ) -> Float[Tensor, "chosen m"]:
-        """Move the running mean of gradients by what was read of these blocks; returns it there."""
-        if self.mean_gradient is None:
-            return pruned_gradient
-        mean = _rows(self.mean_gradient, index)
-        mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
-        zero_pruned_(mean, ~kept)  # of what has been revived since
-        if not isinstance(index, slice):
-            self.mean_gradient.index_copy_(0, index, mean)
-        return mean
-
-    def _measure(self, pruned_gradient: Tensor, finite: Tensor) -> None:
+    def _measure(self, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
-        pattern = self.sparse.pattern
+        assert self.reading is not None
+        pattern, (index, gradient) = self.sparse.pattern, self.reading
+        gradients = _sum_of_squares(gradient, ~_rows(self.mask, index), self.dtype)
         # The optimizer may have moved pruned weights, which are zeroed only later.
-        weight = self.sparse.values.clone()
-        zero_pruned_(weight, self.sparse.kept)
-        gradients, weights = _sum_of_squares(pruned_gradient), _sum_of_squares(weight.to(self.dtype))
-        read: int | Tensor = max(1, len(pruned_gradient) * (pattern.m - pattern.n))
+        weights = _sum_of_squares(self.sparse.values, self.sparse.kept, self.dtype)
+        read: int | Tensor = max(1, len(gradient) * (pattern.m - pattern.n))
         if not self.sparse.rows.whole:
             sums = torch.stack((gradients, weights, gradients.new_tensor(read)))
             gradients, weights, read = self.sparse.rows.total(sums).unbind()
@@ -237,19 +232,23 @@ class EvolvingWeight:
         weights = weights / (self.sparse.weight.numel() * pattern.density)
         self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
 
-    def _optimizer_step(self, optimizer: Optimizer, mask: Tensor) -> Tensor:
+    def _optimizer_step(self, optimizer: Optimizer) -> Tensor:
         assert self.reading is not None
         index, gradient = self.reading
         rule = update_rule(optimizer, self.sparse.weight)
         moment = rule.second_moment
         if moment is not None:
             moment = self._blocks(self.sparse.oriented(local(moment)), index)
-        return block_rates(rule, moment, gradient, mask, self.sparse.pattern.n)
+        return block_rates(rule, moment, gradient, _rows(self.mask, index), self.sparse.pattern.n)
 
-    def urgency(self) -> Float[Tensor, " blocks"]:
-        """How close each block is to a swap: `designation.urgency`."""
-        weight = self._blocks(self.sparse.values, ALL).to(self.dtype)
-        return urgency(weight, self.evidence, self.sparse.mask())
+    def urgency(self, index: Int[Tensor, " chosen"] | slice = ALL) -> Float[Tensor, " chosen"]:
+        """How close all or some blocks are to a swap: `designation.urgency`."""
+        weight = to_blocks(self.sparse.values, self.sparse.pattern.m)
+        if isinstance(index, slice):
+            return urgency(weight, self.evidence, self.mask)
+        step = max(1, CHUNK // weight.shape[1])
+        tensors = (weight, self.evidence, self.mask)
+        return torch.cat([urgency(*(_rows(values, chosen) for values in tensors)) for chosen in index.split(step)])
 
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
@@ -262,20 +261,21 @@ class EvolvingWeight:
         """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
         pattern, weight = self.sparse.pattern, self.sparse.values
         index, self.due = (ALL, False) if self.due else (self.designated, False)
+        adaptable = self._adaptable(index)
+        if self.config.one_per_row:
+            # Nothing else changes, so that the rest is done for one block of each row only.
+            index, adaptable = self._most_urgent(index, adaptable)
         mask, evidence = self._blocks(self.sparse.kept, index, copy=True), _rows(self.evidence, index)
         # The optimizer may have moved pruned weights, which are zeroed only later.
         old = self._blocks(weight, index, copy=True).to(self.dtype)
         zero_pruned_(old, mask)
         latent = old + evidence
         history = FlipHistory(*(_rows(values, index) for values in self.history))
-        adaptable = self._adaptable(index)
-        if self.config.one_per_row:
-            pressing = urgency(old, evidence, mask) * adaptable
-            adaptable = adaptable & most_urgent(pressing, self._output_rows(index), len(weight))
         worth, margin = self._worth(latent, index), self.config.margin
         new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=margin, rows=self.sparse.rows)
         self._put(weight, index, new.weight)
         self._put(self.sparse.kept, index, new.mask)
+        _put_rows(self.mask, index, new.mask)
         _put_rows(self.evidence, index, new.evidence)
         for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
             _put_rows(values, index, changed)
@@ -299,33 +299,27 @@ class EvolvingWeight:
             return known[None]
         return known & ~frozen_blocks(_rows(self.history.oscillations, index), self.freeze_after)
 
-    def _output_rows(self, index: Tensor | slice) -> Int[Tensor, " chosen"]:
-        blocks = len(self.evidence)
-        if isinstance(index, slice):
-            index = torch.arange(blocks, device=self.evidence.device)
-        return index // (blocks // len(self.sparse.kept))
+    def _most_urgent(self, index: Tensor | slice, adaptable: Bool[Tensor, "#chosen"]) -> MostUrgent:
+        """The one block of each output row that may adapt, of those at `index`."""
+        pressing = self.urgency(index).masked_fill(~adaptable, -1)
+        rows = len(self.sparse.kept)
+        return most_urgent(pressing, None if isinstance(index, slice) else index, rows, len(self.mask) // rows)
 
     def _first_order(self, index: Tensor | slice, change: Float[Tensor, "chosen m"]) -> Float[Tensor, ""]:
         r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$.
 
         Only over the blocks that this step has read: of others no gradient is known.
         """
-        if self.reading is None:
-            return torch.zeros_like(self.predicted)
-        blocks, gradient = self.reading
-        if isinstance(index, slice):
-            change = _rows(change, blocks)
-        return -torch.dot(gradient.flatten(), change.flatten())
+        gradient = self._gradient(index)
+        return torch.zeros_like(self.predicted) if gradient is None else -torch.dot(gradient.flatten(), change.flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """All that evolves beside the mask, of all rows: evidence of pruned positions only, a bit per mask position."""
         rows = self.sparse.rows
         state = {
             # Every row has as many pruned positions as any other.
-            "evidence": rows.gather(self.evidence[~self.sparse.mask()]),
-            "mean_gradient": None
-            if self.mean_gradient is None
-            else rows.gather(self.mean_gradient[~self.sparse.mask()]),
+            "evidence": rows.gather(self.evidence[~self.mask]),
+            "mean_gradient": None if self.mean_gradient is None else rows.gather(self.mean_gradient[~self.mask]),
             "noise": self.noise,
             "unit": self.unit,
             "oscillations": rows.gather(self.history.oscillations),
@@ -345,7 +339,7 @@ class EvolvingWeight:
         # Copies: training goes on in place, and the checkpoint is the caller's.
         device, rows = self.evidence.device, self.sparse.rows
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
-        mask = self.sparse.mask()
+        mask = self.mask.copy_(self.sparse.mask())
         self.evidence = self._pruned(mask, state["evidence"])
         if self.mean_gradient is not None:
             self.mean_gradient = self._pruned(mask, state["mean_gradient"])
@@ -366,8 +360,9 @@ class EvolvingWeight:
         m = self.sparse.pattern.m
         if not isinstance(index, slice):
             return gather_blocks(tensor, m, index)
-        blocks = to_blocks(tensor, m)
-        return blocks.clone() if copy else blocks
+        if copy:
+            tensor = tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        return to_blocks(tensor, m)
 
     def _put(self, tensor: Tensor, index: Tensor | slice, blocks: Tensor) -> None:
         if isinstance(index, slice):
@@ -380,9 +375,15 @@ class EvolvingWeight:
         if self.reading is None:
             return None
         blocks, gradient = self.reading
-        if not isinstance(blocks, slice):
-            gradient = torch.zeros_like(self.evidence).index_copy(0, blocks, gradient)
-        return gradient[index]
+        if isinstance(blocks, slice):
+            return _rows(gradient, index)
+        if isinstance(index, slice) or not len(blocks):
+            return _rows(torch.zeros_like(self.evidence).index_copy_(0, blocks, gradient), index)
+        # Blocks that were read are in order.
+        place = torch.searchsorted(blocks.contiguous(), index.contiguous()).clamp_max_(len(blocks) - 1)
+        found = gradient.index_select(0, place)
+        zero_pruned_(found, (blocks.index_select(0, place) == index)[:, None])
+        return found
 
 
 def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
@@ -396,6 +397,21 @@ def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
         values.index_copy_(0, index, rows)
 
 
-def _sum_of_squares(values: Tensor) -> Float[Tensor, ""]:
-    flat = values.flatten()
-    return torch.dot(flat, flat)
+def _move(
+    evidence: Tensor, mean: Tensor | None, gradient: Tensor, pruned: Tensor, *, learn: Tensor, keep: Tensor, rate: Tensor
+) -> None:
+    """Move evidence of some blocks in place: by a gradient, or by the running mean that follows it."""
+    if mean is None:
+        change = zeroed(gradient, pruned)
+    else:
+        change = mean.lerp_(gradient, learn)
+        zero_pruned_(change, pruned)  # also of what has been revived since
+    evidence.mul_(keep).addcmul_(change, rate, value=-1)
+
+
+def _sum_of_squares(values: Tensor, kept: Tensor, dtype: torch.dtype) -> Float[Tensor, ""]:
+    def part(values: Tensor, kept: Tensor) -> Tensor:
+        flat = zeroed(values, kept).to(dtype).flatten()
+        return torch.dot(flat, flat)
+
+    return torch.stack([part(*piece) for piece in pieces(values, kept)]).sum()

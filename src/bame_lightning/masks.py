@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**18
-"""Values that `zero_pruned_` treats at once on a CPU, the fastest of 2**14 to 2**19 there."""
+CHUNK = 2**17
+"""Values in a piece on a CPU: of 2**14 to 2**19 the largest whose temporaries cost no page faults (`docs/performance.md`)."""
 
 
 def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
@@ -49,14 +51,40 @@ def zero_pruned_(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]
         values: Numbers of at most 8 bytes.
         kept: True where values stay; of their shape, or a scalar.
     """
-    bits, factor = values.view(_INTEGERS[values.element_size()]), kept.view(torch.int8)
-    if not values.is_cpu or values.numel() <= CHUNK or kept.dim() == 0:
+    bits, factor = as_integers(values), kept.view(torch.int8)
+    if kept.dim() == 0:
         bits.mul_(factor)
         return
     # On a CPU torch lays out an integer copy of a factor of another type: in pieces, it stays in the cache.
-    rows = max(1, CHUNK * len(values) // values.numel())
-    for part, by in zip(torch.split(bits, rows), torch.split(factor, rows), strict=True):
+    for part, by in pieces(bits, factor):
         part.mul_(by)
+
+
+def zeroed(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]) -> Shaped[Tensor, "*shape"]:
+    """A copy of values, zeroed as by `zero_pruned_`."""
+    return torch.mul(as_integers(values), kept.view(torch.int8)).view(values.dtype)
+
+
+def as_integers(values: Shaped[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """View the bits of numbers of at most 8 bytes as integers, which are in the order of the numbers if those are positive."""
+    return values.view(_INTEGERS[values.element_size()])
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors along their first dimension into pieces that stay in a CPU's cache, and their temporaries, too.
+
+    Args:
+        tensors: Of the same length, at least one dimension each. The first one decides: a piece of it holds `CHUNK` values.
+
+    Yields:
+        A view of each; on other devices than a CPU the whole of them at once.
+    """
+    first = tensors[0]
+    rows = max(1, CHUNK * len(first) // max(1, first.numel()))
+    if not first.is_cpu or rows >= len(first):
+        yield tensors
+    else:
+        yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def random_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+_STRIDED = 16
+"""How many times as long it takes to find a strided block as to lay it out among all."""
 _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 
 
@@ -137,9 +139,9 @@ def from_blocks(blocks: Shaped[Tensor, "blocks m"], shape: torch.Size) -> Shaped
 def gather_blocks(
     weight: Shaped[Tensor, "out inp *kernel"], m: int, index: Int[Tensor, " chosen"]
 ) -> Shaped[Tensor, "chosen {m}"]:
-    """Copy some blocks out of a weight, without laying out all of them.
+    """Copy some blocks out of a weight.
 
-    Equal to `to_blocks(weight, m)[index]`; for convolutions it touches the chosen blocks only.
+    Equal to `to_blocks(weight, m)[index]`; for convolutions, a few blocks are found without laying out all of them.
 
     Args:
         weight: Weight of shape (out, in, *kernel), with `m` dividing `in`.
@@ -152,6 +154,8 @@ def gather_blocks(
     grid = _grid(weight, m)
     if grid.is_contiguous():
         return grid.view(-1, m).index_select(0, index)
+    if len(index) * m * _STRIDED > weight.numel():
+        return to_blocks(weight, m).index_select(0, index)
     return grid[torch.unravel_index(index, grid.shape[:-1])]
 
 
