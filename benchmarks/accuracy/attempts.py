@@ -68,8 +68,9 @@ class BlockNoiseWeight(EvolvingWeight):
         n, m = self.sparse.pattern.n, self.sparse.pattern.m
         square = pruned_gradient.square().sum(-1) / (m - n)
         if not hasattr(self, "squares"):
-            self.squares = square.clone()  # the first reading is one of all blocks
-        self.squares[index] = torch.lerp(square, self.squares[index], 0.9)
+            self.squares = torch.zeros(len(self.evidence), device=square.device)
+        before = self.squares[index]
+        self.squares[index] = torch.where(before > 0, torch.lerp(square, before, 0.9), square)
         weights = self._blocks(self.sparse.weight.detach(), index).masked_fill(~kept, 0).square().sum(-1)
         unit = (weights / n / self.squares[index].clamp_min(1e-30)).sqrt()
         mean = super()._average(index, pruned_gradient, kept, finite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -197,22 +197,26 @@ class EvolvingWeight:
         # The optimizer's second moment may be poisoned as well.
         rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
-        learn = (1 - self.config.momentum) * finite.to(self.dtype)
-        mean = self.mean_gradient
-        if isinstance(index, slice):
-            means = self.evidence if mean is None else mean
-            for seen, step, kept, evidence, average in pieces(gradient, rate, self.mask, self.evidence, means):
-                zero_pruned_(seen, finite)
-                _move(evidence, None if mean is None else average, seen, ~kept, learn=learn, keep=keep, rate=step)
-            return
-        for seen, step, chosen in pieces(gradient, rate, index):
+        for read, chosen in _pieces(index, gradient):
+            seen, kept, evidence = gradient[read], _rows(self.mask, chosen), _rows(self.evidence, chosen)
             zero_pruned_(seen, finite)
-            kept, evidence = _rows(self.mask, chosen), _rows(self.evidence, chosen)
-            average = None if mean is None else _rows(mean, chosen)
-            _move(evidence, average, seen, ~kept, learn=learn, keep=keep, rate=step)
-            self.evidence.index_copy_(0, chosen, evidence)
-            if mean is not None:
-                mean.index_copy_(0, chosen, average)
+            change = self._average(chosen, zeroed(seen, ~kept), kept, finite)
+            evidence.mul_(keep).addcmul_(change, rate[read], value=-1)
+            if isinstance(chosen, Tensor):
+                self.evidence.index_copy_(0, chosen, evidence)
+
+    def _average(
+        self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Bool[Tensor, ""]
+    ) -> Float[Tensor, "chosen m"]:
+        """Move the running mean of gradients by what was read of these blocks; returns it there."""
+        if self.mean_gradient is None:
+            return pruned_gradient
+        mean = _rows(self.mean_gradient, index)
+        mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
+        zero_pruned_(mean, ~kept)  # of what has been revived since
+        if isinstance(index, Tensor):
+            self.mean_gradient.index_copy_(0, index, mean)
+        return mean
 
     def _measure(self, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
@@ -246,9 +250,9 @@ class EvolvingWeight:
         weight = to_blocks(self.sparse.values, self.sparse.pattern.m)
         if isinstance(index, slice):
             return urgency(weight, self.evidence, self.mask)
-        step = max(1, CHUNK // weight.shape[1])
         tensors = (weight, self.evidence, self.mask)
-        return torch.cat([urgency(*(_rows(values, chosen) for values in tensors)) for chosen in index.split(step)])
+        chosen = torch.split(index, max(1, CHUNK // weight.shape[1]))
+        return torch.cat([urgency(*(_rows(values, part) for values in tensors)) for part in chosen])
 
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
@@ -311,7 +315,9 @@ class EvolvingWeight:
         Only over the blocks that this step has read: of others no gradient is known.
         """
         gradient = self._gradient(index)
-        return torch.zeros_like(self.predicted) if gradient is None else -torch.dot(gradient.flatten(), change.flatten())
+        return (
+            torch.zeros_like(self.predicted) if gradient is None else -torch.dot(gradient.flatten(), change.flatten())
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that evolves beside the mask, of all rows: evidence of pruned positions only, a bit per mask position."""
@@ -387,7 +393,7 @@ class EvolvingWeight:
 
 
 def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
-    return values if isinstance(index, slice) else values.index_select(0, index)
+    return values[index] if isinstance(index, slice) else values.index_select(0, index)
 
 
 def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
@@ -397,16 +403,13 @@ def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
         values.index_copy_(0, index, rows)
 
 
-def _move(
-    evidence: Tensor, mean: Tensor | None, gradient: Tensor, pruned: Tensor, *, learn: Tensor, keep: Tensor, rate: Tensor
-) -> None:
-    """Move evidence of some blocks in place: by a gradient, or by the running mean that follows it."""
-    if mean is None:
-        change = zeroed(gradient, pruned)
-    else:
-        change = mean.lerp_(gradient, learn)
-        zero_pruned_(change, pruned)  # also of what has been revived since
-    evidence.mul_(keep).addcmul_(change, rate, value=-1)
+def _pieces(index: Tensor | slice, read: Tensor) -> Iterator[tuple[slice, Tensor | slice]]:
+    """Where to find blocks among those that were read, and which these are, in pieces as `masks.pieces` cuts them."""
+    begin = 0
+    for (part,) in pieces(read):
+        rows = slice(begin, begin + len(part))
+        yield rows, rows if isinstance(index, slice) else index[rows]
+        begin = rows.stop
 
 
 def _sum_of_squares(values: Tensor, kept: Tensor, dtype: torch.dtype) -> Float[Tensor, ""]:
