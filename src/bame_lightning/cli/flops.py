@@ -19,7 +19,7 @@ from torch import nn
 
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
-from bame_lightning.cli.models import Build, build_model, native_input
+from bame_lightning.cli.models import Build, build_model, input_of
 from bame_lightning.evidence import OneBatch
 from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
 from bame_lightning.layers import plan_layers
@@ -75,15 +75,7 @@ def count(cfg: DictConfig) -> dict[str, Any]:
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1; got {cfg[name]}.")
     build = instantiate(cfg.model)
-    if cfg.get("data"):
-        data = instantiate(cfg.data)
-        shape, classes = tuple(data.input_shape), data.num_classes
-    elif native := native_input(build):
-        shape, classes = native
-    else:
-        raise ValueError(
-            "`model` has no default `input_shape` and `num_classes`, so it has no native input. Choose one with data=..."
-        )
+    shape, classes = input_of(build, cfg.get("data"))
     model, counter = _trace(build, shape, classes)
 
     rules = cfg.sparsity.layers or {}

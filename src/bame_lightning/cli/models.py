@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import nn
 
 Build = Callable[[Any, int], nn.Module]
@@ -24,6 +26,30 @@ def native_input(build: Build) -> tuple[tuple[int, ...], int] | None:
     parameters = inspect.signature(build).parameters
     values = [parameters[name].default for name in ("input_shape", "num_classes") if name in parameters]
     return (tuple(values[0]), values[1]) if len(values) == 2 and inspect.Parameter.empty not in values else None
+
+
+def input_of(build: Build, data: DictConfig | None) -> tuple[tuple[int, ...], int]:
+    """Shape of an input and classes: those of a data set, or what a model is made for.
+
+    Args:
+        build: Makes the model.
+        data: Configuration of a data set, which is not read; None for the model's native input.
+
+    Returns:
+        Shape of an input, and classes.
+
+    Raises:
+        ValueError: If there are neither data nor a native input.
+    """
+    if data:
+        made = instantiate(data)
+        return tuple(made.input_shape), made.num_classes
+    native = native_input(build)
+    if native is None:
+        raise ValueError(
+            "`model` has no default `input_shape` and `num_classes`, so it has no native input. Choose one with data=..."
+        )
+    return native
 
 
 def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

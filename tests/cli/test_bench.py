@@ -1,0 +1,107 @@
+"""`bame-bench` on the command line, and the turns that methods take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from bame_lightning import StaticMask
+from bame_lightning.cli import bench
+from bame_lightning.cli.bench import CYCLE, Times, random_batch, take_turns
+
+Run = Callable[..., str]
+MLP = ("model=mlp", "model.hidden=[32]", "data=digits", "batch_size=4", "cycles=1")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call `bame-bench` in this process; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["bame-bench", *overrides])
+        bench.main()
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().out
+
+    return call
+
+
+class Watched(L.LightningModule):
+    """Writes down whose step it is."""
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        super().__init__()
+        self.name, self.seen = name, seen
+        self.model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append(self.name)
+        if self.name == "broken":
+            raise RuntimeError("no such luck")
+        return nn.functional.cross_entropy(self.model(batch[0].flatten(1)), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_methods_take_turns_step_by_step() -> None:
+    seen: list[str] = []
+    fits: dict[str, bench.Fit] = {
+        "a": lambda: (Watched("a", seen), []),
+        "b": lambda: (Watched("b", seen), [StaticMask("1:4", rescale=False)]),
+    }
+    times = take_turns(fits, random_batch((1, 2, 4), 2, 3), cycles=2)
+    assert seen == ["a", "b"] * (3 * CYCLE)
+    assert [len(t.seconds) for t in times.values()] == [2 * CYCLE] * 2
+    assert times["a"].weights == times["a"].held == times["a"].saved == 0
+    # The first layer alone is sparse: a byte for each of 64 weights, and a bit for what they were at first.
+    assert (times["b"].weights, times["b"].held) == (64, 64 + 8)
+
+
+def test_what_fails_is_told() -> None:
+    seen: list[str] = []
+    fits: dict[str, bench.Fit] = {
+        "a": lambda: (Watched("a", seen), []),
+        "broken": lambda: (Watched("broken", seen), []),
+    }
+    with pytest.raises(RuntimeError, match="no such luck"):
+        take_turns(dict(reversed(fits.items())), random_batch((1, 2, 4), 2, 3), cycles=1)
+
+
+def test_every_step_is_compared_with_the_dense_one_beside_it() -> None:
+    # A machine that becomes ten times as slow in the second cycle; a method that takes twice as long at every tenth step.
+    dense = Times([1.0] * CYCLE + [10.0] * CYCLE, 0.0, 0, 0, 0)
+    method = Times([2.0] + [1.0] * 9 + [20.0] + [10.0] * 9, 0.5, 100, 700, 300)
+    found = method.summary(dense)
+    assert (found["reads_all"], found["adapts_all"], found["reads_some"], found["adapts_some"]) == (2, 1, 1, 1)
+    assert found["over_dense"] == pytest.approx(1.1)
+    assert (found["logging_ms"], found["held_bytes_a_weight"], found["saved_bytes_a_weight"]) == (500, 7, 3)
+
+
+def test_a_model_is_measured(run: Run) -> None:
+    found: dict[str, Any] = json.loads(run(*MLP, "pattern=2:4", "json=true"))
+    assert (found["model"], found["input_shape"], found["pattern"]) == ("mlp", [1, 8, 8], "2:4")
+    assert list(found["methods"]) == ["dense", "sr_ste", "static", "bame"]
+    assert found["methods"]["dense"]["over_dense"] == 1
+    assert all(method["median_ms"] > 0 for method in found["methods"].values())
+    # Latent values of pruned weights: half a float32 for each weight, and more.
+    assert 2 < found["methods"]["sr_ste"]["saved_bytes_a_weight"] < 12
+    assert "a step / dense" in run(*MLP)
+
+
+@pytest.mark.parametrize("wrong", ["cycles=0", "batch_size=0.5"])
+def test_a_wrong_number_is_told_in_one_line(run: Run, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(*MLP, wrong)
+    assert f"`{wrong.split('=')[0]}` must be a whole number of at least 1" in capsys.readouterr().err
