@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+import bame_lightning
 from bame_lightning.cli.conf import conf_dir
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,23 @@ def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
     if path.stem != "bame_one_batch":  # which refers to the card of bame for the others
         named = {parameter.partition(".")[0] for parameter, *_ in rows}
         assert named == {key for key in cfg.method if not str(key).startswith("_")}
+
+
+def test_the_version_stands_in_one_place_and_its_changes_in_the_changelog() -> None:
+    version = bame_lightning.__version__
+    assert re.search(rf"^## {re.escape(version)}( \(|$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    texts = {
+        path: (ROOT / path).read_text() for path in ("pyproject.toml", "README.md", "CITATION.cff", "docs/conf.py")
+    }
+    assert not [path for path, text in texts.items() if re.search(rf"(?<![\d.=]){re.escape(version)}(?![\d.])", text)]
+
+
+def test_the_citation_names_the_paper_of_the_method() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "preferred-citation"} <= citation.keys()
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("BAME: Block-Aware Mask Evolution")
+    assert (paper["year"], len(paper["authors"])) == (2025, 7)
 
 
 REFERENCES = sorted(

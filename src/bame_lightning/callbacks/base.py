@@ -18,11 +18,11 @@ from typing_extensions import override
 
 from bame_lightning import invariants, statistics
 from bame_lightning.callbacks.averaging import Averages
-from bame_lightning.callbacks.bookkeeping import Bookkeeper
+from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
-from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, parse_rules, plan_layers
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, oriented, to_blocks
 from bame_lightning.schedule import Schedule
@@ -32,7 +32,7 @@ ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
 """Metrics that the progress bar shows."""
 
 
-class SparseCallback(L.Callback):
+class SparseCallback(KeepsBooks):
     """Train weights that are N:M sparse whenever anybody looks: the base of all methods.
 
     The model is never renamed, wrapped or added to: its state dict keeps the plain keys, with exact zeros where weights
@@ -67,15 +67,11 @@ class SparseCallback(L.Callback):
     ) -> None:
         if init not in ("magnitude", "random", "nonzero"):
             raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
-        self.pattern = NMPattern.parse(pattern)
-        parse_rules(layers or {})
-        self.rules = dict(layers or {})
+        super().__init__(pattern, layers)
         self.init = init
         self.rescale = rescale
         self.verify = verify
         self.weights: list[SparseWeight] = []
-        self.steps = 0
-        self.books = Bookkeeper({})
         self._optimizer: Optimizer | None = None
         self._averages = Averages((), ())
         self._restored: dict[str, Any] | None = None
@@ -225,14 +221,8 @@ class SparseCallback(L.Callback):
         self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.books.start_batch(pl_module)
-
-    @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.books.end_forward()
+        super().on_before_backward(trainer, pl_module, loss)
         if not pl_module.automatic_optimization:
             self._refuse_local_gradients(trainer)
             self.before_backward()
@@ -275,7 +265,7 @@ class SparseCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.books.abort()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.after_batch()
         self._averages.follow()
         if self.verify:
@@ -296,7 +286,7 @@ class SparseCallback(L.Callback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.books.abort()
+        super().on_exception(trainer, pl_module, exception)
         self.after_batch()
         self._remove_hooks()
 

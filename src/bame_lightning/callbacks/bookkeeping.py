@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from bame_lightning.flops import Ledger, MacCounter, Shares
+from bame_lightning.layers import parse_rules
+from bame_lightning.pattern import NMPattern
 
 
 class Bookkeeper:
@@ -71,3 +75,42 @@ class Bookkeeper:
     def state_dict(self) -> dict[str, Any]:
         """State of the ledger; empty if nothing was booked."""
         return self.ledger.state_dict() if self.ledger else dict(self._restored or {})
+
+
+class KeepsBooks(L.Callback):
+    """What every method shares with dense training: pattern and layers of the comparison, and the hooks that count.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers.
+
+    Raises:
+        ValueError: If an argument is malformed.
+    """
+
+    def __init__(self, pattern: str | NMPattern, layers: Mapping[str, str | NMPattern] | None) -> None:
+        parse_rules(layers or {})
+        self.pattern = NMPattern.parse(pattern)
+        self.rules = dict(layers or {})
+        self.steps = 0
+        self.books = Bookkeeper({})
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.books.start_batch(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.books.end_forward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.books.abort()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.books.abort()

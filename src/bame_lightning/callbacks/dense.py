@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.callbacks.bookkeeping import Bookkeeper
-from bame_lightning.layers import parse_rules, plan_layers
+from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
+from bame_lightning.layers import plan_layers
 from bame_lightning.pattern import NMPattern
 
 
-class Dense(L.Callback):
+class Dense(KeepsBooks):
     """Change nothing, and book what training costs, beside SR-STE of the same pattern and layers.
 
     Args:
@@ -27,11 +26,7 @@ class Dense(L.Callback):
     """
 
     def __init__(self, pattern: str | NMPattern, *, layers: Mapping[str, str | NMPattern] | None = None) -> None:
-        parse_rules(layers or {})
-        self.pattern = NMPattern.parse(pattern)
-        self.rules = dict(layers or {})
-        self.steps = 0
-        self.books = Bookkeeper({})
+        super().__init__(pattern, layers)
         self._restored: dict[str, Any] | None = None
 
     @override
@@ -48,16 +43,6 @@ class Dense(L.Callback):
         self._ranks = trainer.world_size
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.books.start_batch(pl_module)
-
-    @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.books.end_forward()
-
-    @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         self.books.book({}, self._ranks)
         self.steps += 1
@@ -66,13 +51,9 @@ class Dense(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.books.abort()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self.books.metrics(), on_step=True, on_epoch=False)
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.books.abort()
 
     @override
     def state_dict(self) -> dict[str, Any]:

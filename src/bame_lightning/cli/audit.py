@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bame_lightning.audit import AuditError, AuditReport, audit_checkpoint
+from bame_lightning.cli.checkpoints import add_arguments, printable
 
 _DESCRIPTION = """\
 Check that every block of a checkpoint's weights obeys its N:M pattern: at most
@@ -53,27 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt or a file written by torch.save")
-    parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; optional if the checkpoint says it itself")
-    parser.add_argument(
-        "--dense",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="do not check the weights or modules of this name, e.g. 'model.fc' or '*.head*'; repeatable",
-    )
-    parser.add_argument(
-        "--transposed",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="the input dimension of these weights or modules is the first one, as in GPT-2's Conv1D; repeatable",
-    )
+    add_arguments(parser)
     args = parser.parse_args(argv)
     try:
         report = audit_checkpoint(args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed)
     except AuditError as error:
-        print(f"bame-audit: {_printable(str(error))}", file=sys.stderr)
+        print(f"bame-audit: {printable(str(error))}", file=sys.stderr)
         return 1
     _print(report, Console(markup=False, highlight=False))
     return 0 if report.compliant else 1
@@ -87,7 +73,7 @@ def _print(report: AuditReport, console: Console) -> None:
     failing = [layer for layer in report.layers if not layer.compliant]
     for layer in failing:
         line = f"{layer.name} violates {layer.pattern}: {layer.reason}"
-        console.print(_printable(line), soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     if not report.layers:
         console.print("FAILED: no weight was checked; the table says why.", soft_wrap=True)
     elif failing:
@@ -96,7 +82,7 @@ def _print(report: AuditReport, console: Console) -> None:
         console.print(f"FAILED: {len(bad)} of {len(names)} checked weights violate the pattern.", soft_wrap=True)
         if not report.from_state:
             hint = "If it is dense on purpose, as classifiers and embeddings often are, exclude it: --dense "
-            console.print(_printable(f"{hint}'{failing[-1].name}'"), soft_wrap=True)
+            console.print(printable(f"{hint}'{failing[-1].name}'"), soft_wrap=True)
     else:
         console.print(f"OK: all {sum(layer.blocks for layer in report.layers)} blocks obey.", soft_wrap=True)
 
@@ -110,7 +96,7 @@ def _layer_table(report: AuditReport) -> Table:
     table.add_column("verdict", no_wrap=True)
     for layer in report.layers:
         table.add_row(
-            _printable(layer.name),
+            printable(layer.name),
             str(layer.pattern),
             str(layer.blocks),
             f"{layer.density:.2%}",
@@ -125,13 +111,8 @@ def _skipped_table(report: AuditReport) -> Table:
     table.add_column("layer", overflow="fold")
     table.add_column("reason", overflow="fold")
     for name, reason in report.skipped.items():
-        table.add_row(_printable(name), _printable(reason))
+        table.add_row(printable(name), printable(reason))
     return table
-
-
-def _printable(text: str) -> str:
-    """Escape what could steer a terminal: names come from an untrusted file."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bame_lightning.audit import AuditError
+from bame_lightning.cli.checkpoints import add_arguments, printable
 from bame_lightning.cli.networks import network_of_function, network_of_run
 from bame_lightning.export import (
     ExportError,
@@ -74,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ExportError as error:
             raise ExportError(f"`{checkpoint}` {error}") from error
     except (ExportError, AuditError, OSError) as error:
-        print(f"bame-export: error: {_printable(str(error))}", file=sys.stderr)
+        print(f"bame-export: error: {printable(str(error))}", file=sys.stderr)
         return 1
     for line in (*_contents(trained), *lines):
-        print(_printable(line))
+        print(printable(line))
     size = args.output.stat().st_size
     dense = sum(tensor.numel() * tensor.element_size() for tensor in trained.tensors.values())
     print(f"Written: {args.output} ({_bytes(size)}; the dense tensors take {_bytes(dense)})")
@@ -91,24 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt or a file written by torch.save")
+    add_arguments(parser)
     parser.add_argument("--format", required=True, choices=_FORMATS, help="see below")
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="replaced if it exists")
-    parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; optional if the checkpoint says it itself")
-    parser.add_argument(
-        "--dense",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="weights or modules that are dense on purpose, e.g. 'model.fc'; repeatable",
-    )
-    parser.add_argument(
-        "--transposed",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="weights or modules whose input dimension is the first one, as in GPT-2's Conv1D; repeatable",
-    )
     parser.add_argument(
         "--prefix",
         help="export only names that begin with it, without it; '' keeps all names. By default 'model.' if all names of a "
@@ -202,11 +188,6 @@ def _contents(trained: Trained) -> list[str]:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"
-
-
-def _printable(text: str) -> str:
-    """Escape what could steer a terminal: names come from an untrusted file."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from typing_extensions import override
 
+from bame_lightning.tasks.loaders import make_loader
+
 # Of the training images' channels, values in [0, 1]; what published networks are trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,12 +93,5 @@ class ImageNet(LightningDataModule):
         if self._splits is None:
             self.setup("fit")
         assert self._splits is not None
-        return DataLoader(
-            self._splits[split],
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        pinned = torch.cuda.is_available()
+        return make_loader(self._splits[split], self.batch_size, self.num_workers, training=training, pin_memory=pinned)

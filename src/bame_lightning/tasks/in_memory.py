@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from bame_lightning.tasks.loaders import make_loader
+
 
 @runtime_checkable
 class Batches(Sized, Protocol):
@@ -70,12 +72,5 @@ class InMemoryData(LightningDataModule):
     def _loader(self, split: int, *, training: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
         self.setup("fit")
         assert self._splits is not None
-        return DataLoader(
-            self._splits[split],  # type: ignore[arg-type]  # serves batches, which torch's type does not know
-            batch_size=self.batch_size if training else self.evaluation_batch_size,
-            shuffle=training,
-            drop_last=training,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        batch_size = self.batch_size if training else self.evaluation_batch_size
+        return make_loader(self._splits[split], batch_size, self.num_workers, training=training, collate_fn=_as_is)

@@ -1,0 +1,31 @@
+"""What commands share that read checkpoints of anyone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments by which `audit_checkpoint` is told what to check: `checkpoint`, `pattern`, `dense`, `transposed`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt or a file written by torch.save")
+    parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; optional if the checkpoint says it itself")
+    parser.add_argument(
+        "--dense",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="weights or modules that are dense on purpose, e.g. 'model.fc' or '*.head*'; repeatable",
+    )
+    parser.add_argument(
+        "--transposed",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="weights or modules whose input dimension is the first one, as in GPT-2's Conv1D; repeatable",
+    )
+
+
+def printable(text: str) -> str:
+    """Escape what could steer a terminal: names come from an untrusted file."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
