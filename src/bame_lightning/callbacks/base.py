@@ -19,6 +19,7 @@ from typing_extensions import override
 from bame_lightning import invariants, statistics
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
+from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
@@ -205,6 +206,8 @@ class SparseCallback(KeepsBooks):
             booked = restored.get("flops") if restored else None
             self.books = Bookkeeper(densities, transposable=self.transposable, restored=booked)
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
+        if trainer.is_global_zero:
+            record_config(trainer.loggers, type(self).__name__, str(self.pattern), plans)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

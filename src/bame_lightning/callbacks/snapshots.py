@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from bame_lightning.callbacks.bame import BAMECallback
-from bame_lightning.callbacks.base import SparseCallback, total_steps
-from bame_lightning.schedule import Schedule, Window
-from bame_lightning.snapshots import FILE, LayerMaps, Snapshots, layer_maps, layer_of, write_snapshots
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
+from bame_lightning.schedule import Window
+from bame_lightning.snapshots import FILE, Snapshots, layer_of, write_snapshots
 
 
-class MaskSnapshots(L.Callback):
+class MaskSnapshots(MaskWatcher):
     """Save bounded maps of every sparse layer at a bounded number of adaptations, for `bame-report`.
 
     The masks at the start, and then those after adaptations that are spaced evenly over the method's window; a method without
@@ -38,49 +37,31 @@ class MaskSnapshots(L.Callback):
     """
 
     def __init__(self, folder: str | Path, *, at_most: int = 20) -> None:
-        if at_most < 1:
-            raise ValueError(f"`at_most` must be a number of snapshots, at least 1; got {at_most}.")
+        super().__init__(at_most)
         self.path = Path(folder) / FILE
-        self.at_most = at_most
         self.snapshots = Snapshots()
         self._contents = b""
-        self._method: SparseCallback | None = None
-        self._window: Window | None = None
-        self._moments: list[int] = []
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._method = next((found for found in callbacks if isinstance(found, SparseCallback)), None)
-        if not trainer.is_global_zero:
-            self._method = None
-        elif self._method is None:
+        super().on_train_start(trainer, pl_module)
+        if self.method is None and trainer.is_global_zero:
             self.path.unlink(missing_ok=True)  # of an earlier run in the same folder
-        if self._method is None:
-            return
-        schedule: Schedule | None = getattr(self._method, "schedule", None)
-        steps = total_steps(trainer, schedule or Schedule())
-        self._window = schedule.window(steps) if schedule else None
-        looked_at = self._window or Window(0, int(steps) if math.isfinite(steps) else 0, 1)
-        self._moments = [step for step in moments(looked_at, self.at_most) if step > self._method.steps]
-        evolving = self._method.evolving if isinstance(self._method, BAMECallback) else []
-        freezes = bool(evolving) and evolving[0].freeze_after is not None
-        layers = [layer_of(sparse, freezes=freezes) for sparse in self._method.weights]
-        if self.snapshots.layers != layers or not self._method.steps:
+
+    @override
+    def begin(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        freezes = any(weight.freeze_after is not None for weight in evolving_weights(method).values())
+        layers = [layer_of(sparse, freezes=freezes) for sparse in method.weights]
+        if self.snapshots.layers != layers or not method.steps:
             self.snapshots = Snapshots(layers)
-        self.snapshots.drop_after(self._method.steps)
+        self.snapshots.drop_after(method.steps)
         if not self.snapshots.steps:
-            self._record()
+            self._record(method)
         self._write()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._method is None or not self._moments or self._method.steps < self._moments[0]:
-            return
-        self._moments = [step for step in self._moments if step > self._method.steps]
-        self._record()
+    def look(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        self._record(method)
         self._write()
 
     @override
@@ -93,43 +74,14 @@ class MaskSnapshots(L.Callback):
         self._contents = state_dict["snapshots"].cpu().numpy().tobytes()
         self.snapshots = Snapshots.from_bytes(self._contents) if self._contents else Snapshots()
 
-    def _record(self) -> None:
-        assert self._method is not None
-        evolving = self._method.evolving if isinstance(self._method, BAMECallback) else []
-        histories = {weight.sparse.name: weight for weight in evolving}
-        maps = list[LayerMaps]()
-        for sparse in self._method.weights:
-            weight = histories.get(sparse.name)
-            if weight is None:
-                maps.append(layer_maps(sparse))
-            else:
-                frozen = None if weight.freeze_after is None else weight.frozen
-                maps.append(layer_maps(sparse, weight.history.oscillations, frozen))
-        steps = self._method.steps
-        self.snapshots.add(steps, None if self._window is None else done(self._window, steps), maps)
+    def _record(self, method: SparseCallback) -> None:
+        evolving = evolving_weights(method)
+        maps = [maps_of(sparse, evolving.get(sparse.name)) for sparse in method.weights]
+        self.snapshots.add(method.steps, None if self.window is None else done(self.window, method.steps), maps)
 
     def _write(self) -> None:
         self._contents = self.snapshots.to_bytes()
         write_snapshots(self._contents, self.path)
-
-
-def moments(window: Window, at_most: int) -> list[int]:
-    """Choose adaptations that are spaced evenly over a window, the last one among them.
-
-    Args:
-        window: When masks adapt.
-        at_most: How many to choose.
-
-    Returns:
-        For each the optimizer steps done when it is over.
-
-    Example:
-        >>> moments(Window(start=10, stop=100, every=10), at_most=3)
-        [40, 70, 100]
-    """
-    count = min(at_most, window.adaptations)
-    chosen = [round(index * window.adaptations / count) for index in range(1, count + 1)]
-    return [window.start + number * window.every for number in chosen]
 
 
 def done(window: Window, steps: int) -> int:

@@ -1,15 +1,15 @@
-"""Weights & Biases, usable without an account."""
+"""Weights & Biases, usable without an account; imported only where a run logs there."""
 
 from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import wandb
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
 
@@ -26,6 +26,8 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     Returns:
         The logger.
     """
+    import wandb
+
     if "WANDB_MODE" not in os.environ and not _logged_in():
         kwargs["mode"] = "offline"
     if in_sweep():
@@ -36,7 +38,36 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     return WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
 
 
+def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -> None:
+    """End the W&B run of a job, if it has one: in a sweep all jobs share a process, and the next would go on with it.
+
+    Args:
+        loggers: The job's loggers.
+        summary: The results of the job, which become the summary of the W&B run; None if it failed.
+    """
+    found = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    for logger in found:
+        import wandb
+
+        if summary is not None:
+            logger.experiment.summary.update(wandb_summary(summary))
+        wandb.finish(exit_code=int(summary is None))
+
+
+def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's results becomes its summary at W&B: plain numbers by key, FLOPs and ratios under the keys of the logs.
+
+    Example:
+        >>> wandb_summary({"test_accuracy": 0.9, "val_loss": None, "model": "mlp", "flops": {"flops/train_total": 8.0}})
+        {'test_accuracy': 0.9, 'flops/train_total': 8.0}
+    """
+    parts = {**summary, **summary["flops"], **summary.get("sparse", {})}
+    return {key: value for key, value in parts.items() if isinstance(value, int | float)}
+
+
 def _logged_in() -> bool:
+    import wandb
+
     settings = wandb.setup().settings
     if settings.api_key or settings.identity_token_file:
         return True

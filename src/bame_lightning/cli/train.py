@@ -13,7 +13,7 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from bame_lightning.callbacks import Dense, OneShotMagnitude
@@ -21,6 +21,7 @@ from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.finished import experiment, finished, plain
+from bame_lightning.cli.loggers import finish_wandb
 from bame_lightning.cli.models import build_model
 from bame_lightning.cli.progress import EpochLines
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
@@ -92,7 +93,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     callbacks.append(method)
     if not bar and not cfg.quiet:
         callbacks.append(EpochLines())
-    loggers = list[Logger]()
+    loggers, results = list[Logger](), None
     try:
         loggers += [instantiate(node) for node in cfg.logger.values()]
         trainer: Trainer = instantiate(cfg.trainer)(
@@ -110,12 +111,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
         summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=config, run_dir=run_dir)
         summary["config"] = config
+        results = summary
     finally:
-        # A sweep runs its jobs in one process, and the next logger would go on with this job's W&B run.
-        if any(isinstance(logger, WandbLogger) for logger in loggers):
-            import wandb
-
-            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+        finish_wandb(loggers, results)
     if trainer.is_global_zero:
         write_summary(summary, run_dir / SUMMARY)
         print_summary(summary, run_dir)

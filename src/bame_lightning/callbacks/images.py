@@ -1,0 +1,87 @@
+"""Show masks to loggers that take pictures, while training goes on."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from typing_extensions import override
+
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.loggers import log_pictures, with_pictures
+from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
+from bame_lightning.layers import SparseWeight
+from bame_lightning.map_pictures import block_picture, mask_picture
+from bame_lightning.maps import block_title, changes, mask_map, mask_title
+from bame_lightning.snapshots import LayerMaps
+
+KEY = "bame/maps"
+"""Pictures are called bame/maps/<layer>/mask, /oscillations and /frozen."""
+HISTOGRAM = "bame/oscillations"
+"""Histogram of the oscillations of all blocks."""
+
+
+class MaskImages(MaskWatcher):
+    """Log maps of every sparse layer, and a histogram of oscillations, to W&B and TensorBoard.
+
+    At the start of training, and after adaptations that are spaced evenly over the method's window. The map of a mask shows
+    filters and input positions, compared with the mask that training started with; maps of blocks, how often each oscillated,
+    and where blocks may freeze, which did. Large layers are cut or averaged, as the titles say; of sharded weights, the rows of
+    the first process are shown. Costs nothing without such a logger.
+
+    Args:
+        at_most: Looks after the first one.
+
+    Raises:
+        ValueError: If `at_most` is less than 1.
+    """
+
+    def __init__(self, *, at_most: int = 5) -> None:
+        super().__init__(at_most)
+
+    @override
+    def begin(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        self.look(trainer, method)
+
+    @override
+    def look(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        loggers = with_pictures(trainer.loggers)
+        if not loggers:
+            return
+        evolving = evolving_weights(method)
+        pictures = dict[str, Tensor]()
+        for sparse in method.weights:
+            drawn = draw(sparse, maps_of(sparse, evolving.get(sparse.name)))
+            pictures |= {f"{KEY}/{sparse.label}/{name}": picture for name, picture in drawn.items()}
+        counts = [weight.history.oscillations.cpu() for weight in evolving.values()]
+        histograms = {HISTOGRAM: torch.cat(counts)} if counts else {}
+        # What Lightning calls the step of the scalars that it logs now.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in loggers:
+            log_pictures(logger, pictures, histograms, step)
+
+
+def draw(sparse: SparseWeight, maps: LayerMaps) -> dict[str, UInt8[Tensor, "height width 3"]]:
+    """Draw the maps of a weight.
+
+    Args:
+        sparse: The weight.
+        maps: Its maps.
+
+    Returns:
+        Pictures by name: mask, and as far as there are maps, oscillations and frozen.
+    """
+    m, filters = sparse.pattern.m, len(sparse.kept)
+    positions = sparse.kept.numel() // filters
+    codes = changes(maps.mask, mask_map(sparse.initial, m).cpu())
+    title = mask_title(sparse.label, sparse.pattern, (filters, positions), codes.shape)
+    pictures = {"mask": mask_picture(codes, m, title)}
+    for name, values, unit, top in (
+        ("oscillations", maps.oscillations, "oscillations so far", None),
+        ("frozen", maps.frozen, "share of blocks that are frozen", 1.0),
+    ):
+        if values is not None:
+            size = (filters, positions // m)
+            pictures[name] = block_picture(values, size, block_title(sparse.label, size, values.shape), unit, top)
+    return pictures

@@ -1,0 +1,104 @@
+"""When to look at masks: the base of callbacks that show them."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+from typing_extensions import override
+
+from bame_lightning.callbacks.bame import BAMECallback
+from bame_lightning.callbacks.base import SparseCallback, total_steps
+from bame_lightning.evolution import EvolvingWeight
+from bame_lightning.layers import SparseWeight
+from bame_lightning.schedule import Schedule, Window
+from bame_lightning.snapshots import LayerMaps, layer_maps
+
+
+class MaskWatcher(L.Callback):
+    """Looks at the masks of the method in the same Trainer, on the first rank, at a bounded number of adaptations.
+
+    At the start of training, and after adaptations that are spaced evenly over the method's window; a method without a schedule
+    is looked at in steps spaced evenly over the run.
+
+    Args:
+        at_most: Looks after the first one.
+
+    Raises:
+        ValueError: If `at_most` is less than 1.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        if at_most < 1:
+            raise ValueError(f"`at_most` must be a number of looks at the masks, at least 1; got {at_most}.")
+        self.at_most = at_most
+        self.method: SparseCallback | None = None
+        """The method that is watched; None if there is none, or on another rank."""
+        self.window: Window | None = None
+        self._moments: list[int] = []
+
+    @abstractmethod
+    def begin(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        """Prepare, and look at the masks that training starts with."""
+
+    @abstractmethod
+    def look(self, trainer: L.Trainer, method: SparseCallback) -> None:
+        """Look at the masks as they are."""
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self.method = next((found for found in callbacks if isinstance(found, SparseCallback)), None)
+        if not trainer.is_global_zero:
+            self.method = None
+        if self.method is None:
+            return
+        schedule: Schedule | None = getattr(self.method, "schedule", None)
+        steps = total_steps(trainer, schedule or Schedule())
+        self.window = schedule.window(steps) if schedule else None
+        looked_at = self.window or Window(0, int(steps) if math.isfinite(steps) else 0, 1)
+        self._moments = [step for step in moments(looked_at, self.at_most) if step > self.method.steps]
+        self.begin(trainer, self.method)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.method is None or not self._moments or self.method.steps < self._moments[0]:
+            return
+        self._moments = [step for step in self._moments if step > self.method.steps]
+        self.look(trainer, self.method)
+
+
+def evolving_weights(method: SparseCallback) -> dict[str, EvolvingWeight]:
+    """What evolves beside the masks, by the name of the weight; empty for methods that have nothing of the kind."""
+    return {weight.sparse.name: weight for weight in method.evolving} if isinstance(method, BAMECallback) else {}
+
+
+def maps_of(sparse: SparseWeight, evolving: EvolvingWeight | None) -> LayerMaps:
+    """Make the maps of a weight: its mask, and oscillations and frozen blocks where there are any."""
+    if evolving is None:
+        return layer_maps(sparse)
+    frozen = None if evolving.freeze_after is None else evolving.frozen
+    return layer_maps(sparse, evolving.history.oscillations, frozen)
+
+
+def moments(window: Window, at_most: int) -> list[int]:
+    """Choose adaptations that are spaced evenly over a window, the last one among them.
+
+    Args:
+        window: When masks adapt.
+        at_most: How many to choose.
+
+    Returns:
+        For each the optimizer steps done when it is over.
+
+    Example:
+        >>> moments(Window(start=10, stop=100, every=10), at_most=3)
+        [40, 70, 100]
+    """
+    count = min(at_most, window.adaptations)
+    chosen = [round(index * window.adaptations / count) for index in range(1, count + 1)]
+    return [window.start + number * window.every for number in chosen]
