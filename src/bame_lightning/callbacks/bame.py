@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -81,6 +82,13 @@ class BAMECallback(MaskedCallback):
         self.evolving: list[EvolvingWeight] = []
         self.discarded = torch.zeros((), dtype=torch.int64)
         self._window = Window(0, 0, 1)
+        self.around_adaptation: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What to do before and after masks change, for those who want to compare."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether masks adapt after the optimizer step that comes next."""
+        return self._window.adapts(self.steps)
 
     @override
     def plan(self, trainer: L.Trainer) -> None:
@@ -136,12 +144,14 @@ class BAMECallback(MaskedCallback):
                 weight.accumulate(optimizer, reading, finite, len(self._window))
                 if reading.everywhere and isinstance(self.evidence, Evidence):
                     weight.designate(self.evidence.share)
-        adapts = self._window.adapts(self.steps)
+        adapts = self.adapts
+        if adapts:
+            with self.around_adaptation():
+                for weight in self.evolving:
+                    weight.adapt(self.evidence.adaptable_share(self.steps, self._window))
+            self.adaptations += 1
         for weight in self.evolving:
-            if adapts:
-                weight.adapt(self.evidence.adaptable_share(self.steps, self._window))
             weight.reading = None
-        self.adaptations += adapts
         return adapts
 
     @override

@@ -80,6 +80,11 @@ class Classifier(LightningModule):
         scheduler = self._make_scheduler(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def training_loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """What training minimises for a batch, in double precision; logs nothing."""
+        inputs, labels = batch
+        return _cross_entropy(self(inputs).double(), labels, self._label_smoothing)
+
     def _groups(self) -> list[dict[str, Any]]:
         matrices = [parameter for parameter in self.parameters() if parameter.dim() > 1]
         vectors = [parameter for parameter in self.parameters() if parameter.dim() <= 1]
@@ -88,7 +93,7 @@ class Classifier(LightningModule):
     def _step(self, batch: Batch, stage: str, accuracy: MeanMetric, label_smoothing: float = 0.0) -> Float[Tensor, ""]:
         inputs, labels = batch
         logits = self(inputs)
-        loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+        loss = _cross_entropy(logits, labels, label_smoothing)
         accuracy.update(logits.detach().argmax(-1) == labels)
         self._log_mean(stage, "loss", loss, batch)
         self._log_mean(stage, "accuracy", accuracy, batch)
@@ -97,3 +102,7 @@ class Classifier(LightningModule):
     def _log_mean(self, stage: str, name: str, value: Tensor | MeanMetric, batch: Batch) -> None:
         shown, samples = stage != "test", len(batch[1])
         self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=samples)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Float[Tensor, ""]:
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
