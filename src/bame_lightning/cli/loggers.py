@@ -28,7 +28,7 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
     """
     import wandb
 
-    if "WANDB_MODE" not in os.environ and not _logged_in():
+    if "WANDB_MODE" not in os.environ and not logged_in():
         kwargs["mode"] = "offline"
     if in_sweep():
         kwargs["group"] = kwargs.get("group") or sweep_name()
@@ -65,7 +65,8 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in parts.items() if isinstance(value, int | float)}
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
+    """Whether W&B knows an account: from the environment, or from `wandb login`."""
     import wandb
 
     settings = wandb.setup().settings
@@ -73,6 +74,13 @@ def _logged_in() -> bool:
         return True
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (FileNotFoundError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError):
         return False
     return urlsplit(settings.base_url).netloc in hosts or "api.wandb.ai" in hosts
+
+
+def base_url() -> str:
+    """Where W&B is."""
+    import wandb
+
+    return str(wandb.setup().settings.base_url)
