@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -71,7 +72,6 @@ def panels(view: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pydantic.warnings.PydanticDeprecatedSince20")
 def test_a_workspace_of_five_sections_is_sent(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--layers", "model.conv"]) == 0
     (view,) = server.views
@@ -99,7 +99,6 @@ def keys(section: list[dict[str, Any]]) -> set[str]:
     return {key for panel in section for key in panel.get("metrics", [])}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pydantic.warnings.PydanticDeprecatedSince20")
 def test_a_refusal_is_told_in_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     server.refuses = True
     assert main(ARGUMENTS) == 1
@@ -114,9 +113,7 @@ def test_without_a_login_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) 
     assert main(ARGUMENTS) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(
-        "bame-dashboard: error: nobody is logged in to W&B at https://api.wandb.ai. Run `wandb login`"
-    )
+    assert re.match(r"bame-dashboard: error: nobody is logged in to W&B at https://\S+\. Run `wandb login`", err)
     assert "bame-report" in err
     assert len(err.splitlines()) == 1
 

@@ -35,7 +35,9 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
         kwargs["name"] = (
             kwargs.get("name") or unescaped(HydraConfig.get().job.override_dirname)[:128]
         )  # W&B takes no more
-    return WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
+    logger = WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
+    logger._wandb_init.pop("anonymous", None)  # has had no effect for long, and W&B warns of it even where it is None
+    return logger
 
 
 def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
@@ -89,13 +90,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     method: SparseCallback | Dense = instantiate(cfg.method)
     if cfg.ckpt is not None and not isinstance(method, OneShotMagnitude):  # which loads them itself
         _start_from(task, method, Path(cfg.ckpt))
-    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
+    callbacks = [instantiate(node) for node in cfg.get("callbacks", {}).values()]
     callbacks.append(method)
     if not bar and not cfg.quiet:
         callbacks.append(EpochLines())
     loggers, results = list[Logger](), None
     try:
-        loggers += [instantiate(node) for node in cfg.logger.values()]
+        # `logger=[]` chooses none, and leaves no node behind.
+        loggers += [instantiate(node) for node in cfg.get("logger", {}).values()]
+        if not loggers:
+            # It refuses to run without one.
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         trainer: Trainer = instantiate(cfg.trainer)(
             callbacks=callbacks, logger=loggers, enable_progress_bar=bar, enable_model_summary=bar
         )
