@@ -11,8 +11,8 @@ LEFT, TOP = 64, 36
 
 
 def cells(picture: Tensor, rows: int, columns: int) -> list[list[str]]:
-    """Colour in the middle of each cell; cells fill 768 x 448 pixels as far as they can, with at most 24 pixels a side."""
-    wide, high = min(24, 768 // columns), min(24, 448 // rows)
+    """Colour in the middle of each cell; cells fill 768 x 448 pixels as far as they can, at most 96 x 24 each."""
+    wide, high = min(96, 768 // columns), min(24, 448 // rows)
     return [
         [
             "#" + "".join(f"{value:02X}" for value in picture[TOP + y * high + high // 2, LEFT + x * wide + wide // 2])

@@ -20,8 +20,8 @@ from bame_lightning.maps import CHANGES, patch
 
 _WIDTH, _HEIGHT = 768, 448
 """Pixels for the cells of a map at most, unless there are more cells."""
-_CELL = 24
-"""Pixels of a cell at most."""
+_CELL = 96, 24
+"""Width and height of a cell in pixels at most."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 88
 """Margins of the cells in pixels."""
 _INK, _LINE = "#222222", "#999999"
@@ -94,7 +94,8 @@ def _paint(
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, int]]:
     """Lay out a picture around cells of some colour; returns it with the width and height of a cell in pixels."""
     rows, columns, _ = cells.shape
-    wide, high = (max(1, min(_CELL, room // count)) for room, count in ((_WIDTH, columns), (_HEIGHT, rows)))
+    rooms = zip(_CELL, (_WIDTH, _HEIGHT), (columns, rows), strict=True)
+    wide, high = (max(1, min(most, room // count)) for most, room, count in rooms)
     legend = 640  # the texts below the map must fit as well as the title
     width = max(columns * wide, legend, int(_font(14).getlength(title))) + _LEFT + _RIGHT
     image = Image.new("RGB", (width, rows * high + _TOP + _BOTTOM), "white")
