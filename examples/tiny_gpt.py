@@ -1,6 +1,6 @@
 """A tiny GPT on the source text of Python's standard library, 2:4 sparse from the first step.
 
-Run: `python examples/tiny_gpt.py` (about a minute on one core), or with another number of steps: `... tiny_gpt.py 1000`.
+Run: `python examples/tiny_gpt.py` (half a minute on one core); another number of steps: `tiny_gpt.py 1000`.
 """
 
 import sys

@@ -195,6 +195,13 @@ def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
         assert named == {key for key in cfg.method if not str(key).startswith("_")}
 
 
+def test_the_index_leads_to_every_document() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {line for text in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in text.splitlines()}
+    documents = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert documents - {"index"} <= listed, "add the document to a toctree of docs/index.md"
+
+
 def test_the_version_stands_in_one_place_and_its_changes_in_the_changelog() -> None:
     version = bame_lightning.__version__
     assert re.search(rf"^## {re.escape(version)}( \(|$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
