@@ -22,11 +22,14 @@ train: setup ## Train a 1:16 sparse network on the embedded digits, then audit i
 	$(BIN)/bame-train recipe=digits_mlp hydra.run.dir=outputs/digits
 	$(BIN)/bame-audit outputs/digits/checkpoints/last.ckpt
 
+# A thread for each of the processes: more would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4
+
 test: setup ## Run the tests
-	$(BIN)/python -m pytest --quiet
+	$(PYTEST)
 
 test-full: setup ## Run the tests, the slow ones too
-	$(BIN)/python -m pytest --quiet -m ""
+	$(PYTEST) -m ""
 
 lint: setup ## Check style
 	$(BIN)/ruff check .
