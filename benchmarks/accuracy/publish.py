@@ -49,8 +49,6 @@ def main() -> None:
         "better); 1:16, mean ± standard deviation over seeds. FLOPs of training the whole network, counted, not executed. On",
         f"{hardware}.",
         "",
-        "![quality against training FLOPs](benchmarks/accuracy/results.png)",
-        "",
         *headline(rows, "1:16"),
         "",
         command,
