@@ -78,6 +78,8 @@ def test_numbers_on_the_page_are_those_of_the_logs(run: Run, capsys: pytest.Capt
         "flip_rate": {"all layers": "bame/flip_rate"},
         "oscillation": {"all layers": "bame/oscillation_frequency"},
         "frozen": {"all layers": "bame/frozen_fraction"},
+        "survival": {"all layers": "bame/survival"},
+        "mask_age": {"all layers": "bame/mask_age"},
         "flops": {"this run": "flops/train_total"},
     }
     for name, metric in (
@@ -101,6 +103,11 @@ def test_numbers_on_the_page_are_those_of_the_logs(run: Run, capsys: pytest.Capt
     assert bars["customdata"] == ["model.hidden1", "model.hidden2"]
     assert bars["x"] == [logged[f"bame/layer/{name}/oscillation_frequency"][-1][1] for name in bars["customdata"]]
     assert max(bars["x"]) > 0
+    assert (
+        min(value for _, value in shown["survival"]["all layers"])
+        < 1
+        < max(v for _, v in shown["mask_age"]["all layers"])
+    )
     summary = json.loads((folder / "summary.json").read_text())
     html = (folder / "report.html").read_text().split("<script")[0]
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))

@@ -115,6 +115,14 @@ def evolution(log: Log) -> Iterator[Figure]:
                 " None froze in this run: freezing is off (method.freeze_after=null), or no block oscillated enough."
             )
         yield _by_layer("frozen", "Frozen blocks", note, frozen, log.layers("frozen_fraction"), "frozen blocks")
+    if survival := log["bame/survival"]:
+        note = "Share of the positions kept by the first mask that are kept now."
+        layout = {"yaxis": axis("still kept", share=True)}
+        yield Figure("survival", "What is left of the first mask", note, [line("all layers", survival, BLACK)], layout)
+    if ages := log["bame/mask_age"]:
+        note = "Adaptations since the mask of a block last changed, or all so far: mean over blocks."
+        layout = {"yaxis": axis("adaptations", rangemode="tozero")}
+        yield Figure("mask_age", "Age of masks", note, [line("all layers", ages, BLACK)], layout)
 
 
 def cost(log: Log) -> Iterator[Figure]:
