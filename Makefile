@@ -38,8 +38,8 @@ lint: setup ## Check style
 type: setup ## Check types
 	$(BIN)/mypy
 
-bench: setup ## Measure step time and accuracy (minutes)
-	$(BIN)/python -m benchmarks.step_time
+bench: setup ## Measure time and memory beside dense training, for docs/performance.md (most of an hour)
+	$(BIN)/python -m benchmarks.performance all
 
 docs: setup ## Make the documentation as pages in build/docs; a warning, such as a broken link, is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs

@@ -50,7 +50,7 @@ def commands(path: Path) -> Iterator[str]:
     for language, text in blocks(path):
         for line in text.replace("\\\n", " ").splitlines() if language != "python" else ():
             command = re.split(r"\s[#|]", re.sub(r"\[.*?\]", "", line))[0]
-            if command.startswith(("bame-train", "bame-flops")) and "..." not in command:
+            if command.startswith(("bame-train", "bame-flops", "bame-bench")) and "..." not in command:
                 yield command
 
 
@@ -110,11 +110,11 @@ def overrides(command: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes(command: str) -> None:
-    root = "config" if command.startswith("bame-train") else "flops"
+    root = command.split()[0].removeprefix("bame-").replace("train", "config")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for words in overrides(command):
             cfg = compose(root, words, return_hydra_config=True)
-            instantiate(cfg.method if root == "config" else cfg.evidence)
+            instantiate(cfg[{"config": "method", "flops": "evidence", "bench": "optimizer"}[root]])
 
 
 def lines(start: str) -> list[Any]:
@@ -129,7 +129,7 @@ def lines(start: str) -> list[Any]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("command", lines(r"bame-(?!train|flops)"))
+@pytest.mark.parametrize("command", lines(r"bame-(?!train|flops|bench)"))
 def test_a_command_without_hydra_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     program, *words = shlex.split(command)

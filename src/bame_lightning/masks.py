@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**17
-"""Values in a piece on a CPU: of 2**14 to 2**19 the largest whose temporaries cost no page faults (`docs/performance.md`)."""
+CHUNK = 2**18
+"""Values in a piece on a CPU, of 2**14 to 2**19 the fastest for single threads and pairs of them (`docs/performance.md`)."""
 
 
 def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
@@ -45,7 +45,7 @@ def zero_pruned_(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]
     """Zero values in place where a mask prunes, whatever they are: infinity and NaN, too.
 
     Bits are multiplied as integers by 0 or 1. On a CPU that takes a quarter of the time of `masked_fill_`
-    (`benchmarks/core_time.py`); multiplying floating-point numbers would make NaN of infinities.
+    (`docs/performance.md`); multiplying floating-point numbers would make NaN of infinities.
 
     Args:
         values: Numbers of at most 8 bytes.

@@ -1,0 +1,336 @@
+"""What sparse training costs beside dense training: time of steps and of what happens in them, memory, checkpoints.
+
+    python -m benchmarks.performance steps resnet18 1:16 [--batch 32] [--width 512] [--cycles 2] [--threads 2]
+    python -m benchmarks.performance core [--threads 2]
+    python -m benchmarks.performance publish
+
+`steps` lets dense training, SR-STE, a static mask and BAME take turns in one process, as `bame-bench` does, and adds a row for
+each to `performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`); `publish` writes tables
+and a plot into `docs/performance.md`. `make bench` does all of it: `python -m benchmarks.performance all`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bame_lightning import BAMECallback, Evidence, StaticMask
+from bame_lightning.cli.bench import FOREVER, random_batch, take_turns
+from bame_lightning.evidence import Reading
+from bame_lightning.evolution import EvolvingWeight
+from bame_lightning.layers import SparseWeight, plan_layers
+from bame_lightning.masks import top_n_mask, zero_pruned_
+from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.tasks import Classifier
+from bame_lightning.tasks.gpt import gpt
+from bame_lightning.tasks.models import mlp, resnet18, resnet50
+from bame_lightning.tasks.vision_transformers import vit
+from benchmarks.documents import fill
+
+HERE = Path(__file__).parent
+STEPS, CORE, FIGURE = HERE / "performance_steps.csv", HERE / "performance_core.csv", HERE / "performance.png"
+DOCUMENT = HERE.parent / "docs" / "performance.md"
+IMAGES, TOKENS = ((3, 32, 32), 10), ((128,), 256)
+# Builder, input shape and classes, batch.
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[tuple[int, ...], int], int]] = {
+    "mlp": (mlp, ((1, 28, 28), 10), 128),
+    "resnet18": (resnet18, IMAGES, 32),
+    "resnet50": (resnet50, IMAGES, 32),
+    "vit": (vit, IMAGES, 32),
+    "gpt": (gpt, TOKENS, 32),
+}
+TITLES = {"dense": "dense", "sr_ste": "SR-STE", "static": "static mask", "bame": "BAME"}
+COLOURS = {"sr_ste": "#D55E00", "static": "#009E73", "bame": "#0072B2"}
+PARTS = {
+    "read all": "read all blocks",
+    "finite all": "look for NaN",
+    "accumulate all": "move evidence",
+    "designate": "designate",
+    "adapt all": "adapt all blocks",
+    "read some": "read 30 %",
+    "accumulate some": "move evidence of 30 %",
+    "adapt some": "adapt 30 %",
+    "mask gradients": "zero pruned values",
+    "top N": "SR-STE's mask",
+}
+
+
+class StraightThrough(torch.autograd.Function):
+    """Values under the mask of the largest N, whose gradient goes straight through, with a decay of what is pruned."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, n: int, m: int) -> Tensor:
+        kept = from_blocks(top_n_mask(to_blocks(weight.abs(), m), n), weight.shape)
+        ctx.save_for_backward(weight, kept)
+        return weight * kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, kept = ctx.saved_tensors
+        return gradient + 2e-4 * weight * ~kept, None, None
+
+
+class Masked(nn.Module):
+    def __init__(self, pattern: NMPattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def forward(self, weight: Tensor) -> Tensor:
+        masked: Tensor = StraightThrough.apply(weight, self.pattern.n, self.pattern.m)
+        return masked
+
+
+def published_sr_ste(model: nn.Module, pattern: NMPattern) -> None:
+    """SR-STE as its authors' layers have it: every forward pass makes the mask of every weight."""
+    for plan in plan_layers(model, pattern):
+        if plan.pattern:
+            module, _, name = plan.name.rpartition(".")
+            parametrize.register_parametrization(model.get_submodule(module), name, Masked(pattern))
+
+
+def fits(args: argparse.Namespace) -> dict[str, Callable[[], tuple[L.LightningModule, list[L.Callback]]]]:
+    build, (shape, classes), _ = MODELS[args.model]
+    width: dict[str, Any] = {}
+    if args.width:
+        width = {"hidden": [args.width] * 2} if args.model == "mlp" else {"width": args.width}
+
+    def make(method: str) -> tuple[L.LightningModule, list[L.Callback]]:
+        torch.manual_seed(0)
+        model = build(shape, classes, **width)
+        if method == "sr_ste":
+            published_sr_ste(model, NMPattern.parse(args.pattern))
+        callbacks = {"static": StaticMask(args.pattern), "bame": BAMECallback(args.pattern, schedule=FOREVER)}
+        task = Classifier(model, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
+        return task, [callbacks[method]] if method in callbacks else []
+
+    return {method: lambda method=method: make(method) for method in TITLES}  # type: ignore[misc]
+
+
+def steps(args: argparse.Namespace) -> None:
+    _, (shape, classes), usual = MODELS[args.model]
+    size = args.batch or usual
+    batch = random_batch(shape, classes, size)
+    if args.method:  # one method alone, for its peak of memory
+        take_turns({args.method: fits(args)[args.method]}, batch, 0)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    turns = take_turns(fits(args), batch, args.cycles)
+    case = {
+        "model": args.model,
+        "pattern": args.pattern,
+        "batch": size,
+        "width": args.width or "",
+        "threads": args.threads,
+    }
+    rows = [
+        case | {"method": method, **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items()}}
+        for method, times in turns.items()
+    ]
+    for row in rows:
+        row["peak_mib"] = f"{peak(args, row['method']):.0f}" if args.peak else ""
+    add(STEPS, rows, list(case))
+
+
+def peak(args: argparse.Namespace, method: str) -> float:
+    """Largest resident memory of a process that trains with one method alone, in MiB."""
+    command = [sys.executable, "-m", "benchmarks.performance", "steps", args.model, args.pattern, "--method", method]
+    for name in ("batch", "width", "threads"):
+        if value := getattr(args, name):
+            command += [f"--{name}", str(value)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(found.stdout.split()[-1])
+
+
+def core(args: argparse.Namespace) -> None:
+    """Time the parts of the evolution on one weight, and the floor: read and write once what each part has to."""
+    rows = []
+    for pattern, size in [
+        ("1:16", (1296, 1936)),
+        ("1:16", (4096, 6144)),
+        ("2:4", (4096, 6144)),
+        ("8:16", (4096, 6144)),
+    ]:
+        took = time_parts(NMPattern.parse(pattern), size)
+        case = {"pattern": pattern, "weights": size[0] * size[1], "threads": args.threads}
+        rows.append(case | {name: f"{1e3 * seconds:.2f}" for name, seconds in took.items()})
+        print(rows[-1], flush=True)
+    add(CORE, rows, ["pattern", "weights", "threads"])
+
+
+@torch.no_grad()
+def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> dict[str, float]:
+    layer = nn.Linear(size[1], size[0], bias=False)
+    blocks = torch.rand(layer.weight.numel() // pattern.m, pattern.m)
+    plan = plan_layers(nn.Sequential(layer, nn.Linear(size[0], 2)), pattern)[0]
+    sparse = SparseWeight.of(plan, top_n_mask(blocks, pattern.n))
+    weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+    zero_pruned_(sparse.values, sparse.kept)
+    optimizer = torch.optim.SGD([layer.weight], lr=0.1, momentum=0.9)
+    gradient, finite = torch.randn(size), torch.tensor(True)
+    # As any training does: malloc returns pieces below the largest block ever freed without asking the system for pages.
+    torch.empty(7 * 2**20).fill_(0)
+    spare = torch.empty_like(gradient)
+    took: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, call: Callable[..., Any], *args: Any) -> None:
+        began = time.perf_counter()
+        call(*args)
+        took[name].append(time.perf_counter() - began)
+
+    for step in range(2 * rounds):
+        kind = "some" if step % 2 else "all"
+        layer.weight.grad = gradient.clone()
+        timed("in place", spare.copy_, gradient)
+        timed(f"read {kind}", weight.read, kind == "all")
+        timed("mask gradients", zero_pruned_, sparse.gradient, sparse.kept)
+        timed(f"finite {kind}", weight.extremes)
+        timed(f"accumulate {kind}", weight.accumulate, optimizer, Reading(kind == "all", 1.0, 1.0), finite, 1000)
+        if kind == "all":
+            timed("designate", weight.designate, 0.3)
+        timed(f"adapt {kind}", weight.adapt, 1.0)
+        weight.reading = None
+        timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
+    return {name: statistics.median(times) for name, times in took.items()}
+
+
+def add(path: Path, rows: list[dict[str, Any]], key: list[str]) -> None:
+    """Put rows into a file, in the place of those with the same key."""
+
+    def of(row: dict[str, Any]) -> list[str]:
+        return [str(row[name]) for name in key]
+
+    fresh = [of(row) for row in rows]
+    old = [row for row in read(path) if of(row) not in fresh]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def publish(args: argparse.Namespace) -> None:
+    found, parts = read(STEPS), read(CORE)
+    timed = [
+        "| model | pattern | batch | dense, ms | SR-STE | static mask | BAME | reads 30 % | and adapts | reads all "
+        "| adapts all |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    memory = [
+        "| model | pattern | batch | held, bytes a weight | saved, bytes a weight | metrics of a logged step, ms "
+        "| peak, MiB: dense | SR-STE | static mask | BAME |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases(found):
+        rows = {row["method"]: row for row in case}
+        dense, bame = rows["dense"], rows["bame"]
+        width = f" of width {dense['width']}" if dense["width"] else ""
+        begin = f"| {dense['model']}{width} | {dense['pattern']} | {dense['batch']} |"
+        ratios = [rows[method]["over_dense"] for method in ("sr_ste", "static", "bame")]
+        ratios += [bame[kind] for kind in ("reads_some", "adapts_some", "reads_all", "adapts_all")]
+        numbers = " | ".join(f"{float(ratio):.2f}" for ratio in ratios)
+        timed.append(f"{begin} {float(dense['median_ms']):.1f} | {numbers} |")
+        held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight", "logging_ms")]
+        memory.append(f"{begin} {' | '.join([*held, *(rows[method]['peak_mib'] or '-' for method in TITLES)])} |")
+    header = " | ".join(f"{int(row['weights']) / 1e6:.1f} M, {row['pattern']}" for row in parts)
+    table = [f"| ms | {header} |", "|---|" + "---:|" * len(parts)]
+    for name, title in {"in place": "one float32 tensor read, another written", **PARTS}.items():
+        table.append(f"| {title} | " + " | ".join(f"{float(row[name]):.1f}" for row in parts) + " |")
+    hardware = f"On AMD EPYC, {found[0]['threads']} threads, torch {torch.__version__}"
+    fill(DOCUMENT, "steps", "\n".join([f"{hardware}; ratios to the dense step beside each.", "", *timed]))
+    fill(DOCUMENT, "memory", "\n".join(memory))
+    fill(DOCUMENT, "core", "\n".join([f"{hardware}.", "", *table]))
+    draw(found)
+
+
+def everything(args: argparse.Namespace) -> None:
+    core(args)
+    for pattern in ("1:16", "2:4"):
+        for model in MODELS:
+            width = 512 if model == "mlp" else None
+            measure(args, model=model, pattern=pattern, width=width, peak=True)
+    for batch in (4, 8, 16, 40):
+        measure(args, model="resnet18", batch=batch)
+    for width in (1600, 5120):
+        measure(args, model="mlp", width=width)
+    publish(args)
+
+
+def measure(args: argparse.Namespace, **case: Any) -> None:
+    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 2, "peak": False, "method": None}
+    steps(argparse.Namespace(**usual | case, threads=args.threads))
+
+
+def cases(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in ("model", "pattern", "batch", "width"))].append(row)
+    order = {name: place for place, name in enumerate(MODELS)}
+    return [groups[key] for key in sorted(groups, key=lambda k: (order[k[0]], k[1], int(k[2]), int(k[3] or 0)))]
+
+
+def draw(rows: list[dict[str, str]]) -> None:
+    """Cost over dense against the batch of ResNet-18, and against the width of the MLP."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = (("resnet18", "batch", "ResNet-18, samples in a batch"), ("mlp", "width", "MLP, batch 128, hidden width"))
+    for axes, (model, x, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        chosen = [row for row in rows if row["model"] == model and row["pattern"] == "1:16" and row[x]]
+        for method, colour in COLOURS.items():
+            points = sorted((int(row[x]), float(row["over_dense"])) for row in chosen if row["method"] == method)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=TITLES[method])
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        ticks = sorted({int(row[x]) for row in chosen})
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(title)
+    axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("time of a step / dense, 1:16")
+    figure.savefig(FIGURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("steps")
+    one.add_argument("model", choices=list(MODELS))
+    one.add_argument("pattern")
+    one.add_argument("--batch", type=int)
+    one.add_argument("--width", type=int)
+    one.add_argument("--cycles", type=int, default=2)
+    one.add_argument("--peak", action="store_true", help="measure peaks of memory, too, each in a process of its own")
+    one.add_argument("--method", choices=list(TITLES), help=argparse.SUPPRESS)
+    calls = {"core": core, "publish": publish, "all": everything}
+    for command, call in [(one, steps), *((commands.add_parser(name), call) for name, call in calls.items())]:
+        command.add_argument("--threads", type=int, default=2)
+        command.set_defaults(call=call)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()
