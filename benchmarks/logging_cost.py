@@ -5,7 +5,8 @@
 The loggers are those of `logger=csv_wandb` (W&B offline), the interval is the default of `bame-train`: the last of every ten
 steps logs. Pictures and snapshots, which a run takes a fixed number of times whatever its length, are timed apart, and related
 to a run of the recipe `fashion_mnist_resnet20`. Data are random: they cost nothing, and nothing that is timed depends on them.
-Writes the result into docs/dashboards.md.
+Timed is the processor time of the training process, on one thread, which others on the machine disturb least; W&B writes its
+file in a process of its own. Writes the result into docs/dashboards.md.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import platform
 import statistics
+import textwrap
 import time
 import warnings
 from collections import defaultdict
@@ -56,7 +57,7 @@ class Turns(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
         if index % EVERY == 0:
-            now = time.perf_counter()
+            now = time.process_time()
             self.seconds.append(now - self._begin - self.aside)
             self._begin, self.aside = now, 0.0
             trainer.log_every_n_steps = EVERY if index // EVERY % 2 else 10**9
@@ -64,9 +65,9 @@ class Turns(L.Callback):
 
 def set_aside(turns: Turns, look: Callable[..., None], times: list[float]) -> Callable[..., None]:
     def timed(*args: Any) -> None:
-        begin = time.perf_counter()
+        begin = time.process_time()
         look(*args)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
         turns.aside += times[-1]
 
     return timed
@@ -114,14 +115,18 @@ def report(seconds: list[float], times: dict[type, list[float]]) -> str:
     run = step * STEPS_OF_RECIPE
     looks = {kind: statistics.mean(found) for kind, found in times.items()}
     rest = {kind: LOOKS[kind] * looks[kind] for kind in looks}
-    return f"""\
-**What it costs.** ResNet-20 at 1:16, batch {BATCH}, {platform.machine()} CPU, {torch.get_num_threads()} thread, loggers CSV and
-W&B (offline): ten steps with all scalars, the last of which logs, against ten without, in turn, {len(pairs)} pairs of
-{1e3 * step:.0f} ms steps: {statistics.median(extra):+.2f} % of step time in the median ({statistics.mean(extra):+.2f} ±
-{statistics.stdev(extra) / math.sqrt(len(extra)):.2f} % in the mean). Drawing and logging the pictures of all
-layers takes {looks[MaskImages]:.2f} s, a snapshot {looks[MaskSnapshots]:.3f} s: in a run of the recipe
-`fashion_mnist_resnet20` ({STEPS_OF_RECIPE:,} steps), {rest[MaskImages]:.1f} s and {rest[MaskSnapshots]:.1f} s,
-{100 * sum(rest.values()) / run:.2f} % of training time. Measured by `python -m benchmarks.logging_cost`."""
+    mean, error = statistics.mean(extra), statistics.stdev(extra) / math.sqrt(len(extra))
+    text = (
+        f"**What it costs.** ResNet-20 at 1:16, batch {BATCH}, one thread of a CPU, loggers CSV and W&B (offline): ten steps "
+        "with all scalars, the last of which logs, against ten without, by turns in one run, in "
+        f"{len(pairs)} pairs of steps of {1e3 * step:.0f} ms (processor time of the training process): "
+        f"{statistics.median(extra):+.2f} % in the median, {mean:+.2f} ± {error:.2f} % in the mean. To draw and log the "
+        f"pictures of all layers takes {looks[MaskImages]:.2f} s, to write a snapshot {looks[MaskSnapshots]:.3f} s: over a run of "
+        f"`fashion_mnist_resnet20` ({STEPS_OF_RECIPE:,} steps) "
+        f"{rest[MaskImages]:.1f} s and {rest[MaskSnapshots]:.1f} s, "
+        f"{100 * sum(rest.values()) / run:.2f} % of training. Measured by `python -m benchmarks.logging_cost`."
+    )
+    return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
 
 
 def main() -> None:
