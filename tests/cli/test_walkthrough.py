@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bame_lightning.tasks.data import DEBIAN_FOLDER
 from tests.cli.conftest import QUIET_HYDRA, Run
 from tests.test_docs import ROOT, blocks
 
@@ -19,11 +21,16 @@ SMALL = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu")
 NOT_HERE = re.compile(r"data=|model=|recipe=|job$|logger=wandb|any_model|my_models|trainer\.devices|\[|dashboard")
 
 
-def commands(document: str) -> list[str]:
+def everything(document: str) -> list[str]:
     """Commands of this package in a document, in its order."""
     texts = [text.replace("\\\n", " ") for language, text in blocks(ROOT / document) if language != "python"]
     found = [re.split(r"\s[#|]", line)[0].strip() for text in texts for line in text.splitlines()]
-    return [command for command in found if command.startswith("bame-") and not NOT_HERE.search(command)]
+    return [command for command in found if command.startswith("bame-")]
+
+
+def commands(document: str) -> list[str]:
+    """Those that the embedded digits and a minute suffice for."""
+    return [command for command in everything(document) if not NOT_HERE.search(command)]
 
 
 def newest(command: str) -> str:
@@ -58,3 +65,30 @@ def test_the_commands_of_a_document_run_one_after_another(
         else:
             assert main(words) == 0, command
     assert "error" not in capsys.readouterr().err
+
+
+LARGE = [
+    command
+    for command in everything("README.md")
+    if command.startswith("bame-train") and ("data=fashion_mnist" in command or "recipe=" in command)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LARGE)
+def test_a_longer_command_of_the_readme_trains_for_two_steps(
+    command: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "fashion_mnist" in command and not DEBIAN_FOLDER.exists():
+        pytest.skip("the Debian package dataset-fashion-mnist is not installed")
+    few = [f"++trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
+    words = [*shlex.split(command), *few, "trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run"]
+    monkeypatch.setattr(sys, "argv", [*words, *QUIET_HYDRA])
+    importlib.import_module("bame_lightning.cli.train").main()
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["steps"] == 2
+    assert Path("run/checkpoints/last.ckpt").exists()
+
+
+def test_the_readme_has_longer_commands() -> None:
+    assert len(LARGE) >= 3
