@@ -130,6 +130,7 @@ def lines(start: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("command", lines(r"bame-(?!train|flops|bench)"))
+@pytest.mark.usefixtures("logged_out")
 def test_a_command_without_hydra_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     program, *words = shlex.split(command)
