@@ -14,6 +14,7 @@ TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu", 
 QUIET_HYDRA = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
 
 Run = Callable[..., Path]
+Answer = Callable[..., str]
 
 
 @pytest.fixture
@@ -40,3 +41,26 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     torch.set_num_threads(threads)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Callable[[], None]], Answer]:
+    """Call a command in this process that answers a question and writes no file; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def command(main: Callable[[], None]) -> Answer:
+        def call(*overrides: str) -> str:
+            monkeypatch.setattr(sys, "argv", [main.__module__, *overrides])
+            main()
+            out, err = capsys.readouterr()
+            assert err == ""
+            assert not list(tmp_path.iterdir())
+            return out
+
+        return call
+
+    return command

@@ -99,17 +99,6 @@ def test_names_from_the_file_cannot_steer_the_terminal(path: Path, capsys: pytes
     assert r"\x1b[2J[red]\ud800.weight violates 1:4" in out
 
 
-def test_help_explains_the_semantics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    for words in ("saved pattern", "--dense", "exit status"):
-        assert words in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
 def test_the_module_runs_as_a_command(path: Path) -> None:
     file = save(path, fc=torch.ones(4, 4))
     command = [sys.executable, "-m", "bame_lightning.cli.audit", file, "--pattern", "1:4"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,25 +14,14 @@ from torch import nn
 from bame_lightning import StaticMask
 from bame_lightning.cli import bench
 from bame_lightning.cli.bench import CYCLE, Times, random_batch, take_turns
+from tests.cli.conftest import Answer
 
-Run = Callable[..., str]
 MLP = ("model=mlp", "model.hidden=[32]", "data=digits", "batch_size=4", "cycles=1")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call `bame-bench` in this process; returns what it prints."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["bame-bench", *overrides])
-        bench.main()
-        assert not list(tmp_path.iterdir())
-        return capsys.readouterr().out
-
-    return call
+def run(answer: Callable[[Callable[[], None]], Answer]) -> Answer:
+    return answer(bench.main)
 
 
 class Watched(L.LightningModule):
@@ -89,7 +76,7 @@ def test_every_step_is_compared_with_the_dense_one_beside_it() -> None:
     assert (found["logging_ms"], found["held_bytes_a_weight"], found["saved_bytes_a_weight"]) == (500, 7, 3)
 
 
-def test_a_model_is_measured(run: Run) -> None:
+def test_a_model_is_measured(run: Answer) -> None:
     found: dict[str, Any] = json.loads(run(*MLP, "pattern=2:4", "json=true"))
     assert (found["model"], found["input_shape"], found["pattern"]) == ("mlp", [1, 8, 8], "2:4")
     assert list(found["methods"]) == ["dense", "sr_ste", "static", "bame"]
@@ -101,7 +88,7 @@ def test_a_model_is_measured(run: Run) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["cycles=0", "batch_size=0.5"])
-def test_a_wrong_number_is_told_in_one_line(run: Run, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_number_is_told_in_one_line(run: Answer, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(*MLP, wrong)
     assert f"`{wrong.split('=')[0]}` must be a whole number of at least 1" in capsys.readouterr().err

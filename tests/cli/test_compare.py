@@ -86,17 +86,6 @@ def test_unusable_input_gets_one_line_and_exits_1(tmp_path: Path, capsys: pytest
     assert not list((tmp_path / "sweep").glob("compare.*"))
 
 
-def test_help_explains_pairing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    for words in ("paired", "95 %", "compare.csv", "exit status"):
-        assert words in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bame_lightning.cli.compare", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -190,16 +190,3 @@ def test_names_from_the_file_cannot_steer_the_terminal(tmp_path: Path, capsys: p
     torch.save({"\x1b[2J.weight": torch.ones(4, 4)}, tmp_path / "last.ckpt")
     argv = (tmp_path / "last.ckpt", "--format", "dense", "--output", tmp_path / "a", "--pattern", "1:4")
     assert "\x1b" not in error_of(capsys, *argv)
-
-
-def test_help_explains_the_formats_in_80_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    for words in ("semi_structured", "bame-lightning[export]", "exit status"):
-        assert words in out
-    assert max(map(len, out.splitlines())) <= 80

@@ -11,30 +11,16 @@ import pytest
 from torch import nn
 
 from bame_lightning.cli import flops
-
-Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call `bame-flops` in this process; returns what it prints."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["bame-flops", *overrides])
-        flops.main()
-        out, err = capsys.readouterr()
-        assert err == ""
-        assert not list(tmp_path.iterdir())
-        return out
-
-    return call
+from tests.cli.conftest import Answer
 
 
 @pytest.fixture
-def report(run: Run) -> Callable[..., dict[str, Any]]:
+def run(answer: Callable[[Callable[[], None]], Answer]) -> Answer:
+    return answer(flops.main)
+
+
+@pytest.fixture
+def report(run: Answer) -> Callable[..., dict[str, Any]]:
     return lambda *overrides: json.loads(run("json=true", *overrides))
 
 
@@ -139,7 +125,7 @@ def test_a_language_model_is_counted_at_all_positions(report: Any) -> None:
 
 
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "vit", "gpt"])
-def test_the_tables_fit_80_columns_and_say_what_they_are(model: str, run: Run) -> None:
+def test_the_tables_fit_80_columns_and_say_what_they_are(model: str, run: Answer) -> None:
     out = run(f"model={model}", "pattern=1:4")
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
@@ -148,7 +134,7 @@ def test_the_tables_fit_80_columns_and_say_what_they_are(model: str, run: Run) -
         assert words in flat
 
 
-def test_json_is_printed_alone(run: Run) -> None:
+def test_json_is_printed_alone(run: Answer) -> None:
     out = run("json=true", "model=mlp")
     assert json.loads(out)["model"] == "mlp"
 

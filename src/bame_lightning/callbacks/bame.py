@@ -16,7 +16,7 @@ from typing_extensions import override
 from bame_lightning.callbacks.base import Init, total_steps
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.callbacks.ranks import Copy
-from bame_lightning.evidence import Evidence, OneBatch
+from bame_lightning.evidence import Evidence, OneBatch, Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.flops import Shares
 from bame_lightning.layers import SparseWeight
@@ -90,6 +90,11 @@ class BAMECallback(MaskedCallback):
         """Whether masks adapt after the optimizer step that comes next."""
         return self._window.adapts(self.steps)
 
+    @property
+    def _reading(self) -> Reading | None:
+        """What to read of the gradients of the step that is going on."""
+        return self.evidence.reading(self.steps, self._window)
+
     @override
     def plan(self, trainer: L.Trainer) -> None:
         self._window = self.schedule.window(total_steps(trainer, self.schedule))
@@ -120,11 +125,11 @@ class BAMECallback(MaskedCallback):
 
     @override
     def reads_gradients(self) -> bool:
-        return self.evidence.reading(self.steps, self._window) is not None
+        return self._reading is not None
 
     @override
     def read_gradients(self) -> None:
-        reading = self.evidence.reading(self.steps, self._window)
+        reading = self._reading
         for weight in self.evolving:
             if reading is None:
                 weight.read_share = 0.0
@@ -133,7 +138,7 @@ class BAMECallback(MaskedCallback):
 
     @override
     def evolve(self, optimizer: Optimizer) -> bool:
-        reading = self.evidence.reading(self.steps, self._window)
+        reading = self._reading
         if reading is not None:
             # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
             extremes = [bound for weight in self.evolving for bound in weight.extremes()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import statistics
 import threading
@@ -31,8 +30,8 @@ from typing_extensions import override
 from bame_lightning.callbacks import SRSTE, BAMECallback, StaticMask
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.cli.conf import conf_dir
-from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.models import build_model, input_of
+from bame_lightning.cli.questions import answer, check_counts, layer_rules
 from bame_lightning.schedule import Schedule
 from bame_lightning.tasks import Classifier
 
@@ -50,12 +49,7 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg: The composed configuration.
     """
-    with one_line_errors("bame-bench"):
-        report = bench(cfg)
-        if cfg.json:
-            print(json.dumps(report, indent=2))
-        else:
-            _print(report)
+    answer("bame-bench", cfg, bench, _print)
 
 
 def bench(cfg: DictConfig) -> dict[str, Any]:
@@ -70,17 +64,14 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: If the configuration holds a wrong value.
     """
-    for name in ("batch_size", "cycles"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1; got {cfg[name]}.")
+    check_counts(cfg, "batch_size", "cycles")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
     batch = random_batch(shape, classes, cfg.batch_size)
-    rules = cfg.sparsity.layers or {}
-    layers = {str(glob): rules[glob] for glob in rules}
+    layers = layer_rules(cfg)
     methods: dict[str, Callable[[], list[L.Callback]]] = {
         "dense": list,
         "sr_ste": lambda: [SRSTE(cfg.pattern, layers=layers)],

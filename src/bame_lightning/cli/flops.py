@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from rich.table import Table
 from torch import nn
 
 from bame_lightning.cli.conf import conf_dir
-from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.models import Build, build_model, input_of
+from bame_lightning.cli.questions import answer, check_counts, layer_rules
 from bame_lightning.evidence import OneBatch
 from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
 from bame_lightning.layers import plan_layers
@@ -49,12 +48,7 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg: The composed configuration.
     """
-    with one_line_errors("bame-flops"):
-        report = count(cfg)
-        if cfg.json:
-            print(json.dumps(report, indent=2))
-        else:
-            _print(report)
+    answer("bame-flops", cfg, count, _print)
 
 
 def count(cfg: DictConfig) -> dict[str, Any]:
@@ -71,15 +65,12 @@ def count(cfg: DictConfig) -> dict[str, Any]:
         ValueError: If the configuration holds a wrong value.
     """
     pattern = NMPattern.parse(cfg.pattern)
-    for name in ("steps", "batch_size"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1; got {cfg[name]}.")
+    check_counts(cfg, "steps", "batch_size")
     build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
     model, counter = _trace(build, shape, classes)
 
-    rules = cfg.sparsity.layers or {}
-    plans = plan_layers(model, pattern, {str(glob): rules[glob] for glob in rules})
+    plans = plan_layers(model, pattern, layer_rules(cfg))
     densities = {plan.name: plan.pattern.density for plan in plans if plan.pattern}
     forward = {name: macs.forward / _SAMPLES for name, macs in counter.weights.items()}
     other = counter.other.forward / _SAMPLES
