@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from benchmarks.accuracy import attempts
@@ -20,6 +22,14 @@ def train(kind: type[BAMECallback]) -> torch.Tensor:
     trainer(callback, max_epochs=8).fit(task)
     assert callback.summary()["flips"] > 0
     return torch.cat([parameter.detach().flatten() for parameter in task.parameters()])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_pieces() -> Iterator[None]:
+    """As large layers are worked on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bame_lightning.masks.CHUNK", 64)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from bame_lightning import BAMECallback
 from bame_lightning.designation import designate, urgency
 from bame_lightning.evidence import Evidence, Reading
 from bame_lightning.evolution import ALL, EvolvingWeight
+from bame_lightning.pattern import to_blocks
 from bame_lightning.schedule import Window
 
 
@@ -53,27 +54,26 @@ class HalfMeanWeight(EvolvingWeight):
     """The mean of gradients is rounded to bfloat16 after every reading, as if it were stored so."""
 
     @override
-    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
-        mean = super()._average(index, pruned_gradient, kept, finite)
-        assert self.mean_gradient is not None
-        self.mean_gradient.copy_(self.mean_gradient.bfloat16())
-        return mean
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, mean: Tensor, finite: Tensor) -> Tensor:
+        moved = super()._average(index, pruned_gradient, mean, finite).clone()
+        mean.copy_(moved.bfloat16())
+        return moved
 
 
 class BlockNoiseWeight(EvolvingWeight):
     """The unit of evidence is that of each block, not of the layer: its kept weights and its own gradients."""
 
     @override
-    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, mean: Tensor, finite: Tensor) -> Tensor:
         n, m = self.sparse.pattern.n, self.sparse.pattern.m
         square = pruned_gradient.square().sum(-1) / (m - n)
         if not hasattr(self, "squares"):
             self.squares = torch.zeros(len(self.evidence), device=square.device)
         before = self.squares[index]
         self.squares[index] = torch.where(before > 0, torch.lerp(square, before, 0.9), square)
-        weights = self._blocks(self.sparse.weight.detach(), index).masked_fill(~kept, 0).square().sum(-1)
+        weights = to_blocks(self.sparse.values, m)[index].masked_fill(~self.mask[index], 0).square().sum(-1)
         unit = (weights / n / self.squares[index].clamp_min(1e-30)).sqrt()
-        mean = super()._average(index, pruned_gradient, kept, finite)
+        mean = super()._average(index, pruned_gradient, mean, finite)
         return mean * (unit / self.unit.clamp_min(1e-30))[:, None]
 
 
@@ -154,8 +154,8 @@ class AdamWeight(EvolvingWeight):
         self.count = torch.zeros(len(self.evidence), 1, device=self.evidence.device)
 
     @override
-    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Tensor) -> Tensor:
-        first = super()._average(index, pruned_gradient, kept, finite)
+    def _average(self, index: Tensor | slice, pruned_gradient: Tensor, mean: Tensor, finite: Tensor) -> Tensor:
+        first = super()._average(index, pruned_gradient, mean, finite)
         self.count[index] += 1
         self.second[index] = torch.lerp(pruned_gradient.square(), self.second[index], 0.999)
         first = first / (1 - self.config.momentum ** self.count[index])

@@ -14,12 +14,13 @@ from bame_lightning.criterion import select_mask
 from bame_lightning.designation import MostUrgent, blocks_in_share, designate, most_urgent, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import CHUNK, pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
+from bame_lightning.masks import pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, record
 from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 from bame_lightning.statistics import flipped_positions
+from bame_lightning.working_set import BlockState, WorkingSet
 
 ALL = slice(None)
 MEMORY = 0.9
@@ -134,6 +135,7 @@ class EvolvingWeight:
         self.freeze_after = freeze_after
         self.mask = mask = sparse.mask()
         device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
+        self._working_set: WorkingSet | None = None
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
             self.evidence += torch.where(mask, 0, self._blocks(sparse.values, ALL))
@@ -151,6 +153,28 @@ class EvolvingWeight:
         self.due = False
 
     @property
+    def evidence(self) -> Float[Tensor, "blocks m"]:
+        """Evidence of all blocks."""
+        self._put_back()
+        return self._evidence
+
+    @evidence.setter
+    def evidence(self, evidence: Float[Tensor, "blocks m"]) -> None:
+        self._put_back()
+        self._evidence = evidence
+
+    @property
+    def mean_gradient(self) -> Float[Tensor, "blocks m"] | None:
+        """Running mean of gradients of all blocks."""
+        self._put_back()
+        return self._mean_gradient
+
+    @mean_gradient.setter
+    def mean_gradient(self, mean: Float[Tensor, "blocks m"] | None) -> None:
+        self._put_back()
+        self._mean_gradient = mean
+
+    @property
     def frozen(self) -> Bool[Tensor, " blocks"]:
         """Blocks whose mask is final."""
         return frozen_blocks(self.history.oscillations, self.freeze_after)
@@ -165,7 +189,7 @@ class EvolvingWeight:
         if everywhere:
             frozen = self.frozen
             index = (~frozen).nonzero().squeeze(-1) if self.freeze_after is not None and frozen.any() else ALL
-        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.evidence)
+        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.mask)
         self.reading = BlockGradient(index, self._blocks(gradient, index, copy=True).to(self.dtype))
 
     def extremes(self) -> list[Tensor]:
@@ -197,26 +221,24 @@ class EvolvingWeight:
         # The optimizer's second moment may be poisoned as well.
         rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
+        state = self._at(index)
         for read, chosen in _pieces(index, gradient):
-            seen, kept, evidence = gradient[read], _rows(self.mask, chosen), _rows(self.evidence, chosen)
+            seen = gradient[read]
             zero_pruned_(seen, finite)
-            change = self._average(chosen, zeroed(seen, ~kept), kept, finite)
-            evidence.mul_(keep).addcmul_(change, rate[read], value=-1)
-            if isinstance(chosen, Tensor):
-                self.evidence.index_copy_(0, chosen, evidence)
+            change = zeroed(seen, ~state.kept[read])
+            if state.mean is not None:
+                change = self._average(chosen, change, state.mean[read], finite)
+            state.evidence[read].mul_(keep).addcmul_(change, rate[read], value=-1)
 
     def _average(
-        self, index: Tensor | slice, pruned_gradient: Tensor, kept: Tensor, finite: Bool[Tensor, ""]
+        self,
+        index: Int[Tensor, " chosen"] | slice,
+        pruned_gradient: Float[Tensor, "chosen m"],
+        mean: Float[Tensor, "chosen m"],
+        finite: Bool[Tensor, ""],
     ) -> Float[Tensor, "chosen m"]:
-        """Move the running mean of gradients by what was read of these blocks; returns it there."""
-        if self.mean_gradient is None:
-            return pruned_gradient
-        mean = _rows(self.mean_gradient, index)
-        mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
-        zero_pruned_(mean, ~kept)  # of what has been revived since
-        if isinstance(index, Tensor):
-            self.mean_gradient.index_copy_(0, index, mean)
-        return mean
+        """Move the running mean of gradients by what was read of these blocks, in place; returns what evidence follows."""
+        return mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
 
     def _measure(self, finite: Tensor) -> None:
         """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
@@ -247,12 +269,8 @@ class EvolvingWeight:
 
     def urgency(self, index: Int[Tensor, " chosen"] | slice = ALL) -> Float[Tensor, " chosen"]:
         """How close all or some blocks are to a swap: `designation.urgency`."""
-        weight = to_blocks(self.sparse.values, self.sparse.pattern.m)
-        if isinstance(index, slice):
-            return urgency(weight, self.evidence, self.mask)
-        tensors = (weight, self.evidence, self.mask)
-        chosen = torch.split(index, max(1, CHUNK // weight.shape[1]))
-        return torch.cat([urgency(*(_rows(values, part) for values in tensors)) for part in chosen])
+        weight, state = self._blocks(self.sparse.values, index), self._at(index)
+        return urgency(weight, state.evidence[: len(weight)], state.kept[: len(weight)])
 
     def designate(self, share: float) -> None:
         """Choose the blocks to read until the next reading of all."""
@@ -265,11 +283,13 @@ class EvolvingWeight:
         """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
         pattern, weight = self.sparse.pattern, self.sparse.values
         index, self.due = (ALL, False) if self.due else (self.designated, False)
-        adaptable = self._adaptable(index)
+        state, adaptable = self._at(index), self._adaptable(index)
+        places: Tensor | slice = ALL if isinstance(index, slice) else slice(len(index))
         if self.config.one_per_row:
             # Nothing else changes, so that the rest is done for one block of each row only.
             index, adaptable = self._most_urgent(index, adaptable)
-        mask, evidence = self._blocks(self.sparse.kept, index, copy=True), _rows(self.evidence, index)
+            places = self._places(index)
+        mask, evidence = _rows(self.mask, index).clone(), _rows(state.evidence, places)
         # The optimizer may have moved pruned weights, which are zeroed only later.
         old = self._blocks(weight, index, copy=True).to(self.dtype)
         zero_pruned_(old, mask)
@@ -280,7 +300,11 @@ class EvolvingWeight:
         self._put(weight, index, new.weight)
         self._put(self.sparse.kept, index, new.mask)
         _put_rows(self.mask, index, new.mask)
-        _put_rows(self.evidence, index, new.evidence)
+        _put_rows(state.kept, places, new.mask)
+        _put_rows(state.evidence, places, new.evidence)
+        if state.mean is not None:
+            # What is revived starts without a past, and so does what is pruned.
+            _put_rows(state.mean, places, zeroed(_rows(state.mean, places), ~new.mask))
         for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
             _put_rows(values, index, changed)
         ages = mask_ages(_rows(self.ages, index), mask, new.mask)
@@ -291,6 +315,25 @@ class EvolvingWeight:
         self.last_flips = flipped_positions(mask, new.mask)
         self.flips += self.last_flips
         self.predicted = self._first_order(index, new.weight - old)
+
+    def _at(self, index: Int[Tensor, " chosen"] | slice) -> BlockState:
+        """What evolves in all blocks, or in some, which are gathered the first time; those have a row more than asked for."""
+        if not isinstance(index, slice) and self._working_set is not None and self._working_set.index is index:
+            return self._working_set.state
+        state = BlockState(self.mask, self.evidence, self.mean_gradient)
+        if isinstance(index, slice):
+            return state
+        self._working_set = WorkingSet(index, state)
+        return self._working_set.state
+
+    def _places(self, index: Int[Tensor, " wanted"]) -> Int[Tensor, " wanted"]:
+        """Where blocks are in the state that was asked for last."""
+        return index if self._working_set is None else self._working_set.places(index)
+
+    def _put_back(self) -> None:
+        if self._working_set is not None:
+            self._working_set.put_back()
+            self._working_set = None
 
     def _worth(self, latent: Float[Tensor, "chosen m"], index: Tensor | slice) -> Float[Tensor, "chosen m"]:
         # Laid out only for the criterion that asks for it: masks adapt every other step.
@@ -398,7 +441,7 @@ def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
 
 def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
     if isinstance(index, slice):
-        values.copy_(rows)
+        values[index].copy_(rows)
     else:
         values.index_copy_(0, index, rows)
 

@@ -17,12 +17,19 @@ from tests.training import Spy, Task, blocks_over, trainer
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "freeze_after", "one_per_row", "averaging"),
-    [(1, 4, None, True, 0.75), (2, 4, 1, False, 0.0), (3, 8, 2, True, 0.5)],
+    ("n", "m", "freeze_after", "one_per_row", "averaging", "piece"),
+    [
+        (1, 4, None, True, 0.75, 2**18),
+        (1, 4, None, True, 0.75, 24),
+        (2, 4, None, False, 0.75, 24),
+        (2, 4, 1, False, 0.0, 2**18),
+        (3, 8, 2, True, 0.5, 24),
+    ],
 )
 def test_training_equals_the_specification_written_out_in_loops(
-    n: int, m: int, freeze_after: int | None, one_per_row: bool, averaging: float
+    n: int, m: int, freeze_after: int | None, one_per_row: bool, averaging: float, piece: int, monkeypatch
 ) -> None:
+    monkeypatch.setattr("bame_lightning.masks.CHUNK", piece)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)
@@ -70,7 +77,35 @@ def test_training_equals_the_specification_written_out_in_loops(
         torch.testing.assert_close(evolving.sparse.weight.detach(), weight.detach())
         evidence = torch.tensor([block.evidence for block in layer.blocks], dtype=torch.float64)
         torch.testing.assert_close(evolving.evidence, evidence)
+        if averaging:
+            mean = torch.tensor([block.mean_gradient for block in layer.blocks], dtype=torch.float64)
+            torch.testing.assert_close(evolving.mean_gradient, mean)
         assert (evolving.noise.item(), evolving.unit.item()) == pytest.approx((layer.noise, layer.unit))
+
+
+def test_looking_at_the_evidence_changes_nothing() -> None:
+    def train(hooks: list) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        task = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+        trainer(callback, *hooks, max_epochs=4).fit(task)
+        return task.state_dict()
+
+    def look(trainer, module) -> None:
+        looks.append([weight.evidence.clone() for weight in callback.evolving])
+
+    looks: list = []
+    callback = BAMECallback("1:4", evidence=Evidence(read_every=5, step_size=3.0), schedule=Schedule(every=2))
+    unseen = train([])
+    state = callback.state_dict()
+    callback = BAMECallback("1:4", evidence=Evidence(read_every=5, step_size=3.0), schedule=Schedule(every=2))
+    seen = train([Spy(look)])
+    assert callback.summary()["flips"] > 0
+    assert all(torch.equal(seen[name], unseen[name]) for name in seen)
+    saved = [layer["evidence"] for layer in state["layers"].values()]
+    again = [layer["evidence"] for layer in callback.state_dict()["layers"].values()]
+    assert all(map(torch.equal, saved, again))
+    # Evidence moves in every step of the window, in designated blocks at least.
+    assert all(not torch.equal(before[0], after[0]) for before, after in pairwise(looks[:20]))
 
 
 def test_default_arguments_are_the_contract() -> None:

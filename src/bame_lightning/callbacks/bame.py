@@ -165,8 +165,8 @@ class BAMECallback(MaskedCallback):
 
     @override
     def method_statistics(self) -> dict[str, Tensor]:
-        positions = sum(weight.evidence.numel() for weight in self.evolving)
-        blocks = sum(len(weight.evidence) for weight in self.evolving)
+        positions = sum(weight.mask.numel() for weight in self.evolving)
+        blocks = sum(len(weight.mask) for weight in self.evolving)
         frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
         urgencies = [weight.urgency() for weight in self.evolving]
         # A sum over rows, written so that its mean over ranks is right.
@@ -191,7 +191,7 @@ class BAMECallback(MaskedCallback):
             statistics |= {f"bame/{name}_p{p}": value for p, value in zip(percents, found, strict=True)}
         for weight, frequency in zip(self.evolving, frequencies, strict=True):
             layer = f"bame/layer/{weight.sparse.label}"
-            statistics[f"{layer}/flip_rate"] = weight.last_flips / weight.evidence.numel()
+            statistics[f"{layer}/flip_rate"] = weight.last_flips / weight.mask.numel()
             statistics[f"{layer}/oscillation_frequency"] = frequency.mean()
             statistics[f"{layer}/frozen_fraction"] = weight.frozen.float().mean()
         return statistics
