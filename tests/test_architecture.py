@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import bame_lightning
 
 PACKAGE = Path(__file__).parents[1] / "src" / "bame_lightning"
 CORE = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -56,3 +60,19 @@ def test_a_room_uses_only_what_lies_below_it(module: str) -> None:
         assert not {name.split(".")[0] for name in found} & {"hydra"}
     if room == "tasks":
         assert rooms(found) == {"tasks"} or not rooms(found), "tasks know nothing of sparsity"
+
+
+@pytest.mark.parametrize("module", ["audit", "evolution", "cli.audit", "cli.compare", "cli.export", "cli.report"])
+def test_what_does_not_train_does_not_wait_for_lightning(module: str) -> None:
+    check = f"import sys, bame_lightning.{module}; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_public_names_come_when_they_are_asked_for() -> None:
+    for name in bame_lightning.__all__:
+        found = getattr(bame_lightning, name)
+        assert found.__name__ == name
+        assert found.__module__.startswith("bame_lightning.")
+    assert set(bame_lightning.__all__) <= set(dir(bame_lightning))
+    with pytest.raises(AttributeError, match="'bame_lightning' has no attribute 'BAME'"):
+        _ = bame_lightning.BAME
