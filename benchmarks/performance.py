@@ -41,6 +41,7 @@ from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.gpt import gpt
 from bame_lightning.tasks.models import mlp, resnet18, resnet50
 from bame_lightning.tasks.vision_transformers import vit
+from benchmarks.accuracy.study import processor
 from benchmarks.documents import fill
 
 HERE = Path(__file__).parent
@@ -139,7 +140,12 @@ def steps(args: argparse.Namespace) -> None:
         "threads": args.threads,
     }
     rows = [
-        case | {"method": method, **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items()}}
+        case
+        | {
+            "cycles": args.cycles,
+            "method": method,
+            **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items()},
+        }
         for method, times in turns.items()
     ]
     for row in rows:
@@ -174,7 +180,7 @@ def core(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> dict[str, float]:
+def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 15) -> dict[str, float]:
     layer = nn.Linear(size[1], size[0], bias=False)
     blocks = torch.rand(layer.weight.numel() // pattern.m, pattern.m)
     plan = plan_layers(nn.Sequential(layer, nn.Linear(size[0], 2)), pattern)[0]
@@ -257,8 +263,10 @@ def publish(args: argparse.Namespace) -> None:
     table = [f"| ms | {header} |", "|---|" + "---:|" * len(parts)]
     for name, title in {"in place": "one float32 tensor read, another written", **PARTS}.items():
         table.append(f"| {title} | " + " | ".join(f"{float(row[name]):.1f}" for row in parts) + " |")
-    hardware = f"On AMD EPYC, {found[0]['threads']} threads, torch {torch.__version__}"
-    fill(DOCUMENT, "steps", "\n".join([f"{hardware}; ratios to the dense step beside each.", "", *timed]))
+    hardware = f"On {processor()}, {found[0]['threads']} threads, torch {torch.__version__}"
+    cycles = sorted({int(row["cycles"]) for row in found})
+    measured = f"{hardware}; {' or '.join(map(str, cycles))} cycles; ratios to the dense step beside each."
+    fill(DOCUMENT, "steps", "\n".join([measured, "", *timed]))
     fill(DOCUMENT, "memory", "\n".join(memory))
     fill(DOCUMENT, "core", "\n".join([f"{hardware}.", "", *table]))
     draw(found)
@@ -268,8 +276,9 @@ def everything(args: argparse.Namespace) -> None:
     core(args)
     for pattern in ("1:16", "2:4"):
         for model in MODELS:
-            width = 512 if model == "mlp" else None
-            measure(args, model=model, pattern=pattern, width=width, peak=True)
+            # Small steps vary more.
+            cycles, width = {"mlp": (20, 512), "resnet50": (2, None)}.get(model, (3, None))
+            measure(args, model=model, pattern=pattern, width=width, cycles=cycles, peak=True)
     for batch in (4, 8, 16, 40):
         measure(args, model="resnet18", batch=batch)
     for width in (1600, 5120):
@@ -278,7 +287,7 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, **case: Any) -> None:
-    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 2, "peak": False, "method": None}
+    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3, "peak": False, "method": None}
     steps(argparse.Namespace(**usual | case, threads=args.threads))
 
 

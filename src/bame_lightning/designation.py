@@ -68,14 +68,13 @@ def designate(
     count = blocks_in_share(share, unfrozen)
     if not count:
         return torch.zeros(0, dtype=torch.int64, device=urgency.device)
-    # The bits are in order whatever the ratios are, NaN as well; with the place below them no two are equal.
-    places = torch.arange(blocks, device=urgency.device)
-    order = (as_integers(urgency.float()).long() << 32) - places
-    chosen = order >= order.kthvalue(blocks - count + 1).values
-    # As `nonzero` has it, but that asks the device how many there are.
-    rank = torch.where(chosen, chosen.cumsum(0, dtype=torch.int32) - 1, count).long()
-    index = places.new_empty(count + 1).scatter_(0, rank, places)
-    return index[:count]
+    # Bits are in order whatever the ratios are, NaN as well, and integers are compared faster.
+    order = as_integers(urgency.float())
+    last = order.kthvalue(blocks - count + 1).values
+    above, tied = order > last, order == last
+    chosen = above | (tied & (tied.cumsum(0, dtype=torch.int32) <= count - above.sum()))
+    # `nonzero` would ask the device how many there are.
+    return torch.nonzero_static(chosen, size=count).squeeze(-1)
 
 
 def most_urgent(

@@ -156,7 +156,7 @@ def gather_blocks(
         return grid.view(-1, m).index_select(0, index)
     if len(index) * m * _STRIDED > weight.numel():
         return to_blocks(weight, m).index_select(0, index)
-    return grid[torch.unravel_index(index, grid.shape[:-1])]
+    return grid[_unravel(index, grid.shape[:-1])]
 
 
 def scatter_blocks_(
@@ -173,10 +173,19 @@ def scatter_blocks_(
     if grid.is_contiguous():
         grid.view(-1, blocks.shape[-1]).index_copy_(0, index, blocks.to(weight.dtype))
         return
-    grid[torch.unravel_index(index, grid.shape[:-1])] = blocks.to(weight.dtype)
+    grid[_unravel(index, grid.shape[:-1])] = blocks.to(weight.dtype)
 
 
 def _grid(weight: Tensor, m: int) -> Tensor:
     """A view of shape (out, *kernel, in / m, m): flattened but for the last dimension, the order of `to_blocks`."""
     inputs_last = weight.movedim(1, -1)
     return inputs_last.view(*inputs_last.shape[:-1], -1, m)
+
+
+def _unravel(index: Int[Tensor, " chosen"], shape: torch.Size) -> tuple[Tensor, ...]:
+    """`torch.unravel_index` for a few blocks, whose checks of the shape take several times as long as the divisions."""
+    places = []
+    for size in reversed(shape):
+        places.append(index % size)
+        index = index // size
+    return tuple(reversed(places))
