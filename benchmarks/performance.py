@@ -2,11 +2,13 @@
 
     python -m benchmarks.performance steps resnet18 1:16 [--batch 32] [--width 512] [--cycles 2] [--threads 2]
     python -m benchmarks.performance core [--threads 2]
+    python -m benchmarks.performance sections [--threads 2]
     python -m benchmarks.performance publish
 
 `steps` lets dense training, SR-STE, a static mask and BAME take turns in one process, as `bame-bench` does, and adds a row for
-each to `performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`); `publish` writes tables
-and a plot into `docs/performance.md`. `make bench` does all of it: `python -m benchmarks.performance all`.
+each to `performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same
+parts in steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make
+bench` does all of it: `python -m benchmarks.performance all`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,12 +27,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
 
 from bame_lightning import BAMECallback, Evidence, StaticMask
-from bame_lightning.cli.bench import FOREVER, random_batch, take_turns
+from bame_lightning.cli.bench import CYCLE, FOREVER, random_batch, take_turns
 from bame_lightning.evidence import Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight, plan_layers
@@ -46,6 +49,7 @@ from benchmarks.documents import fill
 
 HERE = Path(__file__).parent
 STEPS, CORE, FIGURE = HERE / "performance_steps.csv", HERE / "performance_core.csv", HERE / "performance.png"
+SECTIONS = HERE / "performance_sections.csv"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
 IMAGES, TOKENS = ((3, 32, 32), 10), ((128,), 256)
 # Builder, input shape and classes, batch.
@@ -64,11 +68,32 @@ PARTS = {
     "accumulate all": "move evidence",
     "designate": "designate",
     "adapt all": "adapt all blocks",
+    "gather": "gather 30 %",
+    "put back": "put 30 % back",
     "read some": "read 30 %",
     "accumulate some": "move evidence of 30 %",
     "adapt some": "adapt 30 %",
     "mask gradients": "zero pruned values",
     "top N": "SR-STE's mask",
+}
+
+
+KINDS = {
+    "reads 30 %": lambda step: step > 1 and step % 2 == 0,
+    "and adapts": lambda step: step > 1 and step % 2 == 1,
+    "reads all": lambda step: step == 0,
+    "adapts all": lambda step: step == 1,
+    "mean of ten": lambda step: True,
+}
+"""Kinds of BAME's steps by their place in a cycle."""
+CALLS = {
+    "mask_gradients": "zero gradients",
+    "enforce": "zero weights and momenta",
+    "read": "read gradients",
+    "extremes": "look for NaN",
+    "accumulate": "move evidence",
+    "designate": "designate",
+    "adapt": "adapt",
 }
 
 
@@ -128,8 +153,10 @@ def steps(args: argparse.Namespace) -> None:
     size = args.batch or usual
     batch = random_batch(shape, classes, size)
     if args.method:  # one method alone, for its peak of memory
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far, that of importing
         take_turns({args.method: fits(args)[args.method]}, batch, 0)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resident("VmHWM") - before)
         return
     turns = take_turns(fits(args), batch, args.cycles)
     case = {
@@ -153,8 +180,14 @@ def steps(args: argparse.Namespace) -> None:
     add(STEPS, rows, list(case))
 
 
+def resident(name: str) -> float:
+    """Resident memory of this process in MiB: now (VmRSS) or at most (VmHWM). `getrusage` would count the parent's, too."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
 def peak(args: argparse.Namespace, method: str) -> float:
-    """Largest resident memory of a process that trains with one method alone, in MiB."""
+    """By how much the memory of a process that trains with one method alone grows at most, in MiB."""
     command = [sys.executable, "-m", "benchmarks.performance", "steps", args.model, args.pattern, "--method", method]
     for name in ("batch", "width", "threads"):
         if value := getattr(args, name):
@@ -180,7 +213,7 @@ def core(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 15) -> dict[str, float]:
+def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> dict[str, float]:
     layer = nn.Linear(size[1], size[0], bias=False)
     blocks = torch.rand(layer.weight.numel() // pattern.m, pattern.m)
     plan = plan_layers(nn.Sequential(layer, nn.Linear(size[0], 2)), pattern)[0]
@@ -199,10 +232,12 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 15) -> d
         call(*args)
         took[name].append(time.perf_counter() - began)
 
-    for step in range(2 * rounds):
-        kind = "some" if step % 2 else "all"
+    for step in range(CYCLE * rounds):
+        kind = "some" if step % CYCLE else "all"
         layer.weight.grad = gradient.clone()
         timed("in place", spare.copy_, gradient)
+        if kind == "all":
+            timed("put back", lambda: weight.evidence)
         timed(f"read {kind}", weight.read, kind == "all")
         timed("mask gradients", zero_pruned_, sparse.gradient, sparse.kept)
         timed(f"finite {kind}", weight.extremes)
@@ -211,8 +246,57 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 15) -> d
             timed("designate", weight.designate, 0.3)
         timed(f"adapt {kind}", weight.adapt, 1.0)
         weight.reading = None
-        timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
+        if kind == "all":
+            timed("gather", weight._at, weight.designated)
+            timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
     return {name: statistics.median(times) for name, times in took.items()}
+
+
+def sections(args: argparse.Namespace) -> None:
+    """Time what BAME does in each kind of step of ResNet-18, batch 32, in milliseconds."""
+    clock: dict[str, float] = defaultdict(float)
+    steps: list[dict[str, float]] = []
+
+    def clocked(kind: Any) -> Any:
+        def wrap(name: str) -> Callable[..., Any]:
+            def call(*given: Any, **named: Any) -> Any:
+                began = time.perf_counter()
+                found = getattr(kind, name)(*given, **named)
+                clock[name] += time.perf_counter() - began
+                return found
+
+            return call
+
+        return type(kind.__name__, (kind,), {name: wrap(name) for name in CALLS if hasattr(kind, name)})
+
+    def note(*_: Any) -> None:
+        steps.append(dict(clock))
+        clock.clear()
+
+    torch.manual_seed(0)
+    callback = clocked(BAMECallback)(args.pattern, schedule=FOREVER)
+    callback.weight_type = clocked(EvolvingWeight)
+    shape, classes = IMAGES
+    task = Classifier(resnet18(shape, classes), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
+    count = (args.cycles + 1) * CYCLE
+    L.Trainer(
+        max_steps=count,
+        callbacks=[LambdaCallback(on_train_batch_end=note), callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(task, DataLoader([random_batch(shape, classes, 32)] * count, batch_size=None))  # type: ignore[arg-type]
+    measured = list(enumerate(steps))[CYCLE:]
+    rows = [
+        {"pattern": args.pattern, "threads": args.threads, "part": name}
+        | {
+            kind: f"{1e3 * statistics.mean(took.get(name, 0) for step, took in measured if of_kind(step % CYCLE)):.2f}"
+            for kind, of_kind in KINDS.items()
+        }
+        for name in CALLS
+    ]
+    add(SECTIONS, rows, ["pattern", "threads", "part"])
 
 
 def add(path: Path, rows: list[dict[str, Any]], key: list[str]) -> None:
@@ -267,13 +351,23 @@ def publish(args: argparse.Namespace) -> None:
     cycles = sorted({int(row["cycles"]) for row in found})
     measured = f"{hardware}; {' or '.join(map(str, cycles))} cycles; ratios to the dense step beside each."
     fill(DOCUMENT, "steps", "\n".join([measured, "", *timed]))
+    fill(DOCUMENT, "sections", "\n".join(sections_table(hardware)))
     fill(DOCUMENT, "memory", "\n".join(memory))
     fill(DOCUMENT, "core", "\n".join([f"{hardware}.", "", *table]))
     draw(found)
 
 
+def sections_table(hardware: str) -> list[str]:
+    rows = read(SECTIONS)
+    parts = {CALLS[row["part"]]: [float(row[kind]) for kind in KINDS] for row in rows}
+    parts["together"] = [sum(times) for times in zip(*parts.values(), strict=True)]
+    lines = [f"| {name} | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in parts.items()]
+    return [f"{hardware}; batch 32.", "", f"| ms | {' | '.join(KINDS)} |", "|---|" + "---:|" * len(KINDS), *lines]
+
+
 def everything(args: argparse.Namespace) -> None:
     core(args)
+    sections(argparse.Namespace(pattern="1:16", cycles=5, threads=args.threads))
     for pattern in ("1:16", "2:4"):
         for model in MODELS:
             # Small steps vary more.
@@ -331,8 +425,15 @@ def main() -> None:
     one.add_argument("--cycles", type=int, default=2)
     one.add_argument("--peak", action="store_true", help="measure peaks of memory, too, each in a process of its own")
     one.add_argument("--method", choices=list(TITLES), help=argparse.SUPPRESS)
+    parts = commands.add_parser("sections")
+    parts.add_argument("--pattern", default="1:16")
+    parts.add_argument("--cycles", type=int, default=5)
     calls = {"core": core, "publish": publish, "all": everything}
-    for command, call in [(one, steps), *((commands.add_parser(name), call) for name, call in calls.items())]:
+    for command, call in [
+        (one, steps),
+        (parts, sections),
+        *((commands.add_parser(name), call) for name, call in calls.items()),
+    ]:
         command.add_argument("--threads", type=int, default=2)
         command.set_defaults(call=call)
     args = parser.parse_args()

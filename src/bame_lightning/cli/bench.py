@@ -217,6 +217,7 @@ class _Run(threading.Thread):
     def times(self) -> Times:
         """What was measured, once all have finished."""
         sparse = [callback for callback in self.callbacks if isinstance(callback, SparseCallback)]
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
         began = time.perf_counter()
         for callback in sparse:
             callback.method_statistics()
@@ -224,7 +225,6 @@ class _Run(threading.Thread):
         saved = io.BytesIO()
         torch.save([callback.state_dict() for callback in sparse], saved)
         weights = sum(weight.kept.numel() for callback in sparse for weight in callback.weights)
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
         size = len(saved.getbuffer()) if sparse else 0
         return Times(self.seconds[CYCLE:], metrics, weights, sum(held.values()), size)
 
