@@ -73,8 +73,10 @@ def designate(
     last = order.kthvalue(blocks - count + 1).values
     above, tied = order > last, order == last
     chosen = above | (tied & (tied.cumsum(0, dtype=torch.int32) <= count - above.sum()))
-    # `nonzero` would ask the device how many there are.
-    return torch.nonzero_static(chosen, size=count).squeeze(-1)
+    # As `nonzero` has it, but that asks the device how many there are; not every device has `nonzero_static`.
+    place = torch.where(chosen, chosen.cumsum(0, dtype=torch.int32) - 1, count).long()
+    index = place.new_empty(count + 1).scatter_(0, place, torch.arange(blocks, device=place.device))
+    return index[:count]
 
 
 def most_urgent(
