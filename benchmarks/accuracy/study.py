@@ -61,6 +61,7 @@ VARIANTS = {
     "all designated": ["method.evidence.share=1.0"],
     "none designated": ["method.evidence.share=0.0"],
     "read everywhere each 40th step": ["method.evidence.read_every=40"],
+    "read everywhere each 3rd step, none designated": ["method.evidence.read_every=3", "method.evidence.share=0.0"],
     "frozen after 1": ["method.freeze_after=1"],
     "frozen after 5": ["method.freeze_after=5"],
     "stopped at half": ["method.schedule.stop=0.5"],
