@@ -5,10 +5,10 @@
     python -m benchmarks.performance sections [--threads 2]
     python -m benchmarks.performance publish
 
-`steps` lets dense training, SR-STE, a static mask and BAME take turns in one process, as `bame-bench` does, and adds a row for
-each to `performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same
-parts in steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make
-bench` does all of it: `python -m benchmarks.performance all`.
+`steps` lets dense training, SR-STE, a static mask and BAME take turns, as `bame-bench` does, and adds a row for each to
+`performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same parts in
+steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench`
+does all of it: `python -m benchmarks.performance all`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import argparse
 import csv
 import logging
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from bame_lightning import BAMECallback, Evidence, StaticMask
-from bame_lightning.cli.bench import CYCLE, FOREVER, random_batch, take_turns
+from bame_lightning.cli.bench import random_batch
+from bame_lightning.cli.models import build_model
+from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
 from bame_lightning.evidence import Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight, plan_layers
@@ -130,39 +131,27 @@ def published_sr_ste(model: nn.Module, pattern: NMPattern) -> None:
             parametrize.register_parametrization(model.get_submodule(module), name, Masked(pattern))
 
 
-def fits(args: argparse.Namespace) -> dict[str, Callable[[], tuple[L.LightningModule, list[L.Callback]]]]:
+def make_fit(args: argparse.Namespace, method: str) -> Fit:
     build, (shape, classes), _ = MODELS[args.model]
     width: dict[str, Any] = {}
     if args.width:
         width = {"hidden": [args.width] * 2} if args.model == "mlp" else {"width": args.width}
-
-    def make(method: str) -> tuple[L.LightningModule, list[L.Callback]]:
-        torch.manual_seed(0)
-        model = build(shape, classes, **width)
-        if method == "sr_ste":
-            published_sr_ste(model, NMPattern.parse(args.pattern))
-        callbacks = {"static": StaticMask(args.pattern), "bame": BAMECallback(args.pattern, schedule=FOREVER)}
-        task = Classifier(model, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
-        return task, [callbacks[method]] if method in callbacks else []
-
-    return {method: lambda method=method: make(method) for method in TITLES}  # type: ignore[misc]
+    torch.manual_seed(0)
+    model = build_model(partial(build, **width), shape, classes)
+    if method == "sr_ste":
+        published_sr_ste(model, NMPattern.parse(args.pattern))
+    callbacks = {"static": StaticMask(args.pattern), "bame": BAMECallback(args.pattern, schedule=FOREVER)}
+    task = Classifier(model, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
+    return Fit(task, [callbacks[method]] if method in callbacks else [], random_batch(shape, classes, args.batch))
 
 
 def steps(args: argparse.Namespace) -> None:
-    _, (shape, classes), usual = MODELS[args.model]
-    size = args.batch or usual
-    batch = random_batch(shape, classes, size)
-    if args.method:  # one method alone, for its peak of memory
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far, that of importing
-        take_turns({args.method: fits(args)[args.method]}, batch, 0)
-        print(resident("VmHWM") - before)
-        return
-    turns = take_turns(fits(args), batch, args.cycles)
+    args.batch = args.batch or MODELS[args.model][2]
+    turns = take_turns({method: partial(make_fit, args, method) for method in TITLES}, args.cycles)
     case = {
         "model": args.model,
         "pattern": args.pattern,
-        "batch": size,
+        "batch": args.batch,
         "width": args.width or "",
         "threads": args.threads,
     }
@@ -171,29 +160,11 @@ def steps(args: argparse.Namespace) -> None:
         | {
             "cycles": args.cycles,
             "method": method,
-            **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items()},
+            **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items() if value is not None},
         }
         for method, times in turns.items()
     ]
-    for row in rows:
-        row["peak_mib"] = f"{peak(args, row['method']):.0f}" if args.peak else ""
     add(STEPS, rows, list(case))
-
-
-def resident(name: str) -> float:
-    """Resident memory of this process in MiB: now (VmRSS) or at most (VmHWM). `getrusage` would count the parent's, too."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
-
-
-def peak(args: argparse.Namespace, method: str) -> float:
-    """By how much the memory of a process that trains with one method alone grows at most, in MiB."""
-    command = [sys.executable, "-m", "benchmarks.performance", "steps", args.model, args.pattern, "--method", method]
-    for name in ("batch", "width", "threads"):
-        if value := getattr(args, name):
-            command += [f"--{name}", str(value)]
-    found = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(found.stdout.split()[-1])
 
 
 def core(args: argparse.Namespace) -> None:
@@ -277,7 +248,9 @@ def sections(args: argparse.Namespace) -> None:
     callback = clocked(BAMECallback)(args.pattern, schedule=FOREVER)
     callback.weight_type = clocked(EvolvingWeight)
     shape, classes = IMAGES
-    task = Classifier(resnet18(shape, classes), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
+    task = Classifier(
+        build_model(resnet18, shape, classes), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    )
     count = (args.cycles + 1) * CYCLE
     L.Trainer(
         max_steps=count,
@@ -342,7 +315,8 @@ def publish(args: argparse.Namespace) -> None:
         numbers = " | ".join(f"{float(ratio):.2f}" for ratio in ratios)
         timed.append(f"{begin} {float(dense['median_ms']):.1f} | {numbers} |")
         held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight", "logging_ms")]
-        memory.append(f"{begin} {' | '.join([*held, *(rows[method]['peak_mib'] or '-' for method in TITLES)])} |")
+        held += [f"{float(rows[method]['peak_mib']):.0f}" if rows[method]["peak_mib"] else "-" for method in TITLES]
+        memory.append(f"{begin} {' | '.join(held)} |")
     header = " | ".join(f"{int(row['weights']) / 1e6:.1f} M, {row['pattern']}" for row in parts)
     table = [f"| ms | {header} |", "|---|" + "---:|" * len(parts)]
     for name, title in {"in place": "one float32 tensor read, another written", **PARTS}.items():
@@ -372,7 +346,7 @@ def everything(args: argparse.Namespace) -> None:
         for model in MODELS:
             # Small steps vary more.
             cycles, width = {"mlp": (20, 512), "resnet50": (2, None)}.get(model, (3, None))
-            measure(args, model=model, pattern=pattern, width=width, cycles=cycles, peak=True)
+            measure(args, model=model, pattern=pattern, width=width, cycles=cycles)
     for batch in (4, 8, 16, 40):
         measure(args, model="resnet18", batch=batch)
     for width in (1600, 5120):
@@ -381,7 +355,7 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, **case: Any) -> None:
-    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3, "peak": False, "method": None}
+    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3}
     steps(argparse.Namespace(**usual | case, threads=args.threads))
 
 
@@ -423,8 +397,6 @@ def main() -> None:
     one.add_argument("--batch", type=int)
     one.add_argument("--width", type=int)
     one.add_argument("--cycles", type=int, default=2)
-    one.add_argument("--peak", action="store_true", help="measure peaks of memory, too, each in a process of its own")
-    one.add_argument("--method", choices=list(TITLES), help=argparse.SUPPRESS)
     parts = commands.add_parser("sections")
     parts.add_argument("--pattern", default="1:16")
     parts.add_argument("--cycles", type=int, default=5)

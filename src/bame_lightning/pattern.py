@@ -110,8 +110,8 @@ def to_blocks(weight: Shaped[Tensor, "out inp *kernel"], m: int) -> Shaped[Tenso
         m: Weights in a block.
 
     Returns:
-        Blocks ordered by filter, kernel position, input; shape (out * kernel * in / m, m). For a contiguous
-        two-dimensional weight a view, else a copy.
+        Blocks ordered by filter, kernel position, input; shape (out * kernel * in / m, m). A view if inputs lie side by
+        side in memory (a contiguous two-dimensional weight, channels-last convolutions), else a copy.
 
     Example:
         >>> to_blocks(torch.arange(8).reshape(2, 4), 2)

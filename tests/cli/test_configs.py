@@ -29,6 +29,7 @@ from bame_lightning import (
 )
 from bame_lightning.cli import conf
 from bame_lightning.cli.conf import conf_dir
+from bame_lightning.cli.models import build_model
 from bame_lightning.layers import plan_layers
 from bame_lightning.pattern import NMPattern
 from tests.tasks.fake_data import write_cifar, write_imagenet
@@ -217,6 +218,19 @@ def test_every_model_knows_its_native_input_and_classes(path: Path, config: Any)
     arguments = inspect.signature(instantiate(config(f"model={path.stem}").model)).parameters
     assert arguments["input_shape"].default in {(3, 224, 224), (3, 32, 32), (1, 28, 28), (128,)}
     assert arguments["num_classes"].default in {10, 1000, 256}
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet20", "mobilenet_v2"])
+def test_convolutions_lie_channels_last_and_compute_the_same(model: str, config: Any) -> None:
+    build, images = instantiate(config(f"model={model}").model), torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    plain = build((3, 32, 32), 10)
+    torch.manual_seed(0)
+    made = build_model(build, (3, 32, 32), 10)
+    convolutions = [module.weight for module in made.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) >= 3
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    torch.testing.assert_close(made.eval()(images), plain.eval()(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
