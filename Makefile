@@ -38,7 +38,7 @@ lint: setup ## Check style
 type: setup ## Check types
 	$(BIN)/mypy
 
-bench: setup ## Measure time and memory beside dense training, for docs/performance.md (most of an hour)
+bench: setup ## Measure time and memory beside dense training, for docs/performance.md (half an hour)
 	$(BIN)/python -m benchmarks.performance all
 
 docs: setup ## Make the documentation as pages in build/docs; a warning, such as a broken link, is an error

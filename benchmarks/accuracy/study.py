@@ -123,8 +123,8 @@ def headline() -> Iterator[Cell]:
         yield from _grid(recipe, [""], ["dense"], 5)
     for recipe in (mlp, cnn):
         yield from _grid(recipe, ["1:8", "1:4", "2:4"], methods, 3)
-    yield from _grid("digits_cnn", ["1:16", "1:8", "1:4", "2:4"], methods, 5)
-    yield from _grid("digits_cnn", [""], ["dense"], 5)
+    yield from _grid("digits_cnn", ["1:16", "1:8", "1:4", "2:4"], methods, 10)
+    yield from _grid("digits_cnn", [""], ["dense"], 10)
     yield from _grid(gpt, ["1:16", "2:4"], methods, 2)
     yield from _grid(gpt, [""], ["dense"], 2)
     yield from _grid("fashion_mnist_resnet20", ["1:16", "2:4"], methods, 1)

@@ -111,6 +111,13 @@ def test_a_model_is_measured(run: Answer) -> None:
     assert "a step / dense" in run(*MLP)
 
 
+def test_what_a_method_refuses_is_told_in_one_line(run: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(*MLP, "pattern=1:5")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("bame-bench: error: No layer is eligible for `pattern` 1:5")
+
+
 @pytest.mark.parametrize("wrong", ["cycles=0", "batch_size=0.5"])
 def test_a_wrong_number_is_told_in_one_line(run: Answer, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
