@@ -127,7 +127,8 @@ def headline() -> Iterator[Cell]:
     yield from _grid("digits_cnn", [""], ["dense"], 10)
     yield from _grid(gpt, ["1:16", "2:4"], methods, 2)
     yield from _grid(gpt, [""], ["dense"], 2)
-    yield from _grid("fashion_mnist_resnet20", ["1:16", "2:4"], methods, 1)
+    yield from _grid("fashion_mnist_resnet20", ["1:16"], methods, 3)
+    yield from _grid("fashion_mnist_resnet20", ["2:4"], methods, 1)
 
 
 def ablation() -> Iterator[Cell]:
