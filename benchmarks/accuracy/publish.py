@@ -45,9 +45,9 @@ def main() -> None:
     command = "```\npython -m benchmarks.accuracy.study headline\npython -m benchmarks.accuracy.publish\n```"
 
     text = [
-        "Fashion-MNIST with an MLP, a CNN and a ResNet-20, and the digits with a CNN (test accuracy, %); a small GPT on Python's",
-        "source text (bits per byte, less is better). 1:16, mean ± standard deviation over seeds. FLOPs of training the whole",
-        f"network, counted, not executed. On {hardware}.",
+        "Fashion-MNIST with an MLP, a CNN and a ResNet-20, and the digits with a CNN (test accuracy, %); a small GPT on",
+        "Python's source text (bits per byte, less is better). 1:16, mean ± standard deviation over seeds. FLOPs of",
+        f"training the whole network, counted, not executed. On {hardware}.",
         "",
         *headline(rows, "1:16"),
         "",
