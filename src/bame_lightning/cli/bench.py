@@ -52,8 +52,8 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
     check_counts(cfg, "batch_size", "cycles")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    turns = take_turns({method: partial(make_fit, cfg, method) for method in METHODS}, cfg.cycles)
     shape, _ = input_of(instantiate(cfg.model), cfg.get("data"))
+    turns = take_turns({method: partial(make_fit, cfg, method) for method in METHODS}, cfg.cycles)
     return {
         "model": HydraConfig.get().runtime.choices["model"],
         "input_shape": list(shape),
