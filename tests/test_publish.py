@@ -1,0 +1,66 @@
+"""Tables of measured results: gains over rivals of the same seeds, and whether the seeds can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from benchmarks.accuracy.publish import ablation, headline, lead
+from benchmarks.accuracy.study import COLUMNS, Row
+
+
+def rows(method: str, accuracies: Sequence[float], **rest: str) -> list[Row]:
+    known = {"recipe": "digits_cnn", "pattern": "1:16", "method": method, "train_loss": "0.5", "flips_per_block": "1"}
+    flops = {"train_vs_dense": "0.2", "train_vs_sr_ste": "0.25"}
+    return [
+        dict.fromkeys(COLUMNS, "") | known | flops | {"seed": str(seed), "test_accuracy": str(accuracy / 100)} | rest
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+def cells(table: list[str]) -> list[list[str]]:
+    """Of the rows below the head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+# Student's t of 2 degrees of freedom is 4.303 at 97.5 %. Gains of 1, 2, 3: 4.303 x 1 / sqrt(3) = 2.48.
+# Gains of 1.9, 2, 2.1: 4.303 x 0.1 / sqrt(3) = 0.25.
+@pytest.mark.parametrize(
+    ("own", "text"),
+    [
+        ([91, 92, 93], "+2.00 ± 2.48"),
+        ([91.9, 92, 92.1], "**+2.00 ± 0.25**"),
+        ([88.1, 88, 87.9], "**-2.00 ± 0.25**"),
+        ([91], "+1.00"),
+    ],
+)
+def test_gain_is_bold_where_its_interval_leaves_out_zero(own: list[float], text: str) -> None:
+    (found,) = cells(lead(rows("bame", own) + rows("sr_ste", [90, 90, 90])))
+    assert found == ["digits_cnn", "1:16", text, "", "", "4.00x"]
+
+
+def test_gain_compares_the_same_seeds_only() -> None:
+    # Seeds 0 and 1 gain 2 and 2; the rival's seeds 2 and 3 have no twin, whatever they reached.
+    (found,) = cells(lead(rows("bame", [92, 82]) + rows("static", [90, 80, 10, 20])))
+    assert found[2:5] == ["", "", "**+2.00 ± 0.00**"]
+
+
+def test_fewer_bits_per_byte_are_ahead() -> None:
+    own = rows("bame", [0], recipe="python_source_gpt", test_bits_per_byte="2.25")
+    rival = rows("sr_ste", [0], recipe="python_source_gpt", test_bits_per_byte="2.5")
+    (found,) = cells(lead(own + rival))
+    assert found[2] == "+0.250"
+
+
+def test_headline_sets_each_method_against_sr_ste() -> None:
+    found = cells(headline(rows("bame", [91]) + rows("sr_ste", [90]) + rows("rigl", [89]), "1:16"))
+    assert [(row[1], row[4]) for row in found] == [("BAME", "+1.00"), ("SR-STE", ""), ("RigL in blocks", "-1.00")]
+
+
+def test_ablation_sets_each_change_against_the_default() -> None:
+    worse = rows("bame", [89, 88.9], variant="no margin", train_loss="0.9")
+    better = rows("bame", [91], variant="to the end", train_loss="0.1")
+    found = cells(ablation(rows("bame", [90, 90]) + worse + better))
+    assert [row[2] for row in found] == ["**nothing: the default**", "to the end", "no margin"]
+    # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.0707 / sqrt(2) = 0.635.
+    assert [row[5] for row in found] == ["", "+1.00", "**-1.05 ± 0.64**"]
