@@ -22,7 +22,7 @@ from bame_lightning import Evidence, Schedule
 from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
-from benchmarks.accuracy.study import CSV, TABLE, Row, quality, read_rows, spread, table
+from benchmarks.accuracy.study import CSV, TABLE, Row, decimals, quality, read_rows, spread, table
 from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
@@ -83,11 +83,10 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
             group = groups.get(("" if method == "dense" else pattern, method), [])
             if not group or not groups.get((pattern, "bame")):
                 continue
-            digits = 3 if group[0]["test_bits_per_byte"] else 2
             against = _ahead(group, base) if method not in ("sr_ste", "dense") else ""
             flops = statistics.mean(float(row["train_vs_sr_ste"]) for row in group)
             cells = [
-                *(task, title, str(len(group)), spread([quality(row) for row in group], digits), against),
+                *(task, title, str(len(group)), spread([quality(row) for row in group], decimals(group[0])), against),
                 spread([float(row["train_loss"]) for row in group], 4),
                 f"{statistics.mean(float(row['train_vs_dense']) for row in group):.3f}",
                 f"{1 / flops:.2f}x" if method != "dense" else "",
@@ -116,16 +115,15 @@ def lead(rows: list[Row]) -> list[str]:
 def _ahead(own: list[Row], rivals: list[Row]) -> str:
     """Mean gain in quality over rivals of the same seeds ± half its 95 % interval; bold if that leaves out 0."""
     by_seed = {row["seed"]: quality(row) for row in rivals}
-    language = bool(own[0]["test_bits_per_byte"])
-    digits, sign = (3, -1) if language else (2, 1)
+    places, sign = decimals(own[0]), -1 if own[0]["test_bits_per_byte"] else 1
     gains = [sign * (quality(row) - by_seed[row["seed"]]) for row in own if row["seed"] in by_seed]
     if not gains:
         return ""
     mean = statistics.mean(gains)
     if len(gains) == 1:
-        return f"{mean:+.{digits}f}"
+        return f"{mean:+.{places}f}"
     half = student.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
-    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    text = f"{mean:+.{places}f} ± {half:.{places}f}"
     return f"**{text}**" if abs(mean) > half else text
 
 
@@ -164,7 +162,7 @@ def ablation(rows: list[Row]) -> list[str]:
             if not ahead:
                 continue  # the default has not been measured with these seeds yet
             cells = [
-                *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], 2)),
+                *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], decimals(group[0]))),
                 ahead if group is not default else "",
                 spread([float(row["train_loss"]) for row in group], 4),
                 f"{statistics.mean(float(row['flips_per_block']) for row in group):.2f}",
@@ -228,7 +226,7 @@ def _recipes(rows: list[Row], hardware: str) -> None:
         measured = "not measured"
         if group:
             language = bool(group[0]["test_bits_per_byte"])
-            value = spread([quality(row) for row in group], 3 if language else 2)
+            value = spread([quality(row) for row in group], decimals(group[0]))
             # Runs shared the machine, and some were stopped for a while.
             minutes = f"{min(float(row['wall_seconds']) for row in group) / 60:.1f}"
             lines.append(f"| {path.stem} | 1:16 | bame | {value} | {len(group)} | {minutes} |")

@@ -255,7 +255,7 @@ def table(rows: list[Row]) -> str:
         )
         cells = [
             *(recipe, pattern or "dense", f"{method}, {variant}" if variant else method, str(len(group))),
-            spread([quality(row) for row in group], 3 if group[0]["test_bits_per_byte"] else 2),
+            spread([quality(row) for row in group], decimals(group[0])),
             spread([float(row["train_loss"]) for row in group], 4),
             _mean(group, "train_vs_sr_ste", ".3f") if pattern else "",
             _mean(group, "flips_per_block", ".2f"),
@@ -272,6 +272,11 @@ def quality(row: Row) -> float:
     return float(row["test_bits_per_byte"]) if row["test_bits_per_byte"] else 100 * float(row["test_accuracy"])
 
 
+def decimals(row: Row) -> int:
+    """Decimal places to show of a quality."""
+    return 3 if row["test_bits_per_byte"] else 2
+
+
 def _wins(group: list[Row], rivals: list[Row]) -> str:
     by_seed = {row["seed"]: row for row in rivals}
     pairs = [(row, by_seed[row["seed"]]) for row in group if row["seed"] in by_seed]
@@ -282,9 +287,9 @@ def _wins(group: list[Row], rivals: list[Row]) -> str:
     return f"{wins} of {len(pairs)}" if pairs else ""
 
 
-def spread(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def spread(values: list[float], places: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{deviation}"
 
 
 def _mean(group: list[Row], column: str, form: str) -> str:
