@@ -184,9 +184,13 @@ def predictor() -> list[str]:
 def draw(rows: list[Row]) -> None:
     """A panel for each task: quality against training FLOPs, with the standard deviation over seeds."""
     tasks = [task for task in TASKS if any(row["recipe"] == task and row["method"] == "bame" for row in rows)]
-    figure = Figure(figsize=(5.2 * len(tasks), 4.4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axis, task in zip(axes, tasks, strict=True):
+    columns = min(3, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(5.2 * columns, 4 * lines + 0.4), dpi=120, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(tasks) :]:
+        axis.set_axis_off()
+    for axis, task in zip(axes, tasks, strict=False):
         for (pattern, method), group in _groups([row for row in rows if row["recipe"] == task]).items():
             values = [quality(row) for row in group]
             axis.errorbar(
@@ -211,7 +215,7 @@ def draw(rows: list[Row]) -> None:
         axes[0].plot([], [], "o", color=colour, label=METHODS[method])
     for pattern, marker in MARKERS.items():
         axes[0].plot([], [], marker, color="#888888", label=pattern or "dense")
-    figure.legend(loc="outside lower center", ncols=len(METHODS) + len(MARKERS), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(METHODS) + len(MARKERS), fontsize=10, frameon=False)
     figure.savefig(FIGURE)
 
 
