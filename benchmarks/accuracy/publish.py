@@ -22,7 +22,7 @@ from bame_lightning import Evidence, Schedule
 from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
-from benchmarks.accuracy.study import CSV, TABLE, Row, decimals, quality, read_rows, spread, table
+from benchmarks.accuracy.study import CSV, TABLE, Row, decimals, quality, quality_spread, read_rows, spread, table
 from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
             against = _ahead(group, base) if method not in ("sr_ste", "dense") else ""
             flops = statistics.mean(float(row["train_vs_sr_ste"]) for row in group)
             cells = [
-                *(task, title, str(len(group)), spread([quality(row) for row in group], decimals(group[0])), against),
+                *(task, title, str(len(group)), quality_spread(group), against),
                 spread([float(row["train_loss"]) for row in group], 4),
                 f"{statistics.mean(float(row['train_vs_dense']) for row in group):.3f}",
                 f"{1 / flops:.2f}x" if method != "dense" else "",
@@ -162,7 +162,7 @@ def ablation(rows: list[Row]) -> list[str]:
             if not ahead:
                 continue  # the default has not been measured with these seeds yet
             cells = [
-                *(task, pattern, name, str(len(group)), spread([quality(row) for row in group], decimals(group[0]))),
+                *(task, pattern, name, str(len(group)), quality_spread(group)),
                 ahead if group is not default else "",
                 spread([float(row["train_loss"]) for row in group], 4),
                 f"{statistics.mean(float(row['flips_per_block']) for row in group):.2f}",
@@ -230,7 +230,7 @@ def _recipes(rows: list[Row], hardware: str) -> None:
         measured = "not measured"
         if group:
             language = bool(group[0]["test_bits_per_byte"])
-            value = spread([quality(row) for row in group], decimals(group[0]))
+            value = quality_spread(group)
             # Runs shared the machine, and some were stopped for a while.
             minutes = f"{min(float(row['wall_seconds']) for row in group) / 60:.1f}"
             lines.append(f"| {path.stem} | 1:16 | bame | {value} | {len(group)} | {minutes} |")

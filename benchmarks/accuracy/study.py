@@ -255,7 +255,7 @@ def table(rows: list[Row]) -> str:
         )
         cells = [
             *(recipe, pattern or "dense", f"{method}, {variant}" if variant else method, str(len(group))),
-            spread([quality(row) for row in group], decimals(group[0])),
+            quality_spread(group),
             spread([float(row["train_loss"]) for row in group], 4),
             _mean(group, "train_vs_sr_ste", ".3f") if pattern else "",
             _mean(group, "flips_per_block", ".2f"),
@@ -275,6 +275,11 @@ def quality(row: Row) -> float:
 def decimals(row: Row) -> int:
     """Decimal places to show of a quality."""
     return 3 if row["test_bits_per_byte"] else 2
+
+
+def quality_spread(group: list[Row]) -> str:
+    """Mean and standard deviation of the quality of runs."""
+    return spread([quality(row) for row in group], decimals(group[0]))
 
 
 def _wins(group: list[Row], rivals: list[Row]) -> str:
