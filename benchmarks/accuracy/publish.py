@@ -22,7 +22,19 @@ from bame_lightning import Evidence, Schedule
 from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
-from benchmarks.accuracy.study import CSV, TABLE, Row, decimals, quality, quality_spread, read_rows, spread, table
+from benchmarks.accuracy.study import (
+    CSV,
+    TABLE,
+    Row,
+    decimals,
+    gain,
+    quality,
+    quality_spread,
+    read_rows,
+    same_seeds,
+    spread,
+    table,
+)
 from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
@@ -114,12 +126,10 @@ def lead(rows: list[Row]) -> list[str]:
 
 def _ahead(own: list[Row], rivals: list[Row]) -> str:
     """Mean gain in quality over rivals of the same seeds ± half its 95 % interval; bold if that leaves out 0."""
-    by_seed = {row["seed"]: quality(row) for row in rivals}
-    places, sign = decimals(own[0]), -1 if own[0]["test_bits_per_byte"] else 1
-    gains = [sign * (quality(row) - by_seed[row["seed"]]) for row in own if row["seed"] in by_seed]
+    gains = [gain(row, rival) for row, rival in same_seeds(own, rivals)]
     if not gains:
         return ""
-    mean = statistics.mean(gains)
+    mean, places = statistics.mean(gains), decimals(own[0])
     if len(gains) == 1:
         return f"{mean:+.{places}f}"
     half = student.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))

@@ -282,13 +282,21 @@ def quality_spread(group: list[Row]) -> str:
     return spread([quality(row) for row in group], decimals(group[0]))
 
 
-def _wins(group: list[Row], rivals: list[Row]) -> str:
+def gain(row: Row, rival: Row) -> float:
+    """By how much the quality of a run is better than that of another."""
+    difference = quality(row) - quality(rival)
+    return -difference if row["test_bits_per_byte"] else difference
+
+
+def same_seeds(group: list[Row], rivals: list[Row]) -> list[tuple[Row, Row]]:
+    """Each run of a group beside the rival's of the same seed, where there is one."""
     by_seed = {row["seed"]: row for row in rivals}
-    pairs = [(row, by_seed[row["seed"]]) for row in group if row["seed"] in by_seed]
-    sign = -1 if group[0]["test_bits_per_byte"] else 1
-    wins = sum(
-        float(a["train_loss"]) < float(b["train_loss"]) and sign * quality(a) > sign * quality(b) for a, b in pairs
-    )
+    return [(row, by_seed[row["seed"]]) for row in group if row["seed"] in by_seed]
+
+
+def _wins(group: list[Row], rivals: list[Row]) -> str:
+    pairs = same_seeds(group, rivals)
+    wins = sum(float(a["train_loss"]) < float(b["train_loss"]) and gain(a, b) > 0 for a, b in pairs)
     return f"{wins} of {len(pairs)}" if pairs else ""
 
 
