@@ -66,7 +66,9 @@ def test_one_batch_anneals_its_share_by_a_cosine() -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments", "says"),
     [
-        (Evidence, {"read_every": 0}, r"`evidence.read_every` must be at least 1 optimizer step; got 0"),
+        (Evidence, {"read_every": 0}, r"`evidence.read_every` must be a whole number .* at least 1; got 0"),
+        (Evidence, {"read_every": 2.5}, r"`evidence.read_every` must be a whole number .* at least 1; got 2.5"),
+        (Evidence, {"share": "abc"}, r"`evidence.share` must be a number; got 'abc'"),
         (Evidence, {"share": -0.1}, r"`evidence.share` is a share of blocks in \[0, 1\]; got -0.1"),
         (Evidence, {"share": 1.5}, r"`evidence.share`.*got 1.5"),
         (Evidence, {"share": math.nan}, r"`evidence.share`.*got nan"),
@@ -84,6 +86,7 @@ def test_one_batch_anneals_its_share_by_a_cosine() -> None:
         (OneBatch, {"share": math.nan}, r"`evidence.share`.*got nan"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_arguments_outside_their_range_are_refused(kind: Any, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         kind(**arguments)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
@@ -211,6 +212,41 @@ def test_a_compiled_model_is_counted() -> None:
     model.compile(backend="eager")
     for _ in range(2):
         assert forward_macs(model, torch.ones(3, 8)) == ({"0.weight": 96, "2.weight": 24}, 0)
+
+
+def test_a_full_graph_is_counted_and_compiled_afterwards() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    graphs: list[Any] = []
+    model = nn.Linear(8, 4)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with MacCounter(model) as counter:
+        compiled(torch.ones(3, 8))
+    assert counter.weights["weight"].forward == 96
+    assert not graphs
+    compiled(torch.ones(3, 8))
+    assert len(graphs) == 1
+
+
+def test_jagged_tensors_are_counted() -> None:
+    model = nn.Linear(8, 4)
+    rows = torch.nested.nested_tensor_from_jagged(torch.ones(5, 8), offsets=torch.tensor([0, 2, 5]))
+    with MacCounter(model) as counter:
+        model(rows)
+    assert counter.weights["weight"].forward == 5 * 8 * 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_runs_while_counted() -> None:
+    x = torch.ones(1, 1, 4, 8)
+    model = nn.Linear(8, 8)
+    with MacCounter(model) as counter, torch.no_grad():
+        attended = flex_attention(x, x, x)
+        model(attended)
+    assert torch.equal(attended, x)
+    assert counter.weights["weight"].forward == 4 * 64
 
 
 # What of a training step is counted.

@@ -130,6 +130,24 @@ def test_a_rule_may_use_any_name_of_a_tied_weight() -> None:
         plan_layers(tied(), P24, {"second": "1:3"})
 
 
+def test_a_frozen_network_that_follows_holds_no_classifier() -> None:
+    teacher = nn.Linear(8, 2).requires_grad_(False)
+    assert plans(Net(layer=nn.Linear(8, 8), head=nn.Linear(8, 2), teacher=teacher)) == {
+        "layer.weight": "2:4",
+        "head.weight": "classifier (last linear layer)",
+        "teacher.weight": "not trained (requires_grad=False)",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_stays_dense() -> None:
+    assert plans(Net(layer=nn.Linear(8, 8), none=nn.Linear(0, 8), head=nn.Linear(8, 2))) == {
+        "layer.weight": "2:4",
+        "none.weight": "empty",
+        "head.weight": "classifier (last linear layer)",
+    }
+
+
 def test_the_classifier_is_known_by_its_second_name_too() -> None:
     model = Net(first=nn.Linear(8, 8), layer=nn.Linear(8, 8), head=nn.Linear(8, 8))
     model.head.weight = model.first.weight

@@ -71,8 +71,14 @@ class Evidence:
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.read_every < 1:
-            raise ValueError(f"`evidence.read_every` must be at least 1 optimizer step; got {self.read_every}.")
+        for name in ("share", "step_size", "momentum", "margin"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise ValueError(f"`evidence.{name}` must be a number; got {value!r}.")
+        if not isinstance(self.read_every, int) or self.read_every < 1:
+            raise ValueError(
+                f"`evidence.read_every` must be a whole number of optimizer steps, at least 1; got {self.read_every!r}."
+            )
         if not 0 <= self.share <= 1:
             raise ValueError(f"`evidence.share` is a share of blocks in [0, 1]; got {self.share}.")
         if not self.step_size > 0:

@@ -281,6 +281,10 @@ class EvolvingWeight:
 
     def adapt(self, share: float) -> None:
         """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
+        if not self.sparse.weight.requires_grad:
+            # Somebody has frozen the layer since: a weight that moved would be no frozen one.
+            self.last_flips, self.predicted = torch.zeros_like(self.flips), torch.zeros_like(self.predicted)
+            return
         pattern, weight = self.sparse.pattern, self.sparse.values
         index, self.due = (ALL, False) if self.due else (self.designated, False)
         state, adaptable = self._at(index), self._adaptable(index)

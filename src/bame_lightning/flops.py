@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -120,6 +122,8 @@ class MacCounter(TorchDispatchMode):
         {'weight': Macs(forward=96, input_gradient=96, weight_gradient=96)}
     """
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.weights: dict[str, Macs] = {}
@@ -137,11 +141,15 @@ class MacCounter(TorchDispatchMode):
         # In evaluation mode nn.MultiheadAttention may run as one operation that shows no products.
         self._fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
+        # Compiled code would hide its products, and a full graph refuses to be watched.
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._stance.__exit__(*exception)
         torch.backends.mha.set_fastpath_enabled(self._fast_attention)
 
     def __torch_dispatch__(
@@ -149,6 +157,10 @@ class MacCounter(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count it."""
         kwargs = kwargs or {}
+        if any(issubclass(kind, NestedTensor) for kind in types):
+            return NotImplemented  # it calls operations on its values, which come here in turn
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
             return func(*args, **kwargs)
         packet = func.overloadpacket

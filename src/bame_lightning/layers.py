@@ -63,7 +63,7 @@ class LayerPlan:
         return oriented(local(self.weight.detach()), self.transposed)
 
 
-@dataclass
+@dataclass(eq=False)
 class SparseWeight:
     """A weight under an N:M mask, seen as (out, in, *kernel) even where the parameter is (in, out).
 
@@ -115,6 +115,11 @@ class SparseWeight:
         """A copy: true where the weight must be zero; shaped like `values`."""
         return ~self.kept
 
+    @property
+    def obeys(self) -> bool:
+        """Whether the weight is zero wherever it is pruned, in all rows."""
+        return not int(self.rows.total(self.values[self.pruned].count_nonzero()))
+
     def oriented(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*oriented"]:
         """View what is shaped like the parameter, its optimizer state for example, as `values` are seen."""
         return oriented(values, self.transposed)
@@ -155,8 +160,8 @@ def plan_layers(
 
     Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d`, transformers' `Conv1D` and their subclasses, and the input
     projections of `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
-    `nn.Linear` in `named_modules()` order (the classifier). A rule with a pattern overrides the latter. A tied weight is
-    planned once, under its first name; a rule may use any of its names.
+    `nn.Linear` in `named_modules()` order that is not frozen (the classifier). A rule with a pattern overrides the latter. A
+    tied weight is planned once, under its first name; a rule may use any of its names.
 
     Args:
         model: The model.
@@ -173,7 +178,8 @@ def plan_layers(
     parsed = parse_rules(rules or {})
     candidates = list(_weights(model))
     _check_rules(parsed, [name for name, *_ in candidates])
-    linears = [name for name, module, _ in candidates if isinstance(module, nn.Linear)]
+    # A frozen network that follows, a teacher for example, holds no classifier of this one.
+    linears = [name for name, module, w in candidates if isinstance(module, nn.Linear) and w.requires_grad]
     classifier = linears[-1] if linears else None
     names = {id(weight): [name for name, _, other in candidates if other is weight] for *_, weight in candidates}
     plans: dict[int, LayerPlan] = {}
@@ -217,6 +223,10 @@ def parse_rules(rules: Mapping[str, str | NMPattern]) -> dict[str, NMPattern | N
     Raises:
         ValueError: If a rule is neither a pattern nor "dense".
     """
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            f"`layers` must map names of layers to 'N:M' or 'dense', as in {{'*.stem': 'dense'}}; got {rules!r}."
+        )
     parsed = {}
     for glob, rule in rules.items():
         try:
@@ -277,6 +287,8 @@ def _why_dense(
     if trained is not None and id(weight) not in trained:
         return "not trained (in no optimizer)"
     inputs = weight.shape[0 if transposed else 1]
+    if not weight.numel():
+        return "empty"
     if wanted is not None and inputs % wanted.m:
         return f"input dimension {inputs} is not divisible by {wanted.m}"
     return ""

@@ -73,8 +73,14 @@ class BAMECallback(MaskedCallback):
         verify: bool = False,
     ) -> None:
         super().__init__(pattern, layers=layers, init=init, rescale=rescale, verify=verify)
-        if freeze_after is not None and freeze_after < 0:
-            raise ValueError(f"`freeze_after` must be a number of oscillations >= 0, or None; got {freeze_after}.")
+        if freeze_after is not None and (not isinstance(freeze_after, int) or freeze_after < 0):
+            raise ValueError(f"`freeze_after` must be a number of oscillations >= 0, or None; got {freeze_after!r}.")
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"`schedule` must be a `Schedule`, as in Schedule(stop=0.8); got {schedule!r}.")
+        if not isinstance(evidence, Evidence | OneBatch):
+            raise ValueError(
+                f"`evidence` must be an `Evidence` or a `OneBatch`, as in Evidence(share=0.1); got {evidence!r}."
+            )
         self.schedule = schedule
         self.evidence = evidence
         self.freeze_after = freeze_after
@@ -209,11 +215,15 @@ class BAMECallback(MaskedCallback):
                 yield Copy("flip history", weight.sparse.label, weight.history.oscillations)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+    def save(self, state: dict[str, Any]) -> None:
         for weight in self.evolving:
             state["layers"][weight.sparse.name] |= weight.state_dict()
-        return state | {"adaptations": self.adaptations, "discarded": self.discarded.cpu().clone()}
+        state |= {"adaptations": self.adaptations, "discarded": self.discarded.cpu().clone()}
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.evolving = []
 
     @override
     def summary(self) -> dict[str, Any]:
@@ -229,6 +239,8 @@ class BAMECallback(MaskedCallback):
             "flips": sum(int(weight.sparse.rows.total(weight.flips)) for weight in self.evolving),
             "discarded_readings": int(self.discarded),
         }
-        names = ("oscillation_frequency", "frozen_fraction")
-        statistics = self._mean(self.method_statistics())
-        return summary | totals | {name: float(statistics[f"bame/{name}"]) for name in names}
+        # Nothing that looks at the weights: Lightning has moved them to the CPU by now.
+        frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
+        frozen = [weight.frozen for weight in self.evolving]
+        means = {"oscillation_frequency": pooled_mean(frequencies), "frozen_fraction": pooled_mean(frozen)}
+        return summary | totals | {name: float(mean) for name, mean in self._mean(means).items()}

@@ -75,6 +75,7 @@ class SparseCallback(KeepsBooks):
         self.weights: list[SparseWeight] = []
         self._optimizer: Optimizer | None = None
         self._averages = Averages((), ())
+        self._frozen: list[LayerPlan] = []
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._rescaling: set[str] = set()
@@ -92,6 +93,13 @@ class SparseCallback(KeepsBooks):
     @abstractmethod
     def start(self, restored: Mapping[str, Any] | None) -> None:
         """Make the weights sparse; prepare what evolves, or restore it from what `state_dict` returned."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Add what evolves to the state that a checkpoint holds."""
+
+    def forget(self) -> None:
+        """Forget the weights, and what evolves in them."""
+        self.weights, self.steps = [], 0
 
     @abstractmethod
     def enforce(self, optimizer: Optimizer) -> None:
@@ -142,8 +150,15 @@ class SparseCallback(KeepsBooks):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            refuse_strategy(trainer)
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        refuse_strategy(trainer)
+        # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
+        self._restored, self._blank = None, False
+        here = {id(parameter) for parameter in pl_module.parameters()}
+        if not any(id(sparse.weight) in here for sparse in self.weights):
+            self.forget()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,14 +172,8 @@ class SparseCallback(KeepsBooks):
             self._restored = state_dict
         else:
             # Saved before a first fit, as by a learning-rate finder that puts everything back: start anew.
-            self._restored, self.weights, self.steps = None, [], 0
-            self._blank = True
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            # Lightning restores callbacks for testing, too; the next fit may be that of another model.
-            self._restored = None
+            self._restored, self._blank = None, True
+            self.forget()
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -186,11 +195,12 @@ class SparseCallback(KeepsBooks):
         if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
             raise ValueError(
                 f"The checkpoint `ckpt_path` = {trainer.ckpt_path} holds no state of {type(self).__name__}, so its masks are "
-                f"unknown. Resume with {type(self).__name__}(..., init='nonzero') to rebuild them from the zeros of its "
-                "weights, or load the weights and start a new run."
+                f"unknown. If its weights are {self.pattern} sparse, resume with {type(self).__name__}(..., init='nonzero') to "
+                "rebuild the masks from their zeros; otherwise load the weights and start a new run."
             )
         plans = plan_layers(pl_module, self.pattern, self.rules, _trained(trainer))
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
+        self._frozen = [plan for plan in plans if not plan.weight.requires_grad]
         if restored:
             self._rescaling = set(restored["rescaling"])
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
@@ -214,14 +224,37 @@ class SparseCallback(KeepsBooks):
         if trainer.ckpt_path:
             # Not earlier: to tell the length of the run, Lightning sets up the data loader, whose place is not restored yet.
             self.plan(trainer)
-        if not self._started:
+        if not self._started or self._restored:
             self._start(trainer, pl_module)
-        assert self._optimizer is not None
-        self.enforce(self._optimizer)
+        self._attach()
         if trainer.ckpt_path and not self.steps:
             self.steps = trainer.global_step  # masks were rebuilt in the middle of a run
+
+    def _attach(self) -> None:
+        """Follow the steps of the optimizer that holds the weights."""
+        assert self._optimizer is not None
+        for handle in self._handles:
+            handle.remove()
+        self.enforce(self._optimizer)
         # No hook of Lightning follows the update before validation and checkpoints see the weights.
-        self._handles.append(self._optimizer.register_step_post_hook(self._after_step))
+        self._handles = [self._optimizer.register_step_post_hook(self._after_step)]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._restored:
+            # Put back in the middle of training, as by a learning-rate finder.
+            self._start(trainer, pl_module)
+            self._attach()
+        late = [plan.name for plan in self._frozen if plan.weight.requires_grad]
+        if late:
+            self._frozen = []
+            rank_zero_warn(
+                f"`{late[0]}` was frozen when fit started and is trained now ({len(late)} layers): it trains dense, since "
+                "masks are made at the start. Unfreeze it before fit, or call fit again."
+            )
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -240,6 +273,12 @@ class SparseCallback(KeepsBooks):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._optimizer not in trainer.optimizers:
+            # Somebody has made new optimizers in the middle of training.
+            found = _find_optimizer(trainer, pl_module, {id(sparse.weight) for sparse in self.weights})
+            if found is not None:
+                self._optimizer = found
+                self._attach()
         if optimizer is not self._optimizer:
             return
         if self.verify:
@@ -295,14 +334,17 @@ class SparseCallback(KeepsBooks):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        layers = {sparse.name: sparse.state_dict() for sparse in self.weights}
-        return {
+        if self._restored:
+            return self._restored  # loaded, and not yet taken up
+        state = {
             VERSION_KEY: STATE_VERSION,
             "steps": self.steps,
-            "layers": layers,
+            "layers": {sparse.name: sparse.state_dict() for sparse in self.weights},
             "rescaling": sorted(self._rescaling),
             "flops": {name: float(booked) for name, booked in self._mean(self.books.state_dict()).items()},
         }
+        self.save(state)
+        return state
 
     def summary(self) -> dict[str, Any]:
         """What the run did, in plain types.
@@ -341,7 +383,8 @@ class SparseCallback(KeepsBooks):
 
     def _make_masks(self, plans: list[LayerPlan]) -> list[SparseWeight]:
         # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
-        known = {id(sparse.weight): sparse for sparse in self.weights}
+        # Unless somebody has loaded other weights since.
+        known = {id(sparse.weight): sparse for sparse in self.weights if sparse.obeys}
         make = {
             "magnitude": lambda blocks, n: top_n_mask(blocks.abs(), n),
             "random": random_mask,
@@ -401,20 +444,28 @@ def _trained(trainer: L.Trainer) -> set[int]:
     return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> Optimizer:
-    """The optimizer that holds the weights with these `id`s; refuses what cannot be right."""
+def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> Optimizer | None:
+    """The optimizer that holds weights with these `id`s, if one does; refuses what cannot be right."""
     holders = [
         o for o in trainer.optimizers if any(id(p) in sparse for group in o.param_groups for p in group["params"])
     ]
+    if not holders:
+        return None
     if len(holders) > 1:
         raise ValueError(
             f"`layers` lets {len(holders)} optimizers hold sparse weights, whose steps would be counted together. Keep all "
             "but one optimizer's layers dense with layers={'name.*': 'dense'}."
         )
-    if isinstance(holders[0], torch.optim.LBFGS):
+    optimizer = holders[0]
+    if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "`configure_optimizers` returns LBFGS, which steps along gradients of earlier steps, when other masks held. Use an "
             "optimizer that keeps one value per weight, as SGD or AdamW."
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            "`configure_optimizers` returns an optimizer with `maximize=True`, but masks follow gradients downhill. Minimize "
+            "the negated loss instead."
         )
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scaled and not pl_module.automatic_optimization:
@@ -422,12 +473,12 @@ def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: se
             "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
             "follow them. Use `precision='bf16-mixed'` or automatic optimization."
         )
-    if scaled and getattr(holders[0], "_step_supports_amp_scaling", False):
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             "A fused optimizer under a loss scaler (`precision='16-mixed'`) unscales gradients inside its step, after the "
             "masks have read them. Use `fused=False`, or `precision='bf16-mixed'`."
         )
-    return holders[0]
+    return optimizer
 
 
 def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str) -> list[SparseWeight]:

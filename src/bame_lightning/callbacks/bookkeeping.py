@@ -96,6 +96,16 @@ class KeepsBooks(L.Callback):
         self.books = Bookkeeper({})
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [type(callback).__name__ for callback in callbacks if isinstance(callback, KeepsBooks)]
+        if stage == "fit" and len(methods) > 1:
+            raise ValueError(
+                f"`callbacks` holds {len(methods)} methods, {' and '.join(methods)}, but weights follow one. Keep one; several "
+                "patterns are rules of one callback, layers={'name.*': 'N:M'}."
+            )
+
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -109,6 +119,15 @@ class KeepsBooks(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.books.abort()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # No end of the batch came where `on_train_batch_start` of the module has returned -1.
+        self.books.abort()
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.books.abort()
 
     @override

@@ -30,6 +30,12 @@ class Dense(KeepsBooks):
         self._restored: dict[str, Any] | None = None
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._restored = None  # left by a test of another checkpoint; this fit's own is loaded later
+
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         restored, self._restored = self._restored or {}, None
         try:

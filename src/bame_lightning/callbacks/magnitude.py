@@ -53,8 +53,8 @@ class OneShotMagnitude(MaskedCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
+        if stage != "fit" or self.weights:
+            return  # a second fit goes on where the first one ended
         checkpoint = load_weights(pl_module, self.checkpoint, "checkpoint")
         for state in dict(checkpoint.get("callbacks") or {}).values():
             dense = isinstance(state, Mapping) and VERSION_KEY not in state

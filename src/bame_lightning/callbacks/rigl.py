@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -64,14 +65,25 @@ class RigL(MaskedCallback):
     @override
     def plan(self, trainer: L.Trainer) -> None:
         self._window = self.schedule.window(total_steps(trainer, self.schedule))
+        if not self._window.adaptations:
+            rank_zero_warn(
+                f"RigL will never swap a weight: its window of {len(self._window)} optimizer steps is shorter than "
+                f"`schedule.every` = {self.schedule.every}. The network trains with a static mask."
+            )
 
     @override
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
+        if not self.steps:
+            self.flips = {}
         layers = restored["layers"] if restored else {}
         for sparse in self.weights:
-            flips = layers.get(sparse.name, {}).get("flips", torch.zeros((), dtype=torch.int64))
-            # Counted in place; the checkpoint is the caller's.
-            self.flips[sparse.name] = sparse.rows.part_of(flips.to(sparse.kept.device, copy=True))
+            flips = layers.get(sparse.name, {}).get("flips")
+            if flips is not None:
+                # Counted in place; the checkpoint is the caller's.
+                self.flips[sparse.name] = sparse.rows.part_of(flips.to(sparse.kept.device, copy=True))
+            else:
+                nothing = torch.zeros((), dtype=torch.int64, device=sparse.kept.device)
+                self.flips.setdefault(sparse.name, nothing)  # a second fit goes on counting
 
     @override
     def reads_gradients(self) -> bool:
@@ -116,11 +128,14 @@ class RigL(MaskedCallback):
         return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in self.weights}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+    def save(self, state: dict[str, Any]) -> None:
         for name, flips in self._total_flips().items():
             state["layers"][name]["flips"] = flips.cpu().clone()
-        return state
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.flips = {}
 
     @override
     def summary(self) -> dict[str, Any]:

@@ -137,11 +137,14 @@ class SRSTE(SparseCallback):
                 yield Copy("latent weight", latent.sparse.label, latent.value)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+    def save(self, state: dict[str, Any]) -> None:
         for latent in self.latents:
             state["layers"][latent.sparse.name] |= latent.state_dict()
-        return state
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.latents = []
 
     @override
     def summary(self) -> dict[str, Any]:
