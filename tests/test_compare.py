@@ -181,6 +181,17 @@ def test_tables_say_the_same_in_csv_and_markdown() -> None:
     assert "| 1:4 | static | 2 | 40.00 ± 0.00 |  |  |  |  | baseline |" in text
 
 
+def test_runs_that_empty_a_column_are_named() -> None:
+    runs = [run("bame", seed, 0.5, loss=0.25, flops={"flops/train_total": 2e12}) for seed in (0, 1)]
+    without = run("bame", 2, 0.5, folder="resumed")
+    comparison = compare_runs([*runs, without, run("static", 0, 0.4)])
+    assert comparison.notes == (
+        "no training loss of bame 1:4: resumed has none, as after a divergence or without a step",
+        "no FLOPs of bame 1:4: resumed has none, as after a divergence or without a step",
+    )
+    assert (comparison.rows[0].loss, comparison.rows[0].flops("flops/train_total")) == (None, None)
+
+
 def test_language_models_are_compared_by_bits_per_byte() -> None:
     language = {"data": "python_source", "loss": 1.5}
     runs = [

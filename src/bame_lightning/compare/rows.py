@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
@@ -203,11 +203,23 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
             repeated = [run.folder for run in cell if by_seed[run.seed] is not run]
             if repeated:
                 notes.append(f"left out: {', '.join(repeated)}: {row.label} with a seed that another run already has")
+            notes += _lacking(row)
             rows.append(row)
     rows.sort(key=_order)
     if baseline is not None:
         rows = [_against(row, rows, baseline, notes) for row in rows]
     return Comparison(tuple(rows), baseline, tuple(notes))
+
+
+def _lacking(row: Row) -> Iterator[str]:
+    """Tell why a column is empty that some of the runs could fill."""
+    for name, values in (
+        ("training loss", [run.loss for run in row.runs]),
+        ("FLOPs", [run.flops or None for run in row.runs]),
+    ):
+        without = [run.folder for run, value in zip(row.runs, values, strict=True) if value is None]
+        if 0 < len(without) < len(row.runs):
+            yield f"no {name} of {row.label}: {', '.join(without)} has none, as after a divergence or without a step"
 
 
 def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> Row:
