@@ -180,6 +180,14 @@ def test_a_run_that_is_going_on_can_be_looked_at(tmp_path: Path) -> None:
     assert "recorded no snapshots" in html
 
 
+def test_a_run_that_was_killed_in_the_middle_of_a_row_can_be_looked_at(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [{"step": step, "train/loss": 2.0 - step} for step in range(2)])
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("2,4.9e-")
+    assert main([str(folder)]) == 0
+    assert figures(folder)["loss"]["training"] == [(0, 2.0), (1, 1.0)]
+
+
 def test_text_of_others_cannot_break_the_page(tmp_path: Path) -> None:
     bad = "</script><img src=x onerror=alert(1)>"
     kept = torch.ones(2, 4, dtype=torch.bool)
@@ -260,6 +268,20 @@ def test_a_sweep_without_flops_is_shown_by_pattern(tmp_path: Path) -> None:
             lambda folder: (folder / "metrics.csv").write_text("a,b\n1,2\n"),
             [""],
             r"metrics.csv is not a file of .*CSVLogger",
+        ),
+        (
+            lambda folder: (folder / "metrics.csv").write_bytes(bytes(range(256)) * 80 + b"\n"),
+            [""],
+            r"metrics.csv is not a file of .*CSVLogger \(UnicodeDecodeError: .{,120}\)",
+        ),
+        (
+            lambda folder: (folder / "metrics.csv").write_text(f"step,train/loss\n0,{'x' * 9000}\n"),
+            [""],
+            r"metrics.csv is not a file of .*CSVLogger \(ValueError: .{,120}\)",
+        ),
+        *(
+            (lambda folder, text=text: (folder / "metrics.csv").write_text(text), [""], "so there is nothing to show")
+            for text in ("", "step,train/loss\n", "step,train/loss\n3,\n", "step,tr")
         ),
         (
             lambda folder: write_run(folder, [{"step": 0, "train/loss": 1.0}]),

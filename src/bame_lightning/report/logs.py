@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -101,21 +102,50 @@ def read_log(folder: Path, order: Sequence[str] = ()) -> Log:
         The log.
 
     Raises:
-        ReportError: If the folder holds no such file, or one of something else.
+        ReportError: If the folder holds no such file, an empty one, or one of something else.
     """
     path = folder / METRICS
-    series: dict[str, Series] = defaultdict(Series)
     try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                _enter(row, series)
+        rows = read_rows(path)
     except FileNotFoundError:
         raise ReportError(
             f"{folder} holds no {METRICS}, which a report is made of. Train with logger=csv or logger=csv_wandb."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{path} is not a file of Lightning's CSVLogger ({error!r}).") from None
+    series: dict[str, Series] = defaultdict(Series)
+    for step, row in rows:
+        try:
+            _enter(step, row, series)
+        except (ValueError, TypeError) as error:
+            raise _foreign(path, error) from None
+    if not series:
+        raise ReportError(f"{path} holds no values, so there is nothing to show. Wait until the run has logged some.")
     return Log(dict(series), tuple(order))
+
+
+def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Read the rows of a CSV logger's file as text.
+
+    Args:
+        path: The file. What follows its last line break is left out: a run that is killed may write half a row.
+
+    Returns:
+        The step and the cells of each row, by column.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ReportError: If it is one of something else.
+    """
+    content = path.read_bytes()
+    try:
+        text = content[: content.rfind(b"\n") + 1].decode()
+        return [(int(float(row["step"])), row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise _foreign(path, error) from None
+
+
+def _foreign(path: Path, error: Exception) -> ReportError:
+    reason = f"{type(error).__name__}: {error}"[:120]  # it may quote the file
+    return ReportError(f"{path} is not a file of Lightning's CSVLogger ({reason}). Move it away.")
 
 
 def _numbered(label: str) -> list[tuple[bool, int, str]]:
@@ -125,8 +155,7 @@ def _numbered(label: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def _enter(row: Mapping[str, str], series: dict[str, Series]) -> None:
-    step = int(float(row["step"]))
+def _enter(step: int, row: Mapping[str, str], series: dict[str, Series]) -> None:
     for key, text in row.items():
         if text and key != "step":
             value = float(text)
