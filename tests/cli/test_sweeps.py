@@ -84,7 +84,9 @@ def test_another_configuration_in_the_same_folder_is_refused(
 ) -> None:
     run(*SWEEP, "method=static", "seed=0")
     exits_with_1(run, "method=static", "seed=1,0", "skip_finished=true")
-    assert "(seed was 0, is 1)" in capsys.readouterr().err.split("\n\n")[-1]
+    report = capsys.readouterr().err.split("\n\n")[-1]
+    assert "(seed was 0, is 1)" in report
+    assert "skip_finished=true runs these again" not in report, "it would refuse again"
     assert read_summary(tmp_path / "sweep" / "0")["seed"] == 0
     assert read_summary(tmp_path / "sweep" / "1")["seed"] == 0
 

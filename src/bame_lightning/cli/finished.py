@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bame_lightning.runs import SUMMARY, flatten, read_summary, strict_json
 
+REFUSED = "`skip_finished` found in"  # how the error begins that running again does not help against
 _NO_MATTER = ("logger", "quiet", "run_dir", "skip_finished")
 
 
@@ -68,6 +69,6 @@ def finished(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     shown = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed[:3])
     rest = f"; {len(changed) - 3} more" if len(changed) > 3 else ""
     raise ValueError(
-        f"`skip_finished` found in {run_dir / SUMMARY} the results of another configuration ({shown}{rest}). Choose another "
+        f"{REFUSED} {run_dir / SUMMARY} the results of another configuration ({shown}{rest}). Choose another "
         "folder, or drop `skip_finished` to run again and replace them."
     )

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from typing_extensions import override
 
+from bame_lightning.cli.finished import REFUSED
 from bame_lightning.runs import ERROR, read_error
 
 
@@ -37,10 +38,13 @@ class ReportFailures(Callback):
         if not failed:
             return
         print(f"\nbame-train: error: {len(failed)} of the jobs failed, the others are finished:", file=sys.stderr)
-        for path in failed:
-            print(f"  {path.parent}: {read_error(path.parent)}", file=sys.stderr)
-        again = f"hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true"
-        print(f"{ERROR} there has the traceback; the same command with {again} runs these again.", file=sys.stderr)
+        lines = [f"{path.parent}: {read_error(path.parent)}" for path in failed]
+        for line in lines:
+            print(f"  {line}", file=sys.stderr)
+        again = f"; the same command with hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true runs these again"
+        if all(REFUSED in line for line in lines):
+            again = ""  # it would be refused again; each line says what helps
+        print(f"{ERROR} there has the traceback{again}.", file=sys.stderr)
         sys.exit(1)
 
 
