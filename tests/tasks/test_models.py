@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_sizes_are_the_published_ones() -> None:
 def test_widths_are_chosen() -> None:
     hidden = [layer.out_features for layer in mlp((1, 8, 8), 10, hidden=[5, 6]) if isinstance(layer, nn.Linear)]
     assert hidden == [5, 6, 10]
+
+
+@pytest.mark.parametrize("wrong", [512, "512", None, [64, "a"], [64, 0], [64.0]])
+@pytest.mark.usefixtures("unchecked_types")
+def test_widths_that_are_none_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="`hidden` must be a list of whole numbers of at least 1"):
+        mlp(hidden=wrong)
+    with pytest.raises(ValueError, match="`widths` must be a list of whole numbers of at least 1"):
+        cnn(widths=wrong)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ def mlp(input_shape: Shape = (1, 28, 28), num_classes: int = 10, hidden: Sequenc
 
     Returns:
         The network; its layers are called `hidden1`, `hidden2`, ... and `fc`.
+
+    Raises:
+        ValueError: If `hidden` is no list of widths.
     """
+    _check_widths("hidden", hidden)
     layers = OrderedDict[str, nn.Module](flatten=nn.Flatten())
     width = input_shape[0] * input_shape[1] * input_shape[2]
     for index, next_width in enumerate(hidden, 1):
@@ -47,7 +51,11 @@ def cnn(
 
     Returns:
         The network; its layers are called `conv1`, `conv2`, ... and `fc`.
+
+    Raises:
+        ValueError: If `widths` is no list of widths.
     """
+    _check_widths("widths", widths)
     layers = OrderedDict[str, nn.Module]()
     channels = input_shape[0]
     for index, width in enumerate(widths, 1):
@@ -59,6 +67,12 @@ def cnn(
     layers["flatten"] = nn.Flatten()
     layers["fc"] = nn.Linear(channels, num_classes)
     return nn.Sequential(layers)
+
+
+def _check_widths(argument: str, widths: object) -> None:
+    listed = isinstance(widths, Sequence) and not isinstance(widths, str)
+    if not listed or not all(isinstance(width, int) and width > 0 for width in widths):  # type: ignore[attr-defined]
+        raise ValueError(f"`{argument}` must be a list of whole numbers of at least 1, such as [64, 64]; got {widths}.")
 
 
 def resnet18(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
