@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from bame_lightning.cli.loggers import wandb_logger
+from bame_lightning.cli.metrics import ResumedCSVLogger
 from bame_lightning.cli.progress import EpochLines
 
 Run = Callable[..., Path]
@@ -123,7 +124,7 @@ def test_any_method_goes_on_from_the_weights_of_another_run(
 
 @pytest.mark.parametrize("method", ["sr_ste", "rigl", "transposable", "static", "bame_one_batch"])
 def test_every_method_leaves_a_compliant_checkpoint_and_its_costs(run: Run, method: str) -> None:
-    often = ["method.schedule.every=2"] if method == "bame_one_batch" else []
+    often = ["method.schedule.every=2"] if method in ("bame_one_batch", "rigl") else []
     summary = read_summary(run(f"method={method}", "pattern=2:4", *often))
     assert summary["compliant"]
     assert (summary["flops"]["flops/train_vs_sr_ste"] == 1) == (method == "sr_ste")
@@ -165,6 +166,126 @@ def test_resumes_and_leaves_the_old_checkpoint_alone(run: Run) -> None:
     summary = read_summary(run("pattern=2:4", f"ckpt_path={old}", "trainer.max_epochs=3"))
     assert summary["steps"] == summary["sparse"]["steps"] == 3 * (1257 // 64)
     assert old.read_bytes() == content
+
+
+def steps_of(folder: Path, metric: str) -> list[int]:
+    with (folder / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get(metric)]
+
+
+def test_resuming_in_the_same_folder_keeps_what_was_logged_before(run: Run) -> None:
+    steps = 1257 // 64  # of an epoch
+    last = run("trainer.max_epochs=2") / "checkpoints/last.ckpt"
+    csv_file = last.parents[1] / "metrics.csv"
+    first = list(csv.DictReader(csv_file.read_text().splitlines()))
+    with csv_file.open("a", newline="") as file:  # trained on after the checkpoint, and killed in the middle of a row
+        csv.DictWriter(file, list(first[0])).writerow({"step": 2 * steps + 5, "train/loss": 9.0})
+        file.write("0.3,4.9e-")
+    folder = run(
+        "trainer.max_epochs=3", f"ckpt_path={last}", "callbacks=[default,prediction]", "callbacks.prediction.every=1"
+    )
+    assert steps_of(folder, "train/loss") == steps_of(folder, "val/loss") == [steps - 1, 2 * steps - 1, 3 * steps - 1]
+    assert steps_of(folder, "test/accuracy") == [3 * steps]
+    assert steps_of(folder, "bame/flip_rate") == [9, 19, 29, 39, 49]
+    again = list(csv.DictReader(csv_file.read_text().splitlines()))
+    assert "bame/realised_loss_reduction" in again[0], "a column that the first leg did not have"
+    for row in first:
+        if int(row["step"]) < 2 * steps:
+            assert any(row.items() <= other.items() for other in again), row
+    assert not list(folder.glob("*.part"))
+    run("trainer.max_epochs=1")
+    assert steps_of(folder, "train/loss") == [steps - 1], "a new run begins a new file"
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_a_kill_while_the_file_begins_anew_loses_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logger() -> ResumedCSVLogger:
+        return ResumedCSVLogger(resumed_from="last.ckpt", save_dir=".", name="", version="")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"global_step": 2}, "last.ckpt")
+    Path("metrics.csv").write_text("a,step\n0.5,0\n0.25,1\n0.125,2\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _ = logger().experiment
+    assert not Path("metrics.csv").exists()
+    again = logger()
+    again.log_metrics({"a": 1.0, "b": 2.0}, step=2)
+    again.save()
+    with Path("metrics.csv").open() as file:
+        rows = [(row["step"], row["a"], row["b"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "0.5", ""), ("1", "0.25", ""), ("2", "1.0", "2.0")]
+
+
+def test_a_checkpoint_that_cannot_be_resumed_from_is_told_and_nothing_is_lost(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("method=static")
+    last = folder / "checkpoints/last.ckpt"
+    kept = [(folder / name).read_bytes() for name in ("summary.json", "metrics.csv")]
+    (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:20_000])
+    torch.save(torch.load(last, weights_only=True)["state_dict"], tmp_path / "weights.ckpt")
+    capsys.readouterr()
+    cut = failure(run, capsys, "method=static", "ckpt_path=cut.ckpt", "quiet=true")
+    assert "`ckpt_path` cut.ckpt is damaged, or torch.save did not write it" in cut
+    weights = failure(run, capsys, "method=static", "ckpt_path=weights.ckpt", "quiet=true")
+    assert (
+        "`ckpt_path` weights.ckpt holds weights alone, and no training to resume. Begin with them by ckpt=" in weights
+    )
+    other = failure(run, capsys, "method=static", f"ckpt_path={last}", "model.hidden=[16]", "quiet=true")
+    assert f"`ckpt_path` {last} does not fit the model" in other
+    assert kept == [(folder / name).read_bytes() for name in ("summary.json", "metrics.csv")]
+
+
+def test_a_mistyped_command_leaves_the_results_of_a_finished_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run() / "summary.json"
+    written = path.read_bytes()
+    capsys.readouterr()
+    for wrong in (
+        "method.schedule.start=0.95",
+        "method.evidence.share=2.0",
+        "data.batch_size=0",
+        "trainer.precision=odd",
+    ):
+        failure(run, capsys, wrong, "quiet=true")
+        assert path.read_bytes() == written, wrong
+
+
+def test_a_run_without_the_callback_saves_no_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("method=static")
+    summary = read_summary(run("method=static", "~callbacks.checkpoint"))
+    assert summary["checkpoint"] is None, "that of the earlier run is not this one's"
+    assert "compliant" not in summary
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.ckpt")] == ["checkpoints/last.ckpt"]
+
+
+def test_a_path_that_is_in_the_way_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    assert f"{tmp_path}/run/checkpoints: File exists. Move it away" in failure(run, capsys, "quiet=true")
+    for name in ("checkpoints", "metrics.csv"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run/metrics.csv").mkdir()
+    assert f"{tmp_path}/run/metrics.csv: Is a directory. Move it away" in failure(run, capsys, "quiet=true")
+
+
+def test_a_folder_without_the_right_to_write_is_named(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "run/summary.json")
+
+    monkeypatch.setattr("bame_lightning.cli.train.write_summary", refuse)
+    assert "run/summary.json: Permission denied. Move it away, change its rights" in failure(run, capsys, "quiet=true")
+
+
+@pytest.mark.parametrize("method", ["bame", "static"])
+def test_a_pattern_that_prunes_nothing_is_told(run: Run, method: str) -> None:
+    assert "N = M keeps every weight" in read_summary(run("pattern=2:2", f"method={method}"))["warning"]
 
 
 def test_trains_without_a_validation_set(run: Run) -> None:
@@ -271,8 +392,15 @@ def test_wandb_is_offline_unless_logged_in(
         ("pattern=1:7", "No layer is eligible for `pattern` 1:7"),
         ("scheduler.warmup_steps=1000", "`warmup_steps` must lie in [0, 19)"),
         ("+method.nonsense=1", "nonsense"),
+        ("+patern=2:4", "`patern` is no argument of bame-train. Did you mean `pattern`?"),
+        ("+xyzzy=1", "`xyzzy` is no argument of bame-train. bame-train --help lists what there is."),
+        ("seed=abc", "`seed` must be a whole number, such as 20; got abc"),
+        ("seed=-1", "`seed` must be a whole number from 0 to 2**32 - 1; got -1"),
+        ("trainer.max_epochs=abc", "`trainer.max_epochs` must be a whole number, such as 20; got abc"),
+        ("model.hidden=512", "`hidden` must be a list of whole numbers of at least 1, such as [64, 64]; got 512"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_wrong_value_ends_in_one_line(
     override: str, message: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from bame_lightning.cli.sweeps import in_sweep, unescaped
 from bame_lightning.runs import ERROR
 
-_USER_ERRORS = (ValueError, FileNotFoundError, HydraException, OmegaConfBaseException, MisconfigurationException)
+_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_USER_ERRORS = (
+    *(ValueError, FileNotFoundError, *_IN_THE_WAY),
+    *(HydraException, OmegaConfBaseException, MisconfigurationException),
+)
 
 
 @contextmanager
@@ -47,8 +51,11 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def _message(error: Exception) -> str:
     # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
-    wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, _USER_ERRORS)
-    message = " ".join(str(error.__cause__ if wrapped else error).split())
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, _USER_ERRORS):
+        error = error.__cause__
+    message = " ".join(str(error).split())
+    if isinstance(error, _IN_THE_WAY) and error.filename is not None:  # the system's words, which name no remedy
+        message = f"{error.filename}: {error.strerror}. Move it away, change its rights, or name another path."
     return message if isinstance(error, _USER_ERRORS) else f"{type(error).__name__}: {message}"
 
 

@@ -17,6 +17,7 @@ from bame_lightning.audit import audit_checkpoint
 from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.flops import LABEL
+from bame_lightning.pattern import NMPattern
 from bame_lightning.runs import strict_json
 
 _NEVER_FLIPPED = (
@@ -24,6 +25,10 @@ _NEVER_FLIPPED = (
     "schedule leaves no room for adaptations (compare method.schedule.start, stop and every with the number of steps); "
     "evidence moves too little (method.evidence.step_size, share, read_every), or its margin is too large; under "
     "method=bame_one_batch the learning rate is 0 or tiny."
+)
+_NOTHING_PRUNED = (
+    "NOTHING IS PRUNED: N = M keeps every weight of a block, so this was training of a dense network. Choose N < M, for "
+    "instance pattern=2:4."
 )
 
 
@@ -50,6 +55,7 @@ def summarize(
         Plain types only; paths are relative to the run folder.
     """
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    saved = trainer.checkpoint_callback is not None and checkpoint.is_file()  # else it may be of an earlier run
     summary: dict[str, Any] = {
         **{name: config["choices"].get(name) for name in ("recipe", "data", "model", "method", "sparsity")},
         "pattern": None if isinstance(method, Dense) else config["pattern"],
@@ -62,21 +68,24 @@ def summarize(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "wall_seconds": round(seconds, 2),
-        "checkpoint": str(checkpoint.relative_to(run_dir)) if checkpoint.is_file() else None,
+        "checkpoint": str(checkpoint.relative_to(run_dir)) if saved else None,
     }
     sparse = method.summary()
     summary["flops"] = sparse.pop("flops")
     if isinstance(method, Dense):
         return summary
     summary |= {"sparse": sparse, "warning": None}
-    if checkpoint.is_file():
+    if saved:
         report = audit_checkpoint(checkpoint)
         summary["compliant"] = report.compliant
         summary["layers"] = [
             {"name": row.name, "pattern": str(row.pattern), "blocks": row.blocks, "violations": row.violations}
             for row in report.layers
         ]
-    if summary["sparse"].get("flips") == 0:
+    patterns = [NMPattern.parse(pattern) for pattern in sparse["layers"].values()]
+    if all(pattern.n == pattern.m for pattern in patterns):
+        summary["warning"] = _NOTHING_PRUNED
+    elif sparse.get("flips") == 0:
         summary["warning"] = _NEVER_FLIPPED
     return summary
 

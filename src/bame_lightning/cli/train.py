@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 import time
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bame_lightning.callbacks import Dense, OneShotMagnitude
 from bame_lightning.callbacks.base import SparseCallback
@@ -39,6 +42,11 @@ _NOT_A_PROBLEM = (
     "Total length of .* across ranks is zero",  # val_size=0
     "The dirpath has changed from",  # resuming in a run folder of its own
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.15
+)
+
+_WHOLE = (
+    *("seed", "threads", "trainer.max_epochs", "trainer.max_steps", "trainer.log_every_n_steps"),
+    *("trainer.accumulate_grad_batches", "trainer.check_val_every_n_epoch"),
 )
 
 
@@ -76,7 +84,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.skip_finished and (found := finished(run_dir, config)) is not None:
         print(f"bame-train: {run_dir} is finished; skipped")
         return found
-    (run_dir / SUMMARY).unlink(missing_ok=True)  # results of an earlier run, which this one replaces
     bar = sys.stdout.isatty() and not cfg.quiet
     _calm(quiet=cfg.quiet)
     threads = threads_per_job() if cfg.threads is None else cfg.threads
@@ -88,6 +95,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     model = build_model(instantiate(cfg.model), data.input_shape, data.num_classes)
     task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
     method: SparseCallback | Dense = instantiate(cfg.method)
+    if cfg.ckpt_path is not None:
+        _check_resumable(task, Path(cfg.ckpt_path))
     if cfg.ckpt is not None and not isinstance(method, OneShotMagnitude):  # which loads them itself
         _start_from(task, method, Path(cfg.ckpt))
     callbacks = [instantiate(node) for node in cfg.get("callbacks", {}).values()]
@@ -102,8 +111,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             # It refuses to run without one.
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         trainer: Trainer = instantiate(cfg.trainer)(
-            callbacks=callbacks, logger=loggers, enable_progress_bar=bar, enable_model_summary=bar
+            callbacks=callbacks,
+            logger=loggers,
+            # Else Lightning adds a checkpoint of its own where none is configured.
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=bar,
+            enable_model_summary=bar,
         )
+        # Results of an earlier run, which this one replaces: only now, when most mistakes would have been found.
+        (run_dir / SUMMARY).unlink(missing_ok=True)
         for logger in loggers:
             logger.log_hyperparams(plain(cfg))
 
@@ -127,6 +143,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def _check(cfg: DictConfig) -> None:
     """Find out about wrong values before data are read and folders are made."""
+    _check_keys(cfg)
+    for name in _WHOLE:
+        value = OmegaConf.select(cfg, name)
+        if value is not None and type(value) is not int:
+            raise ValueError(f"`{name}` must be a whole number, such as 20; got {value}.")
+    if cfg.seed is None or not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1; got {cfg.seed}.")
     NMPattern.parse(cfg.pattern)
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(
@@ -134,6 +157,27 @@ def _check(cfg: DictConfig) -> None:
         )
     if cfg.threads is not None and cfg.threads < 1:
         raise ValueError(f"`threads` must be at least 1, or null for torch's own choice; got {cfg.threads}.")
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """Refuse what `+key=value` adds and nothing reads; Hydra itself proposes the plus for a mistyped key."""
+    own = OmegaConf.load(conf_dir() / "config.yaml")
+    groups = {group for entry in own.defaults if entry != "_self_" for group in entry}
+    known = {str(key) for key in {*own, *groups, *HydraConfig.get().runtime.choices} if "/" not in str(key)}
+    for key in map(str, cfg):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"Did you mean `{close[0]}`?" if close else "bame-train --help lists what there is."
+            raise ValueError(f"`{key}` is no argument of bame-train. {hint}")
+
+
+def _check_resumable(task: LightningModule, checkpoint: Path) -> None:
+    """Find out that a checkpoint cannot be resumed from before the run folder is touched; Lightning would tell later."""
+    found = load_weights(deepcopy(task), checkpoint, "ckpt_path")
+    if not {"loops", "optimizer_states"} <= found.keys():
+        raise ValueError(
+            f"`ckpt_path` {checkpoint} holds weights alone, and no training to resume. Begin with them by ckpt={checkpoint}."
+        )
 
 
 def _start_from(task: LightningModule, method: SparseCallback | Dense, checkpoint: Path) -> None:
