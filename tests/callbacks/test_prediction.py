@@ -130,3 +130,17 @@ def test_other_methods_predict_nothing() -> None:
 def test_a_wrong_number_is_named() -> None:
     with pytest.raises(ValueError, match=r"`every` must be .* at least 1; got 0"):
         PredictionCheck(loss, every=0)
+
+
+def test_pairs_of_another_run_are_dropped_and_those_of_the_same_trainer_kept() -> None:
+    check = PredictionCheck(loss, every=1)
+    trainer(bame(), check, max_epochs=2).fit(Noisy())
+    assert len(check.realised) > 3
+    again = trainer(bame(), check, max_epochs=1)
+    again.fit(Noisy())
+    first = check.realised
+    assert 0 < len(first) <= 4  # every other of 8 steps adapts
+    again.fit_loop.max_epochs = 2
+    again.fit(again.lightning_module)
+    assert check.realised[: len(first)] == first
+    assert len(check.realised) > len(first)

@@ -48,6 +48,11 @@ class PredictionCheck(L.Callback):
         self._step = -1
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.global_step:
+            self.predicted, self.realised = [], []  # of another run; this one's own are loaded later
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._method = next((found for found in callbacks if isinstance(found, BAMECallback)), None)
