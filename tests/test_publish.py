@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from benchmarks.accuracy.publish import ablation, headline, lead
+from benchmarks.accuracy.publish import ablation, headline, lead, longer
 from benchmarks.accuracy.study import COLUMNS, Row
 
 
@@ -64,3 +64,33 @@ def test_ablation_sets_each_change_against_the_default() -> None:
     assert [row[2] for row in found] == ["**nothing: the default**", "to the end", "no margin"]
     # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.0707 / sqrt(2) = 0.635.
     assert [row[5] for row in found] == ["", "+1.00", "**-1.05 ± 0.64**"]
+
+
+def test_longer_runs_are_set_against_sr_ste_of_the_recipes_length_by_what_they_cost() -> None:
+    # The recipe of the digits trains 30 epochs.
+    twice = rows("bame", [92, 93], variant="twice the epochs", epochs="60")
+    four_times = rows("static", [91, 91], variant="four times the epochs", train_vs_dense="0.07", epochs="120")
+    other = rows("bame", [50], variant="no margin")
+    base = rows("sr_ste", [90, 90], train_vs_dense="0.3")
+    found = cells(longer(rows("bame", [89, 90]) + base + twice + four_times + other))
+    # Of dense training for the recipe's epochs: 0.2, 4 x 0.07, 0.3, 2 x 0.2; of 0.3 these are 1 / 1.5, 1 / 1.07, 1, 1 / 0.75.
+    assert [(row[2], row[3], *row[8:]) for row in found] == [
+        ("BAME", "1x", "0.200", "1.50x"),
+        ("static mask", "4x", "0.280", "1.07x"),
+        ("SR-STE", "1x", "0.300", "1.00x"),
+        ("BAME", "2x", "0.400", "0.75x"),
+    ]
+    # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.707 / sqrt(2) = 6.35.
+    assert [row[6] for row in found] == ["-0.50 ± 6.35", "**+1.00 ± 0.00**", "", "+2.50 ± 6.35"]
+
+
+def test_tasks_without_longer_runs_are_left_out() -> None:
+    assert cells(longer(rows("bame", [90]) + rows("sr_ste", [90]))) == []
+
+
+def test_longer_runs_are_no_part_of_the_ablation() -> None:
+    default = rows("bame", [90, 90])
+    found = cells(
+        ablation(default + rows("bame", [91], variant="twice the epochs") + rows("bame", [91], variant="no margin"))
+    )
+    assert [row[2] for row in found] == ["**nothing: the default**", "no margin"]

@@ -14,6 +14,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.stats import t as student  # type: ignore[import-untyped]
@@ -24,13 +25,16 @@ from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
     CSV,
+    LONGER,
     TABLE,
+    VARIANTS,
     Row,
     decimals,
     gain,
     quality,
     quality_spread,
     read_rows,
+    recipe_epochs,
     same_seeds,
     spread,
     table,
@@ -38,7 +42,7 @@ from benchmarks.accuracy.study import (
 from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
-FIGURE = CSV.with_name("results.png")
+FIGURE, LONGER_FIGURE = CSV.with_name("results.png"), CSV.with_name("longer.png")
 TASKS = {
     "fashion_mnist_mlp": "784-512-512-10 on Fashion-MNIST, 6 epochs",
     "fashion_mnist_cnn": "three convolutions on Fashion-MNIST, 5 epochs",
@@ -55,6 +59,7 @@ def main() -> None:
     rows = read_rows()
     TABLE.write_text(table(rows))
     draw([row for row in rows if not row["variant"] and row["method"] in METHODS])
+    draw_longer(rows)
     hardware = "; ".join(sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows}))
     command = "```\npython -m benchmarks.accuracy.study headline\npython -m benchmarks.accuracy.publish\n```"
 
@@ -68,7 +73,8 @@ def main() -> None:
         "",
         command,
         "",
-        "All patterns and tasks, what each part of the method gives, and what did not work: [results](docs/results.md).",
+        "All patterns and tasks, longer runs, what each part of the method gives, and what did not work:",
+        "[results](docs/results.md).",
     ]
     fill(ROOT / "README.md", "study", "\n".join(text))
 
@@ -77,6 +83,14 @@ def main() -> None:
     for pattern in [pattern for pattern in MARKERS if pattern]:
         text += [f"### {pattern}", "", *headline(rows, pattern), "", over_sparse_layers(pattern), ""]
     fill(ROOT / "docs" / "results.md", "headline", "\n".join([*text, command]))
+    text = [
+        "![quality of ever longer runs against training FLOPs](../benchmarks/accuracy/longer.png)",
+        "",
+        *longer(rows),
+        "",
+        "```\npython -m benchmarks.accuracy.study longer\npython -m benchmarks.accuracy.publish\n```",
+    ]
+    fill(ROOT / "docs" / "results.md", "longer", "\n".join(text))
     fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
     fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
     _recipes(rows, hardware)
@@ -137,6 +151,49 @@ def _ahead(own: list[Row], rivals: list[Row]) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
+def longer(rows: list[Row]) -> list[str]:
+    """Runs of several lengths, each against SR-STE's of the recipe's length under the same seeds; the cheapest first."""
+    lines = [
+        "| task | N:M | method | epochs | seeds | quality | ahead of SR-STE, 1x | training loss | FLOPs / dense, 1x "
+        "| SR-STE, 1x, costs |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
+        runs = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
+        if not any(row["variant"] in LONGER for row in runs):
+            continue
+        base = [row for row in runs if row["method"] == "sr_ste" and not row["variant"]]
+        lengths = [(method, *length) for method in METHODS for length in _lengths(runs, method).items()]
+        for method, times, group in sorted(lengths, key=lambda length: _spent(length[-1])):
+            cells = [
+                *(task, pattern, METHODS[method], f"{times:g}x", str(len(group)), quality_spread(group)),
+                _ahead(group, base) if (method, times) != ("sr_ste", 1) else "",
+                spread([float(row["train_loss"]) for row in group], 4),
+                f"{_spent(group):.3f}",
+                f"{_spent(base) / _spent(group):.2f}x",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _lengths(rows: list[Row], method: str) -> dict[float, list[Row]]:
+    """Runs of a method by length, in times the recipe's epochs."""
+    groups: dict[float, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] == method and row["variant"] in ("", *LONGER):
+            groups[_times(row)].append(row)
+    return dict(sorted(groups.items()))
+
+
+def _times(row: Row) -> float:
+    return int(row["epochs"]) / recipe_epochs(row["recipe"]) if row["variant"] in LONGER else 1
+
+
+def _spent(group: list[Row]) -> float:
+    """Mean training FLOPs of runs, as a multiple of dense training for the recipe's epochs."""
+    return statistics.mean(_times(row) * float(row["train_vs_dense"]) for row in group)
+
+
 def over_sparse_layers(pattern: str) -> str:
     """How many times SR-STE's training FLOPs exceed BAME's and a static mask's, over the N:M layers alone, by the defaults."""
     default, schedule = Evidence(), Schedule()
@@ -161,7 +218,7 @@ def ablation(rows: list[Row]) -> list[str]:
     ]
     for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
         chosen = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
-        changed = [row for row in chosen if row["variant"] or row["method"] == "bame_one_batch"]
+        changed = [row for row in chosen if row["variant"] in VARIANTS or row["method"] == "bame_one_batch"]
         default = [row for row in chosen if row["method"] == "bame" and not row["variant"]]
         groups: dict[str, list[Row]] = {}
         for row in changed:
@@ -194,6 +251,31 @@ def predictor() -> list[str]:
 def draw(rows: list[Row]) -> None:
     """A panel for each task: quality against training FLOPs, with the standard deviation over seeds."""
     tasks = [task for task in TASKS if any(row["recipe"] == task and row["method"] == "bame" for row in rows)]
+    figure, axes = _panels(tasks)
+    for axis, task in zip(axes, tasks, strict=True):
+        for (pattern, method), group in _groups([row for row in rows if row["recipe"] == task]).items():
+            _curve(axis, [group], COLOURS[method], MARKERS[pattern])
+    for pattern, marker in MARKERS.items():
+        axes[0].plot([], [], marker, color="#888888", label=pattern or "dense", linestyle="")
+    figure.legend(loc="outside lower center", ncols=len(METHODS) + len(MARKERS), fontsize=10, frameon=False)
+    figure.savefig(FIGURE)
+
+
+def draw_longer(rows: list[Row]) -> None:
+    """A panel for each task: quality of ever longer runs at 1:16 against their training FLOPs."""
+    tasks = [task for task in TASKS if any(row["recipe"] == task and row["variant"] in LONGER for row in rows)]
+    figure, axes = _panels(tasks)
+    for axis, task in zip(axes, tasks, strict=True):
+        runs = [row for row in rows if row["recipe"] == task and row["pattern"] in ("1:16", "")]
+        for method, colour in COLOURS.items():
+            marker = MARKERS["" if method == "dense" else "1:16"]
+            _curve(axis, list(_lengths(runs, method).values()), colour, marker)
+    figure.legend(loc="outside lower center", ncols=len(METHODS), fontsize=10, frameon=False)
+    figure.savefig(LONGER_FIGURE)
+
+
+def _panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
+    """An empty panel for each task, and the methods' colours as entries of a legend."""
     columns = min(3, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(5.2 * columns, 4 * lines + 0.4), dpi=120, layout="constrained")
@@ -201,17 +283,6 @@ def draw(rows: list[Row]) -> None:
     for axis in axes[len(tasks) :]:
         axis.set_axis_off()
     for axis, task in zip(axes, tasks, strict=False):
-        for (pattern, method), group in _groups([row for row in rows if row["recipe"] == task]).items():
-            values = [quality(row) for row in group]
-            axis.errorbar(
-                statistics.mean(float(row["train_vs_dense"]) for row in group),
-                statistics.mean(values),
-                yerr=statistics.stdev(values) if len(values) > 1 else None,
-                fmt=MARKERS[pattern],
-                color=COLOURS[method],
-                markersize=9,
-                capsize=3,
-            )
         axis.set_xscale("log")
         axis.set_xlim(0.05, 1.5)
         axis.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
@@ -223,10 +294,21 @@ def draw(rows: list[Row]) -> None:
         axis.set_axisbelow(True)
     for method, colour in COLOURS.items():
         axes[0].plot([], [], "o", color=colour, label=METHODS[method])
-    for pattern, marker in MARKERS.items():
-        axes[0].plot([], [], marker, color="#888888", label=pattern or "dense")
-    figure.legend(loc="outside lower center", ncols=len(METHODS) + len(MARKERS), fontsize=10, frameon=False)
-    figure.savefig(FIGURE)
+    return figure, list(axes[: len(tasks)])
+
+
+def _curve(axis: Axes, groups: list[list[Row]], colour: str, marker: str) -> None:
+    """A point for each group of runs, with the standard deviation over seeds, joined by a line."""
+    values = [[quality(row) for row in group] for group in groups]
+    axis.errorbar(
+        [_spent(group) for group in groups],
+        [statistics.mean(qualities) for qualities in values],
+        yerr=[statistics.stdev(qualities) if len(qualities) > 1 else 0 for qualities in values],
+        marker=marker,
+        color=colour,
+        markersize=9,
+        capsize=3,
+    )
 
 
 def _recipes(rows: list[Row], hardware: str) -> None:
