@@ -256,6 +256,20 @@ class TestFrozenLayers:
         assert [sparse.name for sparse in callback.weights] == ["model.1.0.weight"]
 
 
+def test_steps_that_lightning_does_not_see_are_told() -> None:
+    class Raw(Task):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+            closure()
+            optimizer.optimizer.step()
+
+    task, callback = Raw(), BAMECallback("2:4")
+    with pytest.warns(
+        UserWarning, match=r"BAMECallback has seen no optimizer step in 16 batches.*`optimizer\.optimizer`"
+    ):
+        trainer(callback).fit(task)
+    assert over(task) == 0
+
+
 @pytest.mark.parametrize("other", [StaticMask, Dense, SRSTE])
 def test_two_methods_are_refused_before_anything_changes(other: Any) -> None:
     task, twin = Task(), Task()

@@ -320,6 +320,12 @@ class SparseCallback(KeepsBooks):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_hooks()
+        if self.books.unbooked and not self.steps:
+            rank_zero_warn(
+                f"{type(self).__name__} has seen no optimizer step in {self.books.unbooked} batches, so masks did not evolve "
+                "and no cost was booked. Call `step` of the optimizer that Lightning hands out, not of the one inside it "
+                "(`optimizer.optimizer`); or a loss scaler has skipped all steps."
+            )
         self._compare(every=1)
         try:
             invariants.check_weights(self.weights, self.steps)

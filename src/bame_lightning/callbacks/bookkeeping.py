@@ -68,6 +68,11 @@ class Bookkeeper:
             self.ledger.book(shares, batches=self._batches * ranks)
         self._batches = 0
 
+    @property
+    def unbooked(self) -> int:
+        """Batches since the last step that was booked."""
+        return self._batches
+
     def metrics(self) -> dict[str, float]:
         """The metrics of the ledger; none before the first step."""
         return self.ledger.metrics() if self.ledger else {}
