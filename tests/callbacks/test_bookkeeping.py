@@ -79,3 +79,13 @@ def test_bame_reads_designated_blocks_and_skips_frozen_ones() -> None:
 
 def test_accumulated_batches_and_skipped_ones_are_all_booked() -> None:
     assert fit(StaticMask("2:4"), accumulate_grad_batches=4) == fit(StaticMask("2:4"))
+
+
+def test_a_batch_that_the_module_leaves_out_costs_nothing() -> None:
+    class Skips(Task):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 else None  # which ends the epoch
+
+    callback = StaticMask("2:4")
+    trainer(callback, max_epochs=2).fit(Skips(network()))
+    assert callback.summary()["flops"]["flops/train_total"] == 2 * 8 * 3 * (SPARSE / 2 + LAST)

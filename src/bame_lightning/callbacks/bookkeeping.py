@@ -33,10 +33,12 @@ class Bookkeeper:
         self._restored = restored
         self._counter: MacCounter | None = None
         self._batches = 0
+        self._running = False
 
     def start_batch(self, model: nn.Module) -> None:
         """Call before each training step; the first one is counted."""
         self._batches += 1
+        self._running = True
         if self.ledger is not None or self._counter is not None:
             return
         self._counter = MacCounter(model)
@@ -56,11 +58,18 @@ class Bookkeeper:
         if self._restored:
             self.ledger.load_state_dict(self._restored)
 
-    def abort(self) -> None:
-        """Call when a forward pass may have ended without a backward pass; the next one is counted instead."""
+    def end_batch(self) -> None:
+        """Call after each training step; if it had no backward pass, the next one's forward pass is counted instead."""
+        self._running = False
         if self._counter is not None:
             counter, self._counter = self._counter, None
             counter.__exit__(None, None, None)
+
+    def abort(self) -> None:
+        """Call when a batch may have begun without coming to its end; such a one costs nothing."""
+        if self._running:
+            self._batches = max(0, self._batches - 1)
+        self.end_batch()
 
     def book(self, shares: Mapping[str, Shares], ranks: int) -> None:
         """Book one optimizer step with all batches since the last one, those of skipped steps too."""
@@ -124,7 +133,7 @@ class KeepsBooks(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.books.abort()
+        self.books.end_batch()
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
