@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -218,6 +219,7 @@ def run(cell: Cell) -> Row:
     return {name: "" if value is None else str(value) for name, value in row.items()}
 
 
+@functools.cache
 def recipe_epochs(recipe: str) -> int:
     """Epochs that a recipe trains."""
     return int(OmegaConf.load(RECIPES / f"{recipe}.yaml").trainer.max_epochs)

@@ -8,12 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.callbacks.base import Init, total_steps
+from bame_lightning.callbacks.base import Init, resolve_window
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.evidence import Evidence, OneBatch, Reading
@@ -103,12 +102,7 @@ class BAMECallback(MaskedCallback):
 
     @override
     def plan(self, trainer: L.Trainer) -> None:
-        self._window = self.schedule.window(total_steps(trainer, self.schedule))
-        if not self._window.adaptations:
-            rank_zero_warn(
-                f"BAME will never adapt a mask: its window of {len(self._window)} optimizer steps "
-                f"is shorter than `schedule.every` = {self.schedule.every}. The network trains with a static mask."
-            )
+        self._window = resolve_window(trainer, self.schedule, "BAME will never adapt a mask")
 
     @override
     def start_method(self, restored: Mapping[str, Any] | None) -> None:

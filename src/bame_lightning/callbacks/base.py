@@ -26,7 +26,7 @@ from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern, oriented, to_blocks
-from bame_lightning.schedule import Schedule
+from bame_lightning.schedule import Schedule, Window
 
 Init = Literal["magnitude", "random", "nonzero"]
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
@@ -428,6 +428,17 @@ class SparseCallback(KeepsBooks):
             handle.remove()
         self._handles.clear()
         self._optimizer = None
+
+
+def resolve_window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
+    """The window of a schedule in optimizer steps; says what will `never` happen where it is too short."""
+    window = schedule.window(total_steps(trainer, schedule))
+    if not window.adaptations:
+        rank_zero_warn(
+            f"{never}: its window of {len(window)} optimizer steps is shorter than `schedule.every` = {schedule.every}. The "
+            "network trains with a static mask."
+        )
+    return window
 
 
 def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:

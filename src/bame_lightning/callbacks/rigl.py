@@ -7,12 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.callbacks.base import Init, total_steps
+from bame_lightning.callbacks.base import Init, resolve_window
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
@@ -64,12 +63,7 @@ class RigL(MaskedCallback):
 
     @override
     def plan(self, trainer: L.Trainer) -> None:
-        self._window = self.schedule.window(total_steps(trainer, self.schedule))
-        if not self._window.adaptations:
-            rank_zero_warn(
-                f"RigL will never swap a weight: its window of {len(self._window)} optimizer steps is shorter than "
-                f"`schedule.every` = {self.schedule.every}. The network trains with a static mask."
-            )
+        self._window = resolve_window(trainer, self.schedule, "RigL will never swap a weight")
 
     @override
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
