@@ -33,14 +33,15 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from bame_lightning import BAMECallback, Evidence, StaticMask
-from bame_lightning.cli.bench import random_batch
+from bame_lightning.blocks import from_blocks, to_blocks
+from bame_lightning.cli.measuring import random_batch
 from bame_lightning.cli.models import build_model
 from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
 from bame_lightning.evidence import Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight, plan_layers
 from bame_lightning.masks import top_n_mask, zero_pruned_
-from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.gpt import gpt
 from bame_lightning.tasks.models import mlp, resnet18, resnet50

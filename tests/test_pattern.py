@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from bame_lightning.pattern import NMPattern, from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.blocks import from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.pattern import NMPattern
 from tests.helpers import Case, block_positions, cases
 
 

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning import BAMECallback
+from bame_lightning.blocks import to_blocks
 from bame_lightning.designation import designate, urgency
 from bame_lightning.evidence import Evidence, Reading
 from bame_lightning.evolution import ALL, EvolvingWeight
-from bame_lightning.pattern import to_blocks
 from bame_lightning.schedule import Window
 
 

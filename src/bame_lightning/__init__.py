@@ -1,7 +1,8 @@
 """Train N:M sparse networks by Block-Aware Mask Evolution, as a Lightning callback."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bame_lightning.lazy import on_demand
 
 if TYPE_CHECKING:
     from bame_lightning.callbacks import (
@@ -35,12 +36,8 @@ __all__ = [
 
 _CORE = {"Evidence": "evidence", "OneBatch": "evidence", "NMPattern": "pattern", "Schedule": "schedule"}
 
-
-def __getattr__(name: str) -> Any:
-    # Lightning takes seconds to import, and nothing of the core, nor commands such as bame-audit, needs it.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_CORE.get(name, 'callbacks')}"), name)
+# Lightning takes seconds to import, and nothing of the core, nor commands such as bame-audit, needs it.
+__getattr__ = on_demand(__name__, {name: _CORE.get(name, "callbacks") for name in __all__})
 
 
 def __dir__() -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bame_lightning.blocks import oriented, to_blocks
 from bame_lightning.layers import AUDITABLE, VERSION_KEY
 from bame_lightning.masks import unpack_mask
-from bame_lightning.pattern import NMPattern, oriented, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.untrusted import UnreadableError, first_sentence, load_untrusted, state_dict_of
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bame_lightning.blocks import from_blocks, gather_blocks, scatter_blocks_, to_blocks
 from bame_lightning.criterion import select_mask
 from bame_lightning.designation import MostUrgent, blocks_in_share, designate, most_urgent, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
@@ -17,7 +18,6 @@ from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
 from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, record
-from bame_lightning.pattern import from_blocks, gather_blocks, scatter_blocks_, to_blocks
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 from bame_lightning.statistics import flipped_positions
 from bame_lightning.working_set import BlockState, WorkingSet

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bame_lightning.blocks import to_blocks
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import zero_pruned_
-from bame_lightning.pattern import to_blocks
 from bame_lightning.statistics import flipped_positions
 
 

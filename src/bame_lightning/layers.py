@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
+from bame_lightning.blocks import from_blocks, oriented, to_blocks
 from bame_lightning.masks import pack_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 
 VERSION_KEY = "nm_sparsity_version"

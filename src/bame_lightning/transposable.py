@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from bame_lightning.pattern import from_blocks, to_blocks
+from bame_lightning.blocks import from_blocks, to_blocks
 
 
 def transposable_mask(scores: Shaped[Tensor, "out inp *kernel"], n: int, m: int) -> Bool[Tensor, "out inp *kernel"]:

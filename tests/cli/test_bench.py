@@ -17,7 +17,7 @@ from torch import nn
 
 from bame_lightning import StaticMask
 from bame_lightning.cli import bench
-from bame_lightning.cli.bench import random_batch
+from bame_lightning.cli.measuring import random_batch
 from bame_lightning.cli.turns import CYCLE, Fit, Times, take_turns
 from tests.cli.conftest import Answer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bame_lightning.cli import export as command
+from bame_lightning.cli import exporting as command
 from bame_lightning.cli.export import main
 from bame_lightning.export.onnx_model import Inputs
 from bame_lightning.tasks.models import mlp

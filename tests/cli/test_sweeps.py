@@ -57,7 +57,7 @@ def test_any_error_of_a_job_spares_the_others(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("bame_lightning.cli.train.summarize", broken)
+    monkeypatch.setattr("bame_lightning.cli.training.summarize", broken)
     exits_with_1(run, "seed=0,1", "method=static")
     report = capsys.readouterr().err.split("\n\n")[-1].splitlines()
     assert "seed=0 method=static: RuntimeError: out of memory" in report[1]

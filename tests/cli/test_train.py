@@ -279,7 +279,7 @@ def test_a_folder_without_the_right_to_write_is_named(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "run/summary.json")
 
-    monkeypatch.setattr("bame_lightning.cli.train.write_summary", refuse)
+    monkeypatch.setattr("bame_lightning.cli.training.write_summary", refuse)
     assert "run/summary.json: Permission denied. Move it away, change its rights" in failure(run, capsys, "quiet=true")
 
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from bame_lightning import invariants, statistics
+from bame_lightning.blocks import oriented, to_blocks
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
 from bame_lightning.callbacks.loggers import record_config
@@ -25,7 +26,7 @@ from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, oriented, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
 
 Init = Literal["magnitude", "random", "nonzero"]

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from bame_lightning.blocks import from_blocks, to_blocks
 from bame_lightning.callbacks.base import Init, resolve_window
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.flops import Shares
-from bame_lightning.pattern import NMPattern, from_blocks, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.regrowth import drop_and_grow
 from bame_lightning.schedule import Schedule, Window
 from bame_lightning.statistics import flipped_positions

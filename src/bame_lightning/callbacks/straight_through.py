@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning import invariants
+from bame_lightning.blocks import from_blocks
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.flops import Shares
 from bame_lightning.latent import LatentWeight
 from bame_lightning.masks import top_n_mask
-from bame_lightning.pattern import NMPattern, from_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.transposable import transposable_mask
 
 

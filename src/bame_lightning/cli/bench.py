@@ -2,136 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-import hydra
-import lightning as L
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from bame_lightning.callbacks import SRSTE, BAMECallback, StaticMask
-from bame_lightning.cli.conf import conf_dir
-from bame_lightning.cli.models import build_model, input_of
-from bame_lightning.cli.questions import answer, check_counts, layer_rules
-from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
-from bame_lightning.tasks import Classifier
-
-METHODS = ("dense", "sr_ste", "static", "bame")
+from bame_lightning.cli.command import loading
+from bame_lightning.cli.composed import hydra_command
+from bame_lightning.cli.errors import one_line_errors
+from bame_lightning.cli.questions import check_counts, tell
+from bame_lightning.pattern import NMPattern
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="bench")
+@hydra_command("bame-bench", "bench")
 def main(cfg: DictConfig) -> None:
     """Measure what the configuration describes, and print it.
 
     Args:
         cfg: The composed configuration.
     """
-    answer("bame-bench", cfg, bench, _print)
+    with one_line_errors("bame-bench"):
+        NMPattern.parse(cfg.pattern)
+        check_counts(cfg, "batch_size", "cycles")
+        loading("bame-bench", "PyTorch and Lightning")
+        from bame_lightning.cli.measuring import bench, show
 
-
-def bench(cfg: DictConfig) -> dict[str, Any]:
-    """Measure training steps of each method.
-
-    Args:
-        cfg: The composed configuration.
-
-    Returns:
-        What `json=true` prints.
-
-    Raises:
-        ValueError: If the configuration holds a wrong value.
-    """
-    check_counts(cfg, "batch_size", "cycles")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    shape, _ = input_of(instantiate(cfg.model), cfg.get("data"))
-    turns = take_turns({method: partial(make_fit, cfg, method) for method in METHODS}, cfg.cycles)
-    return {
-        "model": HydraConfig.get().runtime.choices["model"],
-        "input_shape": list(shape),
-        "pattern": str(cfg.pattern),
-        "batch_size": cfg.batch_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "methods": {name: times.summary(turns["dense"]) for name, times in turns.items()},
-    }
-
-
-def make_fit(cfg: DictConfig, method: str) -> Fit:
-    """What a method trains: always the same network from the same seed, on the same batch.
-
-    Args:
-        cfg: The composed configuration.
-        method: One of `METHODS`.
-
-    Returns:
-        Module, callbacks and batch.
-    """
-    build, layers = instantiate(cfg.model), layer_rules(cfg)
-    shape, classes = input_of(build, cfg.get("data"))
-    callbacks: dict[str, Callable[[], L.Callback]] = {
-        "sr_ste": lambda: SRSTE(cfg.pattern, layers=layers),
-        "static": lambda: StaticMask(cfg.pattern, layers=layers),
-        "bame": lambda: BAMECallback(cfg.pattern, layers=layers, schedule=FOREVER),
-    }
-    torch.manual_seed(0)
-    task = Classifier(build_model(build, shape, classes), instantiate(cfg.optimizer))
-    return Fit(task, [callbacks[method]()] if method in callbacks else [], random_batch(shape, classes, cfg.batch_size))
-
-
-def random_batch(shape: tuple[int, ...], classes: int, size: int) -> list[Tensor]:
-    """Inputs and labels that mean nothing: images of three dimensions, or sequences of tokens of one."""
-    generator = torch.Generator().manual_seed(0)
-    if len(shape) == 1:
-        return list(torch.randint(classes, (2, size, *shape), generator=generator))
-    labels = torch.randint(classes, (size,), generator=generator)
-    return [torch.randn(size, *shape, generator=generator), labels]
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False)
-    console.width = min(console.width, 80)
-    shape, methods = "x".join(map(str, report["input_shape"])), report["methods"]
-    console.print(
-        f"{report['model']}, {shape}, batch {report['batch_size']}, {report['pattern']}, {report['threads']} threads"
-    )
-    table = Table("", box=box.SIMPLE_HEAD)
-    for name in methods:
-        table.add_column(name, justify="right", no_wrap=True)
-    for title, key in _ROWS.items():
-        only_bame = key in ("reads_some", "adapts_some", "reads_all", "adapts_all")
-        table.add_row(title, *("" if only_bame and name != "bame" else _shown(methods[name][key]) for name in methods))
-    console.print(table)
-    console.print(
-        "Medians of steps that methods take in turns; each is compared with the dense step beside it. The mean is that of the "
-        f"{CYCLE} steps in which BAME's default does everything."
-    )
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-_ROWS = {
-    "a step, ms": "median_ms",
-    "a step / dense, mean": "over_dense",
-    "  reads some blocks": "reads_some",
-    "  reads some, adapts": "adapts_some",
-    "  reads all, designates": "reads_all",
-    "  reads some, adapts all": "adapts_all",
-    "metrics of a logged step, ms": "logging_ms",
-    "memory at most, MiB": "peak_mib",
-    "bytes held, a sparse weight": "held_bytes_a_weight",
-    "bytes saved, a sparse weight": "saved_bytes_a_weight",
-}
+        tell(cfg, bench(cfg), show)
 
 
 if __name__ == "__main__":

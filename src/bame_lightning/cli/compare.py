@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from bame_lightning.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
-from bame_lightning.compare.figure import draw
-from bame_lightning.compare.tables import WORDS, cells, explanation, tasks
+from bame_lightning.cli.command import command_parser, loading
 
 _DESCRIPTION = """\
 Compare the finished runs of a sweep: test accuracy (of language models: bits
@@ -49,17 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if there was something to compare, else 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="bame-compare",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("bame-compare", _DESCRIPTION, _EPILOG)
     parser.add_argument("sweep_dir", metavar="SWEEP_DIR", type=Path, help="a folder with runs at any depth")
     parser.add_argument(
         "--baseline", metavar="METHOD", help="the method that the others are compared with, e.g. sr_ste"
     )
     args = parser.parse_args(argv)
+    loading("bame-compare", "SciPy and Matplotlib")
+    from bame_lightning.cli.side_by_side import show
+    from bame_lightning.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
+    from bame_lightning.compare.figure import draw
+
     try:
         runs, missing = find_runs(args.sweep_dir)
         found = compare_runs(runs, args.baseline)
@@ -70,28 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CompareError, OSError) as error:
         print(f"bame-compare: error: {error}", file=sys.stderr)
         return 1
-    _print(comparison, Console(markup=False, highlight=False))
+    show(comparison)
     print(f"Written to {args.sweep_dir}: compare.csv, compare.md, compare.png")
     return 0
-
-
-def _print(comparison: Comparison, console: Console) -> None:
-    for task, rows in tasks(comparison):
-        names, table = cells(rows, comparison.baseline)
-        # The files hold every column; a terminal those that fit, and no cell cut, least of all the name of a method.
-        left_out = {"FLOPs", "vs dense"} if console.width < 100 else set()
-        kept = [index for index, name in enumerate(names) if name not in left_out]
-        shown = Table(box=box.SIMPLE_HEAD, title=Text(task, "bold"), title_justify="left", padding=(0, 1, 0, 0))
-        for index in kept:
-            width = None if names[index] == "settings" else max(len(row[index]) for row in table)
-            title = names[index].replace(" vs ", "\nvs ").replace(" to ", "\nto ")
-            shown.add_column(title, justify="left" if names[index] in WORDS else "right", min_width=width)
-        for row in table:
-            shown.add_row(*(row[index] for index in kept))
-        console.print(shown)
-    console.print(explanation(comparison), style="dim")
-    for note in comparison.notes:
-        console.print(f"- {note}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from bame_lightning.cli.loggers import base_url, logged_in
+from bame_lightning.cli.account import base_url, logged_in
+from bame_lightning.cli.command import command_parser, loading
 
 _DESCRIPTION = """\
 Build a workspace in a W&B project, with sections Oscillation, Masks, FLOPs,
@@ -38,16 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if the workspace was built, else 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="bame-dashboard",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("bame-dashboard", _DESCRIPTION, _EPILOG)
     parser.add_argument("--entity", required=True, help="user or team at W&B")
     parser.add_argument("--project", required=True, help="project whose runs are shown; bame-train's is bame-lightning")
     parser.add_argument("--layers", nargs="+", default=(), metavar="NAME", help="layers whose maps are shown")
     args = parser.parse_args(argv)
+    loading("bame-dashboard", "Weights & Biases")
     try:
         url = build(args.entity, args.project, args.layers)
     except DashboardError as error:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from bame_lightning.cli.account import logged_in
 from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
 
 
@@ -65,24 +64,3 @@ def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     """
     parts = {**summary, **summary["flops"], **summary.get("sparse", {})}
     return {key: value for key, value in parts.items() if isinstance(value, int | float)}
-
-
-def logged_in() -> bool:
-    """Whether W&B knows an account: from the environment, or from `wandb login`."""
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.api_key or settings.identity_token_file:
-        return True
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return urlsplit(settings.base_url).netloc in hosts or "api.wandb.ai" in hosts
-
-
-def base_url() -> str:
-    """Where W&B is."""
-    import wandb
-
-    return str(wandb.setup().settings.base_url)

@@ -8,26 +8,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bame_lightning.cli.errors import one_line_errors
 
-
-def answer(
-    command: str, cfg: DictConfig, find: Callable[[DictConfig], dict[str, Any]], show: Callable[[dict[str, Any]], None]
-) -> None:
-    """Find out what a configuration asks for, and print it.
+def tell(cfg: DictConfig, found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+    """Print an answer.
 
     Args:
-        command: Name of the command, for its errors.
         cfg: The composed configuration; with `json` the answer is printed as such.
-        find: Finds the answer.
+        found: The answer.
         show: Prints it for people.
     """
-    with one_line_errors(command):
-        found = find(cfg)
-        if cfg.json:
-            print(json.dumps(found, indent=2))
-        else:
-            show(found)
+    if cfg.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
 
 
 def check_counts(cfg: DictConfig, *names: str) -> None:

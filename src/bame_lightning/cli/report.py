@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.compare import CompareError
-from bame_lightning.report import ReportError, page, run_report, sweep_report
-from bame_lightning.report.logs import METRICS
-from bame_lightning.runs import SUMMARY
-
-_FILE = "report.html"
+from bame_lightning.cli.command import command_parser, loading
 
 _DESCRIPTION = """\
 Write report.html into a folder: one page that needs no network, for any
@@ -42,53 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if the page was written, else 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="bame-report",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("bame-report", _DESCRIPTION, _EPILOG)
     parser.add_argument("folder", metavar="RUN_OR_SWEEP_DIR", type=Path, help="a run's folder, or one of several runs")
     parser.add_argument(
         "--baseline", metavar="METHOD", help="of a sweep: the method that tables give differences to, e.g. sr_ste"
     )
     args = parser.parse_args(argv)
     folder: Path = args.folder
+    loading("bame-report", "PyTorch and SciPy")
+    from bame_lightning.compare import CompareError
+    from bame_lightning.report import ReportError, write_report
+
     try:
-        path = write(folder, args.baseline)
+        path = write_report(folder, args.baseline)
     except (ReportError, CompareError, ValueError, OSError) as error:
         print(f"bame-report: error: {error}", file=sys.stderr)
         return 1
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-def write(folder: Path, baseline: str | None = None) -> Path:
-    """Write the report on a folder into it; a reader sees either the old or the new page.
-
-    Args:
-        folder: Of a run, or of a sweep.
-        baseline: Of a sweep, the method that differences refer to.
-
-    Returns:
-        The page.
-
-    Raises:
-        ReportError: If there is nothing to show.
-    """
-    if not folder.is_dir():
-        raise ReportError(f"`RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; {folder} is none.")
-    if (folder / METRICS).is_file() or (folder / SUMMARY).is_file():
-        if baseline is not None:
-            raise ReportError(f"`--baseline` compares the runs of a sweep; {folder} is a single run. Leave it out.")
-        report = run_report(folder)
-    else:
-        report = sweep_report(folder, baseline)
-    path = folder / _FILE
-    draft = path.with_suffix(".html.part")
-    draft.write_text(page(report), encoding="utf-8")
-    draft.replace(path)
-    return path
 
 
 if __name__ == "__main__":

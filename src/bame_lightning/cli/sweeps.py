@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import joblib  # type: ignore[import-untyped]  # comes with scikit-learn
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -83,6 +82,8 @@ def threads_per_job() -> int | None:
     """
     if not in_sweep():
         return None
+    import joblib  # type: ignore[import-untyped]  # comes with scikit-learn
+
     cfg = HydraConfig.get()
     return share_of_cores(cfg.launcher, cfg.sweeper, joblib.cpu_count())
 

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bame_lightning.blocks import from_blocks, oriented, to_blocks
 from bame_lightning.export.errors import ExportError
 from bame_lightning.export.trained import Trained
 from bame_lightning.masks import pack_mask, unpack_mask
-from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
+from bame_lightning.pattern import NMPattern
 
 FORMAT = "bame_lightning.packed"
 VERSION = "1"

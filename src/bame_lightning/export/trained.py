@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bame_lightning.audit import audit_checkpoint, saved_layers
+from bame_lightning.blocks import from_blocks, oriented, to_blocks
 from bame_lightning.export.errors import ExportError
 from bame_lightning.masks import top_n_mask, unpack_mask, zero_pruned_
-from bame_lightning.pattern import NMPattern, from_blocks, oriented, to_blocks
+from bame_lightning.pattern import NMPattern
 from bame_lightning.untrusted import load_untrusted, state_dict_of
 
 _LIGHTNING = "pytorch-lightning_version"

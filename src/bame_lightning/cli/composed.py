@@ -1,0 +1,40 @@
+"""Commands whose arguments are overrides of a configuration."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from bame_lightning.cli.command import version
+from bame_lightning.cli.conf import conf_dir
+
+
+def hydra_command(name: str, config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """Make a command of a function that takes a configuration: Hydra composes it from the command line.
+
+    Args:
+        name: Name of the command.
+        config: Name of its configuration in `conf/`.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        compose = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)
+
+        @functools.wraps(task)
+        def command() -> Any:
+            if "--version" in sys.argv[1:]:  # Hydra would print its own
+                print(version(name))
+                return None
+            return compose()
+
+        return command
+
+    return decorate

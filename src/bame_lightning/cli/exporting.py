@@ -1,0 +1,102 @@
+"""The work of `bame-export`: audit, write, read back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from bame_lightning.audit import AuditError
+from bame_lightning.cli.export import shape_of
+from bame_lightning.cli.networks import network_of_function, network_of_run
+from bame_lightning.export import (
+    ExportError,
+    Trained,
+    load_trained,
+    packed_tensors,
+    read_packed,
+    semi_structured_tensors,
+)
+from bame_lightning.export.files import replacing, same_bits, same_values, write_safetensors
+from bame_lightning.export.onnx_model import Inputs, load_weights, write_onnx
+from bame_lightning.export.semi_structured import read_dense
+
+
+def export(args: argparse.Namespace) -> list[str]:
+    """Write what the arguments of `bame-export` ask for.
+
+    Args:
+        args: The arguments, checked.
+
+    Returns:
+        What to tell, line by line.
+
+    Raises:
+        ExportError: If the checkpoint cannot be audited or exported.
+    """
+    checkpoint: Path = args.checkpoint
+    try:
+        trained = load_trained(
+            checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, prefix=args.prefix
+        )
+    except AuditError as error:
+        raise ExportError(str(error)) from error
+    if args.dtype is not None:
+        trained = trained.to(getattr(torch, args.dtype))
+    try:
+        with replacing(args.output) as part:
+            told = _write(trained, args, part)
+    except ExportError as error:
+        raise ExportError(f"`{checkpoint}` {error}") from error
+    size = args.output.stat().st_size
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in trained.tensors.values())
+    written = f"Written: {args.output} ({_bytes(size)}; the dense tensors take {_bytes(dense)})"
+    return [*_contents(trained), *told, written]
+
+
+def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
+    """Write the file, and read it back; returns what to tell beside its contents."""
+    if args.format == "dense":
+        write_safetensors(part, trained.state_dict(), {"format": "pt"})
+        return []
+    if args.format == "packed":
+        tensors, metadata = packed_tensors(trained)
+        write_safetensors(part, tensors, metadata)
+        if not same_bits(read_packed(part), trained.state_dict()):
+            raise ExportError("gave a packed file that reads back differently, so it was not kept. Report this.")
+        return []
+    if args.format == "semi_structured":
+        tensors, metadata, dense = semi_structured_tensors(trained)
+        write_safetensors(part, tensors, metadata)
+        if not same_values(read_dense(part), trained.state_dict()):
+            raise ExportError(
+                "gave a semi-structured file that reads back differently, so it was not kept. Report this."
+            )
+        return [f"{name} stays dense: {reason}" for name, reason in dense.items()]
+    shape = None if args.input_shape is None else shape_of(args.input_shape)
+    if args.model is None:
+        network, inputs = network_of_run(args.checkpoint, shape)
+    else:
+        assert shape is not None
+        network, inputs = network_of_function(args.model), Inputs(shape)
+    if args.tokens is not None:
+        inputs = Inputs(inputs.shape, args.tokens)
+    load_weights(network, trained.state_dict())
+    difference = write_onnx(network, inputs, part)
+    return [f"onnxruntime computes what torch does: outputs differ by {difference:.1g} at most"]
+
+
+def _contents(trained: Trained) -> list[str]:
+    patterns = sorted({str(pattern) for pattern in trained.patterns.values()})
+    weights = len(trained.patterns)
+    lines = [f"OK: every block obeys, in {weights} weight{'s' * (weights != 1)} at {', '.join(patterns)}"]
+    if trained.prefix:
+        lines.append(f"Names are those below '{trained.prefix}' (--prefix '' keeps them whole)")
+    if trained.left_out:
+        lines.append(f"Left out, not below '{trained.prefix}': {', '.join(trained.left_out)}")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"
