@@ -14,11 +14,13 @@ import bame_lightning
 PACKAGE = Path(__file__).parents[1] / "src" / "bame_lightning"
 CORE = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "plotly", "torchmetrics", "torchvision", "sklearn", "timm"}
+FOUNDATIONS = {"files"}  # rooms that the core stands on
 # Which other rooms a folder may use, beside the core.
 ROOMS: dict[str, set[str]] = {
     "callbacks": set(),
     "compare": set(),
     "export": set(),
+    "files": set(),
     "report": {"compare"},
     "tasks": set(),
     "cli": {"callbacks", "compare", "export", "report", "tasks"},
@@ -48,16 +50,18 @@ def rooms(names: set[str]) -> set[str]:
 def test_the_core_knows_no_framework_and_no_room_above_it(module: str) -> None:
     found = imports(PACKAGE / f"{module}.py")
     assert not {name.split(".")[0] for name in found} & FRAMEWORKS
-    assert rooms(found) <= set(CORE)
+    assert rooms(found) <= {*CORE, *FOUNDATIONS}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_room_uses_only_what_lies_below_it(module: str) -> None:
     room = module.split("/")[0]
     found = imports(PACKAGE / module)
-    assert rooms(found) <= {room, *ROOMS[room], *CORE}
+    assert rooms(found) <= {room, *ROOMS[room], *CORE, *FOUNDATIONS}
     if room != "cli":
         assert not {name.split(".")[0] for name in found} & {"hydra"}
+    if room in FOUNDATIONS:
+        assert not {name.split(".")[0] for name in found} & FRAMEWORKS
     if room == "tasks":
         assert rooms(found) == {"tasks"} or not rooms(found), "tasks know nothing of sparsity"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bame_lightning.blocks import oriented, to_blocks
-from bame_lightning.layers import AUDITABLE, VERSION_KEY
-from bame_lightning.masks import unpack_mask
+from bame_lightning.files import Weights, read_weights
 from bame_lightning.pattern import NMPattern
-from bame_lightning.untrusted import UnreadableError, first_sentence, load_untrusted, state_dict_of
+from bame_lightning.saved import indivisible, layers_in, read_entry
+from bame_lightning.untrusted import UnreadableError, first_sentence
 
 
 class AuditError(ValueError):
@@ -66,12 +66,18 @@ class AuditReport:
         layers: The judged weights, in the order of the state dict or of the saved state. A weight that is judged by
             its saved pattern and by another one appears twice.
         skipped: Weights of two or more dimensions that were not judged: name -> reason.
-        from_state: Whether a callback's saved state in the checkpoint named the layers and their masks.
+        from_state: Whether the file itself named the layers: a callback's saved state with masks, or an export's metadata.
+        key: Where the weights stand in the file; empty for its top.
+        unread: What else the file holds, in words.
+        dropped: Wrappers that were dropped from names, such as `torch.compile`'s "_orig_mod.".
     """
 
     layers: tuple[LayerAudit, ...]
     skipped: Mapping[str, str]
     from_state: bool
+    key: str = ""
+    unread: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     @property
     def compliant(self) -> bool:
@@ -85,41 +91,90 @@ def audit_checkpoint(
     *,
     dense: Sequence[str] = (),
     transposed: Sequence[str] = (),
+    key: str | None = None,
 ) -> AuditReport:
-    """Audit a Lightning checkpoint or a state dict; code inside the file is never run.
+    """Audit a Lightning checkpoint, a state dict or an export; code inside a file is never run.
 
-    If the checkpoint holds the state of a sparsity callback, see `audit_saved_layers`, else `audit_state_dict`.
+    If the file says which layers are sparse (a sparsity callback's state, an export's metadata), see `audit_saved_layers`, else
+    `audit_state_dict`.
 
     Args:
-        path: The file. A state dict may stand alone or under "state_dict" or "model".
-        pattern: Required unless the checkpoint holds the callback's state.
+        path: The file or folder, as `bame_lightning.files.read_weights` reads it.
+        pattern: Required unless the file says which layers are sparse.
         dense: Globs of the weights or modules that are dense on purpose.
         transposed: Globs of the weights or modules whose input dimension is the first one; the callback's state says it itself.
+        key: Which set of weights, where a file holds several; None takes "state_dict", else "model", else the only one.
 
     Returns:
-        The verdict on every layer.
+        The verdict on every layer, and what was not read.
 
     Raises:
         AuditError: If the file, the state in it, or an argument is unusable. The message names the file.
+    """
+    return audit_weights(path, read(path, key), pattern, dense=dense, transposed=transposed)
+
+
+def read(path: str | Path, key: str | None = None) -> Weights:
+    """Read weights to be audited.
+
+    Args:
+        path: The file or folder.
+        key: Which set of weights.
+
+    Returns:
+        The weights.
+
+    Raises:
+        AuditError: If they cannot be read. The message names the file.
+    """
+    try:
+        return read_weights(Path(path), key)
+    except UnreadableError as error:
+        raise AuditError(f"`{path}` {error}") from None
+
+
+def audit_weights(
+    path: str | Path,
+    weights: Weights,
+    pattern: NMPattern | str | None = None,
+    *,
+    dense: Sequence[str] = (),
+    transposed: Sequence[str] = (),
+) -> AuditReport:
+    """Audit weights that were read.
+
+    Args:
+        path: Where from, for messages.
+        weights: The weights.
+        pattern: As for `audit_checkpoint`.
+        dense: As for `audit_checkpoint`.
+        transposed: As for `audit_checkpoint`.
+
+    Returns:
+        The verdict on every layer, and what was not read.
+
+    Raises:
+        AuditError: If what the file says of its layers, or an argument, is unusable. The message names the file.
     """
     try:
         asked = None if pattern is None else NMPattern.parse(pattern)
     except ValueError as error:
         raise AuditError(str(error)) from None
     try:
-        checkpoint = load_untrusted(Path(path))
-        state = state_dict_of(checkpoint)
-        saved = saved_layers(checkpoint)
+        saved = layers_in(weights)
         if saved is not None:
-            return audit_saved_layers(state, saved, asked, dense=dense)
-        if asked is None:
+            masks = weights.declared is None
+            report = audit_saved_layers(weights.tensors, saved, asked, dense=dense, masks=masks)
+        elif asked is None:
             raise AuditError(
                 "holds no state of a sparsity callback, which would say which layers are sparse. Give `pattern` "
                 "(on the command line `--pattern 1:16`)."
             )
-        return audit_state_dict(state, asked, dense=dense, transposed=transposed)
+        else:
+            report = audit_state_dict(weights.tensors, asked, dense=dense, transposed=transposed)
     except (AuditError, UnreadableError) as error:
         raise AuditError(f"`{path}` {error}") from None
+    return replace(report, key=weights.key, unread=weights.unread, dropped=weights.dropped)
 
 
 def audit_state_dict(
@@ -163,8 +218,9 @@ def audit_saved_layers(
     pattern: NMPattern | None = None,
     *,
     dense: Sequence[str] = (),
+    masks: bool = True,
 ) -> AuditReport:
-    """Judge the layers that a callback's saved state names, by the pattern and the mask it saved for each.
+    """Judge the layers that a callback's saved state or an export names, by the pattern and the mask it saved for each.
 
     A block violates if it holds more than N non-zeros, holds one where the mask is False, or has a mask that does not
     keep exactly N. With `pattern`, a weight saved under another pattern is judged a second time, by `pattern`, if the
@@ -175,6 +231,7 @@ def audit_saved_layers(
         saved: For every layer its "pattern", "shape" and packed "mask", as the callback saves them; "transposed" if that is so.
         pattern: Asked of all layers on top of their own.
         dense: Globs of the weights or modules not to judge.
+        masks: Whether `saved` must hold masks; an export holds none.
 
     Returns:
         The verdict on every layer of `saved`, and why the other weights were not judged.
@@ -185,18 +242,20 @@ def audit_saved_layers(
     excused = _matching(state, "dense", dense)
     layers = []
     skipped = {
-        name: "matches `dense`" if name in excused else "dense in the callback's saved state"
+        name: "matches `dense`"
+        if name in excused
+        else f"dense in {'the callback' if masks else 'the export'}'s saved state"
         for name in _matrices(state)
         if name in excused or (name not in saved and name.endswith("weight"))
     }
     for name, entry in saved.items():
-        own, mask, transposed = _read_entry(name, entry, state)
+        own, mask, transposed = read_entry(name, entry, state, masks=masks)
         if name in excused:
             continue
         layers.append(_judge(name, state[name], own, mask, transposed=transposed))
         if pattern is None or pattern == own:
             continue
-        if reason := _indivisible(state[name], pattern, transposed):
+        if reason := indivisible(state[name], pattern, transposed):
             skipped[name] = f"for {pattern}: {reason}"
         else:
             layers.append(_judge(name, state[name], pattern, transposed=transposed))
@@ -278,76 +337,4 @@ def _ineligible(name: str, weight: Tensor, pattern: NMPattern, excused: set[str]
         return f"empty, of shape {tuple(weight.shape)}"
     if transposed and weight.dim() != 2:
         return f"`transposed` is for matrices, not for the shape {tuple(weight.shape)}"
-    return _indivisible(weight, pattern, transposed)
-
-
-def _indivisible(weight: Tensor, pattern: NMPattern, transposed: bool) -> str:
-    inputs = weight.shape[0 if transposed else 1]
-    return f"{pattern.m} does not divide its input dimension {inputs}" if inputs % pattern.m else ""
-
-
-def _read_entry(name: str, entry: Any, state: Mapping[str, Tensor]) -> tuple[NMPattern, Tensor, bool]:
-    try:
-        return _parse_entry(entry, state.get(name))
-    except ValueError as error:
-        raise AuditError(
-            f"has a callback state whose layer `{name}` is malformed: {str(error).rstrip('.')}. Use a checkpoint as "
-            "training wrote it."
-        ) from None
-
-
-def _parse_entry(entry: Any, weight: Tensor | None) -> tuple[NMPattern, Tensor, bool]:
-    if not isinstance(entry, Mapping) or not {"pattern", "shape", "mask"} <= set(entry):
-        raise ValueError("it lacks `pattern`, `shape` or `mask`")
-    if weight is None:
-        raise ValueError("the state dict has no such weight")
-    shape, packed, pattern = entry["shape"], entry["mask"], NMPattern.parse(entry["pattern"])
-    # By repr, since what a hostile file holds here may not compare.
-    if not isinstance(shape, list | tuple) or repr(list(shape)) != repr(list(weight.shape)):
-        raise ValueError(f"its `shape` is {shape!r:.60}, where the weight has {list(weight.shape)}")
-    # States of earlier releases do not know transposed weights.
-    transposed = entry.get("transposed", False)
-    if not isinstance(transposed, bool) or (transposed and len(shape) != 2):
-        raise ValueError(f"its `transposed` is {transposed!r:.20} for the shape {list(shape)}")
-    if len(shape) < 2 or 0 in shape or _indivisible(weight, pattern, transposed):
-        raise ValueError(f"its shape {list(shape)} does not divide into blocks of the pattern {pattern}")
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1 or not _is_plain(packed):
-        raise ValueError("its `mask` is not a vector of uint8")
-    return pattern, unpack_mask(packed, weight.shape), transposed
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta
-
-
-def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Find what sparsity callbacks saved of their layers.
-
-    Args:
-        checkpoint: From `load_untrusted`.
-
-    Returns:
-        Name of a weight -> its saved entry, not yet checked; None if no sparsity callback saved anything.
-
-    Raises:
-        AuditError: If the state is of another version, names no layers, or names one twice.
-    """
-    callbacks = checkpoint.get("callbacks")
-    values = callbacks.values() if isinstance(callbacks, Mapping) else ()
-    states = [value for value in values if isinstance(value, Mapping) and VERSION_KEY in value]
-    found: dict[str, Any] = {}
-    for state in states:
-        version, layers = state[VERSION_KEY], state.get("layers")
-        # Anything may stand there: a tensor compares to no number.
-        if repr(version) not in map(str, AUDITABLE):
-            raise AuditError(
-                f"has a callback state of `{VERSION_KEY}` {version!r:.20}, where this release reads {AUDITABLE[0]} to "
-                f"{AUDITABLE[-1]}. "
-                "Install the release of bame_lightning that wrote it."
-            )
-        if not isinstance(layers, Mapping) or not layers or not all(isinstance(name, str) for name in layers):
-            raise AuditError("has a callback state that names no `layers`. Use a checkpoint as training wrote it.")
-        if twice := found.keys() & layers.keys():
-            raise AuditError(f"has two callback states that name `{min(twice)}`. Train with one sparsity callback.")
-        found.update(layers)
-    return found if states else None
+    return indivisible(weight, pattern, transposed)

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch.serialization import safe_globals
 
-_EXPECTED = "Give a Lightning checkpoint, or `torch.save(model.state_dict(), path)`."
+EXPECTED = "Give a Lightning checkpoint, or `torch.save(model.state_dict(), path)`."
+
+
+# Of these, some names run code, so only what is often put beside weights is let in, as a stand-in that does nothing.
+_HARMLESS = re.compile(
+    r"(argparse|collections|dataclasses|datetime|decimal|enum|fractions|pathlib|types|typing|uuid|torch\.nn|torch\.optim)\..+|"
+    r"builtins\.(bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
+)
+_POWERFUL = {*sys.stdlib_module_names, "__builtin__", "torch"}
+_MOST = 200
+"""Classes that a file may refer to."""
 
 
 class UnreadableError(ValueError):
     """The file holds no state dict that can be read safely."""
 
 
+class StandIn:
+    """Takes the place of an object that a file wants made, a configuration for instance: it takes all and does nothing."""
+
+    told: ClassVar[str]
+    """What it stands for, in words."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        """Take anything."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def load_untrusted(path: Path) -> Mapping[Any, Any]:
-    """Load what `torch.save` wrote, tensors and plain types only, onto the CPU.
+    """Load what `torch.save` wrote onto the CPU: tensors and plain types; objects of other classes are stood in for.
 
     Args:
         path: The file.
@@ -29,7 +57,7 @@ def load_untrusted(path: Path) -> Mapping[Any, Any]:
         Its top-level mapping.
 
     Raises:
-        UnreadableError: If the file is missing, damaged or foreign, or refers to code.
+        UnreadableError: If the file is missing, damaged or foreign, or refers to what can run code.
     """
     if path.is_dir():
         raise UnreadableError("is a folder. Give the checkpoint file; consolidate a sharded checkpoint first.")
@@ -38,74 +66,52 @@ def load_untrusted(path: Path) -> Mapping[Any, Any]:
     if path.stat().st_size == 0:
         raise UnreadableError("is empty. Copy or save the checkpoint again.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old formats and sparse tensors; nothing that a user must act on
-            # Only the zip format can be mapped instead of read.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = _load(path)
+    except UnreadableError:
+        raise
     # A damaged or hostile file can fail in any way: IndexError, KeyError and EOFError have been seen.
     except Exception as error:
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UnreadableError(
-                f"refers to `{refused[1]}`, which may run code when loaded, so it was not loaded. If you trust the "
-                "file, load it yourself and `torch.save` its state dict alone."
-            ) from None
         raise UnreadableError(
-            f"is damaged, or torch.save did not write it ({first_sentence(error)}). {_EXPECTED}"
+            f"is damaged, or torch.save did not write it ({first_sentence(error)}). {EXPECTED}"
         ) from None
     if not isinstance(loaded, Mapping):
-        raise UnreadableError(f"holds no state dict but {type(loaded).__name__}. {_EXPECTED}")
+        kind = loaded.told if isinstance(loaded, StandIn) else type(loaded).__name__
+        raise UnreadableError(f"holds no state dict but {kind}. {EXPECTED}")
     return loaded
 
 
-def state_dict_of(checkpoint: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Find the tensors of a model: under "state_dict" (Lightning), under "model", or at the top.
-
-    Args:
-        checkpoint: From `load_untrusted`.
-
-    Returns:
-        Name -> tensor. Entries that are not tensors, such as a module's extra state, are left out.
-
-    Raises:
-        UnreadableError: If there is no tensor, or an entry named `*weight` is not one.
-
-    Example:
-        >>> state_dict_of({"epoch": 3, "state_dict": {"fc.bias": torch.zeros(2)}})
-        {'fc.bias': tensor([0., 0.])}
-    """
-    wrapped = (checkpoint[key] for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping))
-    state = next(wrapped, checkpoint)
-    for name, value in state.items():
-        if isinstance(name, str) and name.endswith("weight") and not isinstance(value, Tensor):
-            raise UnreadableError(f"has a `{name}` that is not a tensor but {type(value).__name__}. {_EXPECTED}")
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise UnreadableError(f"holds no tensors at the top, under 'state_dict' or under 'model'. {_EXPECTED}")
-    return tensors
+def _load(path: Path) -> Any:
+    """Load with torch's own restricted unpickler, which calls nothing but what makes tensors, and stand-ins."""
+    stand_ins: dict[str, type[StandIn]] = {}
+    while True:
+        try:
+            with warnings.catch_warnings(), safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                warnings.simplefilter("ignore")  # about old formats and sparse tensors; nothing that a user must act on
+                # Only the zip format can be mapped instead of read.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused is None:
+                if not stand_ins:
+                    raise
+                raise _refused(
+                    next(reversed(stand_ins))
+                ) from None  # a dictionary or list of its own class, for instance
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"  # which torch leaves out
+            if name in stand_ins or len(stand_ins) == _MOST or not _may_stand_beside(name):
+                raise _refused(name) from None
+            stand_ins[name] = type(name.rpartition(".")[2], (StandIn,), {"told": f"an object of {name}"})
 
 
-def load_weights(module: nn.Module, path: Path, argument: str) -> Mapping[Any, Any]:
-    """Give a module the weights of a checkpoint of the same module.
+def _may_stand_beside(name: str) -> bool:
+    return _HARMLESS.fullmatch(name) is not None or name.partition(".")[0] not in _POWERFUL
 
-    Args:
-        module: The module.
-        path: The file, as `load_untrusted` reads it.
-        argument: What to call the file in messages.
 
-    Returns:
-        All that the file holds.
-
-    Raises:
-        ValueError: If the file cannot be read, or does not fit the module.
-    """
-    try:
-        checkpoint = load_untrusted(path)
-        module.load_state_dict(state_dict_of(checkpoint))
-    except UnreadableError as error:
-        raise ValueError(f"`{argument}` {path} {error}") from None
-    except RuntimeError as error:
-        raise ValueError(f"`{argument}` {path} does not fit the model: {' '.join(str(error).split())}") from None
-    return checkpoint
+def _refused(name: str) -> UnreadableError:
+    return UnreadableError(
+        f"refers to `{name}`, which may run code when loaded, so it was not loaded. If you trust the "
+        "file, load it yourself and `torch.save` its state dict alone."
+    )
 
 
 def first_sentence(error: Exception) -> str:

@@ -10,9 +10,9 @@ import lightning as L
 from typing_extensions import override
 
 from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.files import load_weights
 from bame_lightning.layers import VERSION_KEY
 from bame_lightning.pattern import NMPattern
-from bame_lightning.untrusted import load_weights
 
 
 class OneShotMagnitude(MaskedCallback):

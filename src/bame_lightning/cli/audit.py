@@ -10,14 +10,21 @@ from bame_lightning.cli.command import command_parser, loading
 
 _DESCRIPTION = """\
 Check that every block of a checkpoint's weights obeys its N:M pattern: at most
-N non-zeros in every M consecutive weights of the input dimension. Reads
-Lightning checkpoints and plain state dicts (also under "state_dict" or
-"model"), and never runs code from the file."""
+N non-zeros in every M consecutive weights of the input dimension. Never runs
+code from the file, and says what it did not read."""
 
 _EPILOG = """\
+what is read:
+  Lightning checkpoints, state dicts of torch.save, safetensors, exports of
+  bame-export; shards by their index or folder, folders of
+  torch.distributed.checkpoint. Of several sets of weights in a file,
+  "state_dict" or "model", unless --key names another. What torch.compile, DDP
+  and FSDP put into names is dropped. Adapters must be merged first.
+
 which weights are checked:
   If the checkpoint holds the state of a sparsity callback, the layers it
-  names, each by its own saved pattern and mask. A block then also violates if
+  names, each by its own saved pattern and mask; of an export, those that its
+  metadata name, by their patterns. A block then also violates if
   a weight outside the mask is not zero, or if the mask does not keep exactly
   N. With --pattern, a weight saved under another pattern is judged by
   --pattern as well, where its M divides the input dimension.
@@ -50,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bame_lightning.cli.verdict import show
 
     try:
-        report = audit_checkpoint(args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed)
+        report = audit_checkpoint(
+            args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, key=args.key
+        )
     except AuditError as error:
         print(f"bame-audit: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -7,9 +7,15 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments by which `audit_checkpoint` is told what to check: `checkpoint`, `pattern`, `dense`, `transposed`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt or a file written by torch.save")
+    """Add the arguments by which `audit_checkpoint` is told what to check."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a .ckpt, a file of torch.save or safetensors, an index of shards, or the folder of a distributed checkpoint",
+    )
     parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; optional if the checkpoint says it itself")
+    parser.add_argument("--key", metavar="KEY", help="which weights, where a file holds several sets, e.g. params_ema")
     parser.add_argument(
         "--dense",
         metavar="GLOB",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from bame_lightning.export import (
 from bame_lightning.export.files import replacing, same_bits, same_values, write_safetensors
 from bame_lightning.export.onnx_model import Inputs, load_weights, write_onnx
 from bame_lightning.export.semi_structured import read_dense
+from bame_lightning.export.trained import layers_of
+from bame_lightning.files.exported import LAYERS
 
 
 def export(args: argparse.Namespace) -> list[str]:
@@ -38,7 +41,12 @@ def export(args: argparse.Namespace) -> list[str]:
     checkpoint: Path = args.checkpoint
     try:
         trained = load_trained(
-            checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, prefix=args.prefix
+            checkpoint,
+            args.pattern,
+            dense=args.dense,
+            transposed=args.transposed,
+            prefix=args.prefix,
+            key=args.key,
         )
     except AuditError as error:
         raise ExportError(str(error)) from error
@@ -58,7 +66,7 @@ def export(args: argparse.Namespace) -> list[str]:
 def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
     """Write the file, and read it back; returns what to tell beside its contents."""
     if args.format == "dense":
-        write_safetensors(part, trained.state_dict(), {"format": "pt"})
+        write_safetensors(part, trained.state_dict(), {"format": "pt", LAYERS: json.dumps(layers_of(trained))})
         return []
     if args.format == "packed":
         tensors, metadata = packed_tensors(trained)
@@ -95,7 +103,22 @@ def _contents(trained: Trained) -> list[str]:
         lines.append(f"Names are those below '{trained.prefix}' (--prefix '' keeps them whole)")
     if trained.left_out:
         lines.append(f"Left out, not below '{trained.prefix}': {', '.join(trained.left_out)}")
+    else:
+        lines += _beginnings(trained)
+    if trained.dropped:
+        lines.append(f"Dropped from names: {', '.join(trained.dropped)}")
+    if trained.unread:
+        lines.append(f"Not read: {'; '.join(trained.unread)}")
     return lines
+
+
+def _beginnings(trained: Trained) -> list[str]:
+    """Tell of names that fit a plain model only without their beginning."""
+    first = {name.partition(".")[0] for name in trained.state_dict()}
+    if len(first) > 1 or not all("." in name for name in trained.state_dict()):
+        return []
+    prefix = f"{first.pop()}."
+    return [f"All names begin with '{prefix}'; --prefix {prefix} drops it, where the plain model has no such part"]
 
 
 def _bytes(count: int) -> str:

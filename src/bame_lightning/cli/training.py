@@ -25,8 +25,8 @@ from bame_lightning.cli.models import build_model
 from bame_lightning.cli.progress import EpochLines
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
+from bame_lightning.files import load_weights
 from bame_lightning.runs import SUMMARY
-from bame_lightning.untrusted import load_weights
 
 # Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (

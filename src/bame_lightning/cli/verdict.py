@@ -32,7 +32,12 @@ def show(report: AuditReport) -> None:
             hint = "If it is dense on purpose, as classifiers and embeddings often are, exclude it: --dense "
             console.print(printable(f"{hint}'{failing[-1].name}'"), soft_wrap=True)
     else:
-        console.print(f"OK: all {sum(layer.blocks for layer in report.layers)} blocks obey.", soft_wrap=True)
+        where = f" of '{printable(report.key)}'" if report.key and report.unread else ""
+        console.print(f"OK: all {sum(layer.blocks for layer in report.layers)} blocks{where} obey.", soft_wrap=True)
+    if report.dropped:
+        console.print(f"Names are those without {', '.join(report.dropped)}", soft_wrap=True)
+    if report.unread:
+        console.print(printable(f"Not read: {'; '.join(report.unread)}"), soft_wrap=True)
 
 
 def _layer_table(report: AuditReport) -> Table:

@@ -10,17 +10,11 @@ from jaxtyping import Int16, Shaped
 from safetensors import safe_open
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import (
-    sparse_semi_structured_from_dense_cutlass,
-    sparse_semi_structured_to_dense_cutlass,
-)
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from bame_lightning.export.errors import ExportError
-from bame_lightning.export.trained import Trained
-
-FORMAT = "bame_lightning.semi_structured"
-VERSION = "1"
-PACKED, META = ".packed", ".meta"
+from bame_lightning.export.trained import Trained, layers_of
+from bame_lightning.files.exported import HALF, LAYERS, META, SEMI_STRUCTURED, VERSION, expanded
 
 # Also compressed by torch, but left out: int8, which this project does not train, and float32, of which sparse tensor cores
 # multiply 1:2 only (torch drops the second weight of a pair silently, and its `to_dense` changes bits).
@@ -104,15 +98,16 @@ def semi_structured_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[s
         if reasons.get(name, "dense"):
             tensors[name] = tensor
             continue
-        for part in (name + PACKED, name + META):
+        for part in (name + HALF, name + META):
             if part in trained.tensors:
                 raise ExportError(f"holds a tensor `{part}`, a name that the semi-structured layout needs. Rename it.")
-        tensors[name + PACKED], tensors[name + META] = compress(tensor)
+        tensors[name + HALF], tensors[name + META] = compress(tensor)
         layers[name] = {"pattern": str(trained.patterns[name]), "shape": list(tensor.shape)}
     metadata = {
-        "format": FORMAT,
+        "format": SEMI_STRUCTURED,
         "version": VERSION,
         "layers": json.dumps(layers),
+        LAYERS: json.dumps(layers_of(trained)),
         "same_as": json.dumps(dict(trained.same_as)),
     }
     return tensors, metadata, dense
@@ -129,7 +124,4 @@ def read_dense(path: Path) -> dict[str, Tensor]:
     """
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name in json.loads(metadata["layers"]):
-        packed, meta = tensors.pop(name + PACKED), tensors.pop(name + META)
-        tensors[name] = sparse_semi_structured_to_dense_cutlass(packed, meta)  # type: ignore[no-untyped-call]
-    return tensors | {alias: tensors[name] for alias, name in json.loads(metadata["same_as"]).items()}
+    return expanded(tensors, metadata)

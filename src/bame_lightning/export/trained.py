@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bame_lightning.audit import audit_checkpoint, saved_layers
+from bame_lightning.audit import audit_weights, read
 from bame_lightning.blocks import from_blocks, oriented, to_blocks
 from bame_lightning.export.errors import ExportError
 from bame_lightning.masks import top_n_mask, unpack_mask, zero_pruned_
 from bame_lightning.pattern import NMPattern
-from bame_lightning.untrusted import load_untrusted, state_dict_of
+from bame_lightning.saved import layers_in
 
-_LIGHTNING = "pytorch-lightning_version"
 _NETWORK = "model."
 
 
@@ -33,6 +32,8 @@ class Trained:
         prefix: What was dropped from the beginning of every name.
         left_out: Names of the checkpoint's tensors that do not begin with `prefix`.
         transposed: Names of sparse weights whose input dimension is the first one.
+        unread: What the file holds beside these weights, in words.
+        dropped: Wrappers that were dropped from names, such as `torch.compile`'s "_orig_mod.".
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,6 +43,8 @@ class Trained:
     prefix: str = ""
     left_out: tuple[str, ...] = ()
     transposed: frozenset[str] = frozenset()
+    unread: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All names with their tensors, for `load_state_dict` of the plain model."""
@@ -71,6 +74,22 @@ class Trained:
         return replace(self, tensors=tensors)
 
 
+def layers_of(trained: Trained) -> dict[str, dict[str, Any]]:
+    """What an exported file says of its sparse layers, so that an audit needs to be told nothing.
+
+    Args:
+        trained: The model.
+
+    Returns:
+        Name -> "pattern", "shape" and, where that is so, "transposed".
+    """
+    return {
+        name: {"pattern": str(pattern), "shape": list(trained.tensors[name].shape)}
+        | ({"transposed": True} if name in trained.transposed else {})
+        for name, pattern in trained.patterns.items()
+    }
+
+
 def load_trained(
     path: str | Path,
     pattern: NMPattern | str | None = None,
@@ -78,6 +97,7 @@ def load_trained(
     dense: Sequence[str] = (),
     transposed: Sequence[str] = (),
     prefix: str | None = None,
+    key: str | None = None,
 ) -> Trained:
     """Audit a checkpoint and take the model out of it; code inside the file is never run.
 
@@ -91,6 +111,7 @@ def load_trained(
         transposed: Globs of the weights or modules whose input dimension is the first one, as `audit_checkpoint` takes them.
         prefix: Export the tensors whose names begin with it, and drop it from the names. None drops "model.", under
             which most LightningModules keep their network, if every name of a Lightning checkpoint begins with it.
+        key: Which set of weights, where a file holds several, as `audit_checkpoint` takes it.
 
     Returns:
         The model.
@@ -100,7 +121,8 @@ def load_trained(
         ExportError: If a block violates its pattern, no sparse weight is found, or a tensor cannot be written.
     """
     path = Path(path)
-    report = audit_checkpoint(path, pattern, dense=dense, transposed=transposed)
+    weights = read(path, key)
+    report = audit_weights(path, weights, pattern, dense=dense, transposed=transposed)
     bad = [layer for layer in report.layers if not layer.compliant]
     if bad:
         raise ExportError(
@@ -108,10 +130,9 @@ def load_trained(
             f"{f'; {len(bad) - 1} more weights do' if len(bad) > 1 else ''}. Export what a sparsity callback trained, or "
             f"name what is dense on purpose: --dense '{bad[0].name}'. `bame-audit` lists every weight."
         )
-    checkpoint = load_untrusted(path)
-    state, saved = state_dict_of(checkpoint), saved_layers(checkpoint) or {}
+    state, saved = weights.tensors, layers_in(weights) or {}
     if prefix is None:
-        prefix = _NETWORK if _LIGHTNING in checkpoint and all(name.startswith(_NETWORK) for name in state) else ""
+        prefix = _NETWORK if weights.lightning and all(name.startswith(_NETWORK) for name in state) else ""
     names = [name for name in state if name.startswith(prefix) and name != prefix]
     # A weight that is judged twice comes by its own pattern first.
     patterns: dict[str, NMPattern] = {}
@@ -150,12 +171,14 @@ def load_trained(
         same_as={short[alias]: short[name] for alias, name in same_as.items()},
         prefix=prefix,
         left_out=tuple(name for name in state if name not in short),
+        unread=weights.unread,
+        dropped=weights.dropped,
         transposed=frozenset(short[name] for name in turned.intersection(patterns) - same_as.keys()),
     )
 
 
 def _mask(weight: Tensor, pattern: NMPattern, transposed: bool, saved: Mapping[str, Any] | None) -> Tensor:
-    if saved is not None:
+    if saved is not None and "mask" in saved:
         return unpack_mask(saved["mask"], weight.shape)
     weight = oriented(weight, transposed)
     nonzero = (to_blocks(weight, pattern.m) != 0).to(torch.uint8)
