@@ -49,7 +49,7 @@ def commands(path: Path) -> Iterator[str]:
     """Lines of the blocks that call a command of Hydra, without comments, options and what they are piped into."""
     for language, text in blocks(path):
         for line in text.replace("\\\n", " ").splitlines() if language != "python" else ():
-            command = re.split(r"\s[#|]", re.sub(r"\[.*?\]", "", line))[0]
+            command = re.split(r"\s[#|]", re.sub(r"\s\[.*?\]", "", line))[0]
             if command.startswith(("bame-train", "bame-flops", "bame-bench")) and "..." not in command:
                 yield command
 

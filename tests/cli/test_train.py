@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,10 +351,22 @@ def test_skip_finished_takes_results_of_the_same_configuration_only(
     assert path.stat().st_mtime_ns == written
 
 
-def test_results_vanish_before_they_are_replaced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_vanish_when_training_begins_that_replaces_them(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("in the middle")
+
     path = run("method=static") / "summary.json"
+    config = path.parent / ".hydra/config.yaml"
+    described = config.read_text()
     failure(run, capsys, "method=static", "pattern=1:7", "quiet=true")
+    assert path.exists(), "nothing was trained"
+    assert config.read_text() == described, "which bame-export builds the network from"
+    monkeypatch.setattr("bame_lightning.tasks.Classifier.training_step", fail)
+    assert "in the middle" in failure(run, capsys, "method=static", "seed=5", "quiet=true")
     assert not path.exists()
+    assert "seed: 5" in config.read_text()
 
 
 @pytest.mark.parametrize(
@@ -394,10 +407,10 @@ def test_wandb_is_offline_unless_logged_in(
         ("+method.nonsense=1", "nonsense"),
         ("+patern=2:4", "`patern` is no argument of bame-train. Did you mean `pattern`?"),
         ("+xyzzy=1", "`xyzzy` is no argument of bame-train. bame-train --help lists what there is."),
-        ("seed=abc", "`seed` must be a whole number, such as 20; got abc"),
+        ("seed=abc", "`seed` must be a whole number, such as 0; got abc"),
         ("seed=-1", "`seed` must be a whole number from 0 to 2**32 - 1; got -1"),
-        ("trainer.max_epochs=abc", "`trainer.max_epochs` must be a whole number, such as 20; got abc"),
-        ("model.hidden=512", "`hidden` must be a list of whole numbers of at least 1, such as [64, 64]; got 512"),
+        ("trainer.max_epochs=abc", "`trainer.max_epochs` must be a whole number, such as 60; got abc"),
+        ("model.hidden=512", "`model.hidden` must be a list, such as [512, 512]; got 512"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -486,6 +499,18 @@ def test_epochs_are_told_by_the_first_rank_only(
     trainer = Trainer(accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False)
     capsys.readouterr()
     monkeypatch.setattr(Trainer, "is_global_zero", first)
-    monkeypatch.setattr(Trainer, "progress_bar_metrics", {"val/loss": 0.5})
+    monkeypatch.setattr(Trainer, "progress_bar_metrics", {"val/loss": 0.5, "bame/flip_rate": 0.00012})
     EpochLines().on_train_epoch_end(trainer, LightningModule())
-    assert capsys.readouterr().out == ("epoch 1/4  val/loss 0.5000\n" if first else "")
+    assert capsys.readouterr().out == ("epoch 1/4  bame/flip_rate 0.012%  val/loss 0.5000\n" if first else "")
+
+
+def test_the_bar_counts_epochs_from_1_and_shows_a_flip_rate_that_can_be_read(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run("pattern=1:4", "trainer.max_epochs=2")
+    shown = capsys.readouterr()
+    assert "epoch 1/2:" in shown.out
+    assert "epoch 2/2:" in shown.out
+    assert re.search(r"bame/flip_rate=\d+\.\d{3}%", shown.out)
+    assert not re.search(r"flops: 0|0 +total flops|epoch 0", shown.out + shown.err, re.IGNORECASE)

@@ -8,6 +8,7 @@ from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.questions import check_counts, tell
+from bame_lightning.cli.values import check_values, standard_values
 from bame_lightning.pattern import NMPattern
 
 
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     """
     with one_line_errors("bame-bench"):
         NMPattern.parse(cfg.pattern)
+        check_values(cfg, standard_values())
         check_counts(cfg, "batch_size", "cycles")
         loading("bame-bench", "PyTorch and Lightning")
         from bame_lightning.cli.measuring import bench, show

@@ -12,6 +12,10 @@ from omegaconf import DictConfig
 
 from bame_lightning.cli.command import version
 from bame_lightning.cli.conf import conf_dir
+from bame_lightning.cli.errors import composition_errors
+from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.jobs import unfinished
+from bame_lightning.cli.words import check_dashes, readable
 
 
 def hydra_command(name: str, config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
@@ -33,7 +37,10 @@ def hydra_command(name: str, config: str) -> Callable[[Callable[[DictConfig], An
             if "--version" in sys.argv[1:]:  # Hydra would print its own
                 print(version(name))
                 return None
-            return compose()
+            check_dashes(name, sys.argv[1:])
+            sys.argv[1:] = readable(sys.argv[1:])
+            with stoppable(name, unfinished), composition_errors(name, config):
+                return compose()
 
         return command
 

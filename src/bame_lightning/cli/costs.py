@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from bame_lightning.cli.models import Build, build_model, input_of
+from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
 from bame_lightning.evidence import OneBatch
 from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
@@ -53,6 +54,7 @@ def count(cfg: DictConfig) -> dict[str, Any]:
         ValueError: If the configuration holds a wrong value.
     """
     pattern = NMPattern.parse(cfg.pattern)
+    cfg = fit_parts(cfg)
     build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
     model, counter = _trace(build, shape, classes)

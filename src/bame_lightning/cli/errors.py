@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,16 +13,79 @@ from pathlib import Path
 from typing import TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from bame_lightning.cli.claims import TakenError
+from bame_lightning.cli.jobs import record
 from bame_lightning.cli.sweeps import in_sweep, unescaped
+from bame_lightning.cli.words import unknown_key
 from bame_lightning.runs import ERROR
 
-_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-_USER_ERRORS = (ValueError, FileNotFoundError, *_IN_THE_WAY, HydraException, OmegaConfBaseException)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says of a disk that takes no more, in numbers of `OSError`."""
+_USER_ERRORS = (
+    *(ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
+    *(HydraException, OmegaConfBaseException),
+)
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 # By its name: who errs before Lightning is imported shall not wait for it.
 _LIGHTNING_SAYS = "MisconfigurationException"
+
+
+class _Wish:
+    """Whether the user wants errors as they are; Hydra is told so while it composes, or it would tell them in its own way."""
+
+    def __init__(self) -> None:
+        self._before: list[str | None] = []
+
+    def begin(self) -> None:
+        self._before.append(os.environ.get(_FULL_ERROR))
+        os.environ[_FULL_ERROR] = "1"
+
+    def end(self) -> None:
+        while self._before:
+            os.environ.pop(_FULL_ERROR)
+            if (before := self._before.pop()) is not None:
+                os.environ[_FULL_ERROR] = before
+
+
+_wish = _Wish()
+
+
+@contextmanager
+def composition_errors(command: str, config: str) -> Iterator[None]:
+    """Turn an error of Hydra, before it calls the command, into one line on stderr and exit status 1.
+
+    Args:
+        command: Name to print before the message.
+        config: Name of the command's configuration.
+
+    Yields:
+        Nothing.
+    """
+    _wish.begin()
+    try:
+        yield
+    except Exception as error:
+        _wish.end()
+        if os.environ.get(_FULL_ERROR) == "1" or not _of_the_user(error):
+            raise
+        print(f"{command}: error: {_composing(error, config)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        _wish.end()
+
+
+def _composing(error: Exception, config: str) -> str:
+    if missing := re.match(r"Could not override '([\w./@-]+)'", str(error)):
+        return unknown_key(config, missing[1], sys.argv[1:])
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return (
+            f"{error.override} cannot be read. Put quotes around the value, and others around them: {key}='\"{value}\"'"
+        )
+    return _message(error)
 
 
 @contextmanager
@@ -36,19 +101,22 @@ def one_line_errors(command: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    _wish.end()
     try:
         yield
     except Exception as error:
         if in_sweep():
             _record(error, command)
             return
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not _of_the_user(error):
+        if os.environ.get(_FULL_ERROR) == "1" or not _of_the_user(error):
             raise
         print(f"{command}: error: {_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 
 def _of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
     return isinstance(error, _USER_ERRORS) or any(kind.__name__ == _LIGHTNING_SAYS for kind in type(error).__mro__)
 
 
@@ -57,14 +125,21 @@ def _message(error: Exception) -> str:
     if isinstance(error, InstantiationException) and _of_the_user(cause := error.__cause__):
         error = cause
     message = " ".join(str(error).split())
-    if isinstance(error, _IN_THE_WAY) and error.filename is not None:  # the system's words, which name no remedy
+    if isinstance(error, OSError) and error.filename is not None:  # the system's words, which name no remedy
         message = f"{error.filename}: {error.strerror}. Move it away, change its rights, or name another path."
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        message = (
+            f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=); the last checkpoint is whole."
+        )
     return message if _of_the_user(error) else f"{type(error).__name__}: {message}"
 
 
 def _record(error: Exception, command: str) -> None:
     cfg = HydraConfig.get()
     line = f"{unescaped(' '.join(cfg.overrides.task))}: {_message(error)}"
-    trace = "".join(traceback.format_exception(error))
-    Path(cfg.runtime.output_dir, ERROR).write_text(f"{line}\n\n{trace}")
+    record(cfg, line)
+    if not isinstance(error, TakenError):  # whose folder is another's
+        trace = "".join(traceback.format_exception(error))
+        Path(cfg.runtime.output_dir, ERROR).write_text(f"{line}\n\n{trace}")
     print(f"{command}: error: {line}", file=sys.stderr)

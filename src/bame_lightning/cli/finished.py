@@ -30,7 +30,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Reduce a configuration to what results may depend on: not the run folder, nor what is printed or logged.
+    """Reduce a configuration to what results may depend on.
+
+    These are neither the run folder, nor what is printed or logged, nor whether the run was interrupted.
 
     Args:
         cfg: The composed configuration.
@@ -38,12 +40,19 @@ def experiment(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The values as JSON gives them back; paths in the run folder are relative to it.
     """
-    merged = OmegaConf.merge(cfg, {"quiet": False, "run_dir": "."})
+    merged = OmegaConf.merge(cfg, {"quiet": False, "run_dir": ".", "ckpt_path": _of_another_run(cfg)})
     assert isinstance(merged, DictConfig)
     values = plain(merged)
     values["choices"] = {name: option for name, option in values["choices"].items() if name != "logger"}
     reduced: dict[str, Any] = strict_json({key: value for key, value in values.items() if key not in _NO_MATTER})
     return reduced
+
+
+def _of_another_run(cfg: DictConfig) -> str | None:
+    """The checkpoint that a run is resumed from, unless it is the run's own: being interrupted makes no other experiment."""
+    if cfg.ckpt_path is None or Path(cfg.ckpt_path).resolve().is_relative_to(Path(cfg.run_dir).resolve()):
+        return None
+    return str(cfg.ckpt_path)
 
 
 def finished(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
+from typing_extensions import override
 
 from bame_lightning.cli.account import logged_in
 from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
+from bame_lightning.untrusted import load_untrusted
+
+_PROJECT = "bame-lightning"
+_PATIENCE = 20  # seconds in which W&B must answer, unless WANDB_INIT_TIMEOUT is set; its own default is 90
+_RUN = "wandb_run_id"
 
 
-def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
+def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any) -> WandbLogger:
     """Make a W&B logger that works offline where nobody is logged in; `WANDB_MODE` decides where it is set.
 
-    In a sweep, the group is by default the sweep and the name what sets this job apart.
+    Project, entity, name and group that are not configured are those of the environment (`WANDB_PROJECT`, `WANDB_ENTITY`,
+    `WANDB_NAME`, `WANDB_RUN_GROUP`). Else, in a sweep, the group is the sweep and the name what sets this job apart.
 
     Args:
         silent: Whether W&B prints nothing.
+        resumed_from: Checkpoint whose W&B run goes on; None for a new one.
         **kwargs: Arguments of `WandbLogger` and `wandb.init`.
 
     Returns:
@@ -29,14 +39,54 @@ def wandb_logger(*, silent: bool, **kwargs: Any) -> WandbLogger:
 
     if "WANDB_MODE" not in os.environ and not logged_in():
         kwargs["mode"] = "offline"
-    if in_sweep():
-        kwargs["group"] = kwargs.get("group") or sweep_name()
-        kwargs["name"] = (
-            kwargs.get("name") or unescaped(HydraConfig.get().job.override_dirname)[:128]
-        )  # W&B takes no more
-    logger = WandbLogger(settings=wandb.Settings(silent=silent), **kwargs)
+    ours = {"project": _PROJECT, "group": None, "name": None, "entity": None}
+    if in_sweep():  # W&B takes names of 128 characters
+        ours |= {"group": sweep_name(), "name": unescaped(HydraConfig.get().job.override_dirname)[:128]}
+    variables = {"group": "WANDB_RUN_GROUP"}
+    for key, value in ours.items():
+        variable = variables.get(key, f"WANDB_{key.upper()}")
+        kwargs[key] = kwargs.get(key) or os.environ.get(variable) or value
+    if resumed_from is not None and "WANDB_RUN_ID" not in os.environ:
+        kwargs["id"] = kwargs.get("id") or load_untrusted(Path(resumed_from)).get(_RUN)
+    settings = wandb.Settings(silent=silent)
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings.init_timeout = _PATIENCE
+    logger = WandbLogger(settings=settings, **kwargs)
     logger._wandb_init.pop("anonymous", None)  # has had no effect for long, and W&B warns of it even where it is None
     return logger
+
+
+class NamesWandbRun(Callback):
+    """Write into checkpoints which W&B run they are of, so that a resumed run goes on with it."""
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.version:
+                checkpoint[_RUN] = str(logger.version)
+
+
+def open_loggers(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any]) -> None:
+    """Begin to log, before training does.
+
+    Args:
+        loggers: The loggers.
+        hyperparameters: The configuration of the run.
+
+    Raises:
+        ValueError: If W&B does not take it.
+    """
+    for logger in loggers:
+        try:
+            logger.log_hyperparams({**hyperparameters})
+        except Exception as error:
+            if not isinstance(logger, WandbLogger) or type(error).__module__.partition(".")[0] != "wandb":
+                raise
+            said = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"W&B cannot be reached, or refuses the account: {said}. WANDB_MODE=offline trains without it, and `wandb "
+                "sync` uploads the run later; `wandb login --relogin` takes a new key."
+            ) from error
 
 
 def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -> None:

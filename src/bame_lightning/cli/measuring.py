@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bame_lightning.callbacks import SRSTE, BAMECallback, StaticMask
 from bame_lightning.cli.models import build_model, input_of
+from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
 from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
 from bame_lightning.tasks import Classifier
@@ -39,6 +40,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    cfg = fit_parts(cfg)
     shape, _ = input_of(instantiate(cfg.model), cfg.get("data"))
     turns = take_turns({method: partial(make_fit, cfg, method) for method in METHODS}, cfg.cycles)
     return {

@@ -11,6 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from bame_lightning.cli.parts import call
+
 Build = Callable[[Any, int], nn.Module]
 """Makes a model from the shape of an input (three numbers: an image; one: a sequence of tokens) and the classes."""
 
@@ -43,14 +45,34 @@ def input_of(build: Build, data: DictConfig | None) -> tuple[tuple[int, ...], in
         ValueError: If there are neither data nor a native input.
     """
     if data:
-        made = instantiate(data)
-        return tuple(made.input_shape), made.num_classes
+        return data_shape(instantiate(data))
     native = native_input(build)
     if native is None:
         raise ValueError(
             "`model` has no default `input_shape` and `num_classes`, so it has no native input. Choose one with data=..."
         )
     return native
+
+
+def data_shape(data: Any) -> tuple[tuple[int, ...], int]:
+    """Shape of an input and classes of a data module.
+
+    Args:
+        data: The module.
+
+    Returns:
+        Shape of an input, and classes.
+
+    Raises:
+        ValueError: If it does not tell them.
+    """
+    missing = [name for name in ("input_shape", "num_classes") if not hasattr(data, name)]
+    if missing:
+        raise ValueError(
+            f"`data` must be a LightningDataModule that says what it holds: input_shape, such as (3, 32, 32), and num_classes; "
+            f"{type(data).__name__} has no {' and no '.join(missing)}."
+        )
+    return tuple(data.input_shape), data.num_classes
 
 
 def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -74,7 +96,10 @@ def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) ->
             "another `model`, or other `data`."
         )
     # Convolutions are faster so, and a block's weights, consecutive input channels, lie side by side.
-    return build(input_shape, num_classes).to(memory_format=torch.channels_last)
+    model: nn.Module = call("model", build, input_shape, num_classes, what="input_shape, num_classes")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must make a torch.nn.Module; got {type(model).__name__}.")
+    return model.to(memory_format=torch.channels_last)
 
 
 def _kind(shape: tuple[int, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 from hydra.errors import InstantiationException
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from bame_lightning.cli.models import build_model
+from bame_lightning.cli.parts import find_here
 from bame_lightning.export.errors import ExportError
 from bame_lightning.export.onnx_model import Inputs
 
@@ -47,6 +47,7 @@ def network_of_run(checkpoint: Path, shape: tuple[int, ...] | None = None) -> tu
             raise ExportError(
                 f"has a configuration {config} without `model` and `data`. Give `--model module:function`."
             )
+        find_here()
         data = instantiate(cfg.data)
         shape = tuple(data.input_shape) if shape is None else shape
         network = build_model(instantiate(cfg.model), shape, data.num_classes)
@@ -75,9 +76,7 @@ def network_of_function(name: str) -> nn.Module:
     module_name, _, function = name.partition(":")
     if not module_name or not function:
         raise ExportError(f"needs `--model` as module:function, such as 'my_models:small_net'; got {name!r}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # a console script does not look there by itself
+    find_here()
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,9 +1,24 @@
-"""Progress where no progress bar can be drawn."""
+"""Progress: a bar in a terminal, a line per epoch elsewhere; epochs count from 1."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
+
+
+def _epoch(trainer: Trainer) -> str:
+    last = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{last}"
+
+
+def _shown(trainer: Trainer) -> dict[str, str]:
+    """Metrics by name, as people read them: masks rarely flip, so that rate is in percent."""
+    metrics = {name: float(value) for name, value in sorted(trainer.progress_bar_metrics.items())}
+    return {name: f"{value:.3%}" if name.endswith("flip_rate") else f"{value:.4f}" for name, value in metrics.items()}
 
 
 class EpochLines(Callback):
@@ -11,8 +26,25 @@ class EpochLines(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = "  ".join(
-            f"{name} {float(value):.4f}" for name, value in sorted(trainer.progress_bar_metrics.items())
-        )
+        metrics = "  ".join(f"{name} {value}" for name, value in _shown(trainer).items())
         if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}", flush=True)
+            print(f"{_epoch(trainer)}  {metrics}", flush=True)
+
+
+class EpochBar(TQDMProgressBar):
+    """Lightning's bar, its epochs counted from 1 to the last, its numbers as in the lines."""
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        # As Lightning does, which draws a bar of epoch 0 before another name could be given.
+        batches, bar = self.total_train_batches, self.train_progress_bar
+        bar.reset()
+        bar.total = None if math.isinf(batches) else batches
+        bar.initial = 0
+        bar.set_description(_epoch(trainer))
+
+    @override
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        return {**_shown(trainer)}

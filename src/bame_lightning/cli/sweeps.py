@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from typing_extensions import override
 
+from bame_lightning.cli import jobs
+from bame_lightning.cli.claims import TakenError
 from bame_lightning.cli.finished import REFUSED
-from bame_lightning.runs import ERROR, read_error
+from bame_lightning.runs import ERROR
 
 
 class ReportFailures(Callback):
@@ -22,22 +25,31 @@ class ReportFailures(Callback):
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.before = _errors(Path(config.hydra.sweep.dir))
+        try:
+            self.sweep = jobs.begin(config)
+        except (TakenError, OSError) as error:  # Hydra would make a warning of it, and go on
+            print(f"bame-train: error: {error}", file=sys.stderr)
+            sys.exit(1)
 
     @override
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # In the process of the job. An earlier attempt in this folder may have failed.
-        Path(config.hydra.runtime.output_dir, ERROR).unlink(missing_ok=True)
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        # In the process of the job.
+        if config.hydra.mode == RunMode.MULTIRUN:
+            jobs.record(config.hydra, None)
 
     @override
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs may run in other processes and on other machines: what they wrote is what is known of them.
-        found = _errors(Path(config.hydra.sweep.dir))
-        failed = sorted(path for path, changed in found.items() if self.before.get(path) != changed)
-        if not failed:
+        failed = [job for job in self.sweep.ended().values() if job.error is not None]
+        lost = [words for number, words in enumerate(self.sweep.planned) if number not in self.sweep.ended()]
+        if not failed and not lost:
             return
-        print(f"\nbame-train: error: {len(failed)} of the jobs failed, the others are finished:", file=sys.stderr)
-        lines = [f"{path.parent}: {read_error(path.parent)}" for path in failed]
+        count = len(failed) + len(lost)
+        print(f"\nbame-train: error: {count} of the jobs failed, the others are finished:", file=sys.stderr)
+        lines = [
+            *(f"{job.folder}: {job.error}" for job in failed),
+            *(f"{words}: ended without a word" for words in lost),
+        ]
         for line in lines:
             print(f"  {line}", file=sys.stderr)
         again = f"; the same command with hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true runs these again"
@@ -112,7 +124,3 @@ def share_of_cores(launcher: Mapping[str, Any], sweeper: Mapping[str, Any], core
     if str(launcher.get("_target_")).endswith("LocalLauncher"):  # submitit starts a whole batch at once
         return max(1, cores // (batch or cores))
     return None
-
-
-def _errors(sweep_dir: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in sweep_dir.rglob(ERROR)}

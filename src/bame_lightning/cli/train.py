@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bame_lightning.cli.claims import claim, first_process
 from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.finished import experiment, finished
+from bame_lightning.cli.jobs import sweep_of
+from bame_lightning.cli.sweeps import in_sweep
+from bame_lightning.cli.values import check_values, standard_values
 from bame_lightning.pattern import NMPattern
-from bame_lightning.runs import strict_json
-
-_WHOLE = (
-    *("seed", "threads", "trainer.max_epochs", "trainer.max_steps", "trainer.log_every_n_steps"),
-    *("trainer.accumulate_grad_batches", "trainer.check_val_every_n_epoch"),
-)
+from bame_lightning.runs import ERROR, strict_json
 
 
 @hydra_command("bame-train", "config")
@@ -43,26 +44,42 @@ def _results(cfg: DictConfig) -> dict[str, Any]:
     """Take the results that `skip_finished` finds, or train."""
     _check(cfg)
     config, run_dir = experiment(cfg), Path(cfg.run_dir)
-    if cfg.skip_finished and (found := finished(run_dir, config)) is not None:
-        print(f"bame-train: {run_dir} is finished; skipped")
-        return found
-    if not cfg.quiet:
-        loading("bame-train", "PyTorch and Lightning")
-    from bame_lightning.cli.training import train
+    with _claim(run_dir):
+        if cfg.skip_finished and (found := finished(run_dir, config)) is not None:
+            print(f"bame-train: {run_dir} is finished; skipped")
+            return found
+        if not cfg.quiet:
+            loading("bame-train", "PyTorch and Lightning")
+        from bame_lightning.cli.training import train
 
-    return train(cfg, config)
+        return train(cfg, config)
+
+
+@contextmanager
+def _claim(run_dir: Path) -> Iterator[None]:
+    """Write into the folder alone: no other run, and no other job of the sweep."""
+    if not first_process():
+        yield
+        return
+    hydra = HydraConfig.get()
+    job = (sweep_of(hydra), str(hydra.job.num)) if in_sweep() else None
+    with claim(run_dir, job):
+        (run_dir / ERROR).unlink(missing_ok=True)  # an earlier attempt may have failed
+        yield
 
 
 def _check(cfg: DictConfig) -> None:
     """Find out about wrong values before data are read and folders are made."""
     _check_keys(cfg)
-    for name in _WHOLE:
-        value = OmegaConf.select(cfg, name)
-        if value is not None and type(value) is not int:
-            raise ValueError(f"`{name}` must be a whole number, such as 20; got {value}.")
+    check_values(cfg, standard_values())
+    if cfg.threads is not None and type(cfg.threads) is not int:
+        raise ValueError(f"`threads` must be a whole number, or null for torch's own choice; got {cfg.threads}.")
     if cfg.seed is None or not 0 <= cfg.seed < 2**32:
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1; got {cfg.seed}.")
     NMPattern.parse(cfg.pattern)
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if cfg.trainer.get(name) == 0:
+            raise ValueError(f"`trainer.{name}` = 0 leaves nothing to train. Choose more, or leave it out.")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(
             f"`ckpt_path` must be a checkpoint file to resume from; {cfg.ckpt_path} does not exist."

@@ -6,25 +6,34 @@ import logging
 import sys
 import time
 import warnings
-from copy import deepcopy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
 from omegaconf import DictConfig
 
 from bame_lightning.callbacks import Dense, OneShotMagnitude
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain
-from bame_lightning.cli.loggers import finish_wandb
-from bame_lightning.cli.models import build_model
-from bame_lightning.cli.progress import EpochLines
+from bame_lightning.cli.interruption import StoppedError, training_stopped
+from bame_lightning.cli.loggers import NamesWandbRun, finish_wandb, open_loggers
+from bame_lightning.cli.models import build_model, data_shape
+from bame_lightning.cli.parts import call, find_here, fitted, made, stepping
+from bame_lightning.cli.progress import EpochBar, EpochLines
+from bame_lightning.cli.resuming import check_resumable, how_to_go_on
+from bame_lightning.cli.run_folder import ReplacesResults, WholeCheckpoints
+from bame_lightning.cli.seeds import EpochSeeds
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
+from bame_lightning.cli.values import overridden, standard_values
 from bame_lightning.files import load_weights
 from bame_lightning.runs import SUMMARY
 
@@ -37,6 +46,15 @@ _NOT_A_PROBLEM = (
     "The dirpath has changed from",  # resuming in a run folder of its own
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.15
 )
+
+
+class _Run(NamedTuple):
+    """What a configuration makes, but for the Trainer."""
+
+    cfg: DictConfig
+    data: Any
+    task: LightningModule
+    method: SparseCallback | Dense
 
 
 def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
@@ -54,53 +72,28 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
         FileNotFoundError: If the data set does not exist.
     """
     run_dir = Path(cfg.run_dir)
-    bar = sys.stdout.isatty() and not cfg.quiet
     _calm(quiet=cfg.quiet)
     threads = threads_per_job() if cfg.threads is None else cfg.threads
     if threads is not None:
         torch.set_num_threads(threads)
     seed_everything(cfg.seed, workers=True, verbose=False)
-
-    data = instantiate(cfg.data)
-    model = build_model(instantiate(cfg.model), data.input_shape, data.num_classes)
-    task = instantiate(cfg.task)(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler))
-    method: SparseCallback | Dense = instantiate(cfg.method)
-    if cfg.ckpt_path is not None:
-        _check_resumable(task, Path(cfg.ckpt_path))
-    if cfg.ckpt is not None and not isinstance(method, OneShotMagnitude):  # which loads them itself
-        _start_from(task, method, Path(cfg.ckpt))
-    callbacks = [instantiate(node) for node in cfg.get("callbacks", {}).values()]
-    callbacks.append(method)
-    if not bar and not cfg.quiet:
-        callbacks.append(EpochLines())
+    run = _make(cfg)
     loggers, results = list[Logger](), None
     try:
         # `logger=[]` chooses none, and leaves no node behind.
-        loggers += [instantiate(node) for node in cfg.get("logger", {}).values()]
-        if not loggers:
-            # It refuses to run without one.
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-        trainer: Trainer = instantiate(cfg.trainer)(
-            callbacks=callbacks,
-            logger=loggers,
-            # Else Lightning adds a checkpoint of its own where none is configured.
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            enable_progress_bar=bar,
-            enable_model_summary=bar,
-        )
-        # Results of an earlier run, which this one replaces: only now, when most mistakes would have been found.
-        (run_dir / SUMMARY).unlink(missing_ok=True)
-        for logger in loggers:
-            logger.log_hyperparams(plain(cfg))
-
+        loggers += [instantiate(node) for node in run.cfg.get("logger", {}).values()]
+        replaces = ReplacesResults(run.cfg, run_dir)
+        trainer = _trainer(run, loggers, replaces)
+        open_loggers(loggers, plain(cfg))
         start = time.perf_counter()
-        trainer.fit(task, data, ckpt_path=cfg.ckpt_path)
-        seconds = time.perf_counter() - start
-        metrics = {**trainer.callback_metrics}
-        trainer.test(task, data, verbose=False)
+        with _resumable(trainer, run_dir, cfg.ckpt_path):
+            trainer.fit(run.task, run.data, ckpt_path=cfg.ckpt_path)
+            replaces.check_begun()
+            seconds = time.perf_counter() - start
+            metrics = {**trainer.callback_metrics}
+            trainer.test(run.task, run.data, verbose=False)
         metrics |= trainer.callback_metrics
-
-        summary = summarize(trainer, method, metrics=metrics, seconds=seconds, config=config, run_dir=run_dir)
+        summary = summarize(trainer, run.method, metrics=metrics, seconds=seconds, config=config, run_dir=run_dir)
         summary["config"] = config
         results = summary
     finally:
@@ -111,13 +104,63 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _check_resumable(task: LightningModule, checkpoint: Path) -> None:
-    """Find out that a checkpoint cannot be resumed from before the run folder is touched; Lightning would tell later."""
-    found = load_weights(deepcopy(task), checkpoint, "ckpt_path")
-    if not {"loops", "optimizer_states"} <= found.keys():
-        raise ValueError(
-            f"`ckpt_path` {checkpoint} holds weights alone, and no training to resume. Begin with them by ckpt={checkpoint}."
-        )
+def _make(cfg: DictConfig) -> _Run:
+    """Make the parts of a run, and find out what is wrong with them."""
+    find_here()
+    cfg, told = fitted(cfg, standard_values(), overridden())
+    data = instantiate(cfg.data)
+    shape, classes = data_shape(data)
+    model = build_model(instantiate(cfg.model), shape, classes)
+    make_optimizer, make_scheduler = instantiate(cfg.optimizer), stepping(instantiate(cfg.scheduler))
+    parts = (model, make_optimizer, make_scheduler)
+    task = call("task", instantiate(cfg.task), *parts, what="model, optimizer, scheduler")
+    optimizer = made("optimizer", make_optimizer, list(task.parameters()), what="parameters")
+    method: SparseCallback | Dense = instantiate(cfg.method)
+    if cfg.ckpt_path is not None:
+        told += check_resumable(cfg, task, optimizer, make_scheduler)
+    if cfg.ckpt is not None and not isinstance(method, OneShotMagnitude):  # which loads them itself
+        _start_from(task, method, Path(cfg.ckpt))
+    if not cfg.quiet and first_process():
+        for line in told:
+            print(f"bame-train: {line}.", file=sys.stderr)
+    return _Run(cfg, data, task, method)
+
+
+def _trainer(run: _Run, loggers: list[Logger], replaces: ReplacesResults) -> Trainer:
+    bar = sys.stdout.isatty() and not run.cfg.quiet
+    callbacks = [instantiate(node) for node in run.cfg.get("callbacks", {}).values()]
+    if not loggers:
+        # It refuses to run without one.
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    callbacks += [run.method, EpochSeeds(run.cfg.seed), NamesWandbRun(), replaces]
+    if not run.cfg.quiet:
+        callbacks.append(EpochBar() if bar else EpochLines())
+    build = instantiate(run.cfg.trainer)
+    plugins = build.keywords.get("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeCheckpoints()]
+    trainer: Trainer = build(
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=plugins,
+        # Else Lightning adds a checkpoint of its own where none is configured.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=bar,
+        enable_model_summary=False,  # the table of the method has the layers, and their true cost is counted
+    )
+    return trainer
+
+
+@contextmanager
+def _resumable(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> Iterator[None]:
+    """Tell who stops training how it goes on."""
+    try:
+        with training_stopped():
+            yield
+    except StoppedError as stopped:
+        stopped.lines = how_to_go_on(trainer, run_dir, ckpt_path)
+        raise
 
 
 def _start_from(task: LightningModule, method: SparseCallback | Dense, checkpoint: Path) -> None:
@@ -134,7 +177,12 @@ def _calm(*, quiet: bool) -> None:
     for message in _NOT_A_PROBLEM:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        # Lightning is imported after Hydra has set up logging, which would print its messages once more, with dates.
+        logger.propagate = False
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,31 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bame_lightning.export.errors import ExportError
+from bame_lightning.replacing import replacing
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside another, and put it in the other's place when all went well.
-
-    Until then a file that lies at `path` stays as it is; afterwards nothing else is left in the folder.
-
-    Args:
-        path: Where the file shall lie.
-
-    Yields:
-        A path in the same folder, to write to.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode  # what the user's umask gives; safetensors makes files that others cannot read
-        yield part
-        part.chmod(mode)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+__all__ = ["replacing", "same_bits", "same_values", "write_safetensors"]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -27,7 +27,8 @@ def make_loader(
         batch_size=batch_size,
         shuffle=training,
         drop_last=training,
+        # New ones in each epoch, whose random numbers a resumed run can draw again: the generators of workers that persist are
+        # nowhere saved.
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         **options,
     )

@@ -1,0 +1,99 @@
+"""Commands that are stopped, by Ctrl-C or by who runs the machine: they say so, and their exit status does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from bame_lightning.cli.claims import first_process
+
+_WORDS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StoppedError(SystemExit):
+    """The process was told to end; its exit status names the signal as shells do, 128 more than its number.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.lines: list[str] = []
+        """What else to tell."""
+        self.words = _WORDS.get(signal.Signals(number), signal.Signals(number).name)
+
+
+class _Handler:
+    """Ends the process at SIGTERM; while Lightning trains, which handles it first, at the end of the batch."""
+
+    def __init__(self) -> None:
+        self.waiting = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.waiting = signal.getsignal(signal.SIGTERM) is not self
+        if not self.waiting:
+            raise StoppedError(number)
+
+
+_handler = _Handler()
+
+
+@contextmanager
+def stoppable(command: str, more: Callable[[], list[str]] = list) -> Iterator[None]:
+    """End a command that is told to stop with a line on stderr, and with the exit status that says so.
+
+    Args:
+        command: Its name.
+        more: Finds further lines.
+
+    Yields:
+        Nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _handler) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = StoppedError(signal.SIGINT)
+    except StoppedError as error:
+        stopped = error
+    else:
+        return
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    if first_process():
+        for line in (f"{command}: stopped by {stopped.words}.", *stopped.lines, *more()):
+            print(line, file=sys.stderr)
+    sys.exit(stopped.code)
+
+
+@contextmanager
+def training_stopped() -> Iterator[None]:
+    """Recognise in what Lightning makes of a signal what it was.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StoppedError: If training was told to stop; as soon as Lightning is done, if it was by then.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise StoppedError(signal.SIGINT) from None
+        if _handler.waiting:
+            _handler.waiting = False
+            raise StoppedError(signal.SIGTERM) from None
+        raise
+    except KeyboardInterrupt:
+        raise StoppedError(signal.SIGINT) from None
+    if _handler.waiting:
+        _handler.waiting = False
+        raise StoppedError(signal.SIGTERM)

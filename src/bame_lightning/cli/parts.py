@@ -1,0 +1,206 @@
+"""The parts of a run as a configuration names them: found in the current folder, too, and given the keys that they take."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import _locate  # its public twin logs what is told here
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from bame_lightning.cli.values import close_keys, overridden, standard_values
+
+
+def find_here() -> None:
+    """Let modules of the current folder be imported, after all that are installed: a console script does not look there."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple[DictConfig, list[str]]:
+    """Give every part of a configuration the keys that it takes.
+
+    A part whose `_target_` was replaced is left without those of the option it replaces that it does not know.
+
+    Args:
+        cfg: The composed configuration.
+        standard: What the chosen options make of it without overrides.
+        overridden: Keys that the command line sets.
+
+    Returns:
+        The configuration, and what was left out, in lines.
+
+    Raises:
+        ValueError: If a part does not exist, or is given a key that it does not take.
+    """
+    fitting, lines = cfg.copy(), list[str]()
+    with open_dict(fitting):
+        for key, part in list(_parts(fitting)):
+            takes = _keys(_target(key, part))
+            if takes is None:
+                continue
+            replaced = OmegaConf.select(standard, f"{key}._target_") not in (None, part["_target_"])
+            unknown = [str(name) for name in part if not str(name).startswith("_") and name not in takes]
+            for name in unknown:
+                if not replaced or not _left_over(f"{key}.{name}", cfg, standard, overridden):
+                    raise ValueError(
+                        f"`{key}.{name}` is no argument of {part['_target_']}. "
+                        f"{close_keys(f'{key}.{name}', takes - set(_LATER.get(key, ())))}"
+                    )
+                del part[name]
+            if unknown:
+                lines.append(f"`{key}` {part['_target_']} takes no {', '.join(unknown)}: left out")
+    return fitting, lines
+
+
+def fit_parts(cfg: DictConfig) -> DictConfig:
+    """Give every part of a command's configuration the keys that it takes, as `fitted` does.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The configuration.
+    """
+    find_here()
+    return fitted(cfg, standard_values(), overridden())[0]
+
+
+_LATER = {"model": ("input_shape", "num_classes"), "optimizer": ("params",), "scheduler": ("optimizer", "total_steps")}
+"""What is given to a part when it is made, not by the configuration."""
+
+
+def _parts(node: DictConfig, before: str = "") -> Iterator[tuple[str, DictConfig]]:
+    for name in map(str, node):
+        value = node._get_node(name)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
+            if "_target_" in value:
+                yield f"{before}{name}", value
+            yield from _parts(value, f"{before}{name}.")
+
+
+def _left_over(key: str, cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> bool:
+    """Whether a value is that of the option whose target was replaced."""
+    if any(key == other or (key.startswith(f"{other}.") and other.count(".")) for other in overridden):
+        return False
+    return bool(OmegaConf.select(cfg, key) == OmegaConf.select(standard, key))
+
+
+def _target(key: str, part: DictConfig) -> Any:
+    path = str(part["_target_"])
+    try:
+        return _locate(path)
+    except (InstantiationException, ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`{key}._target_` must name something that can be imported; got {path}{_why(path, error)}"
+        ) from None
+
+
+def _why(path: str, error: Exception) -> str:
+    """What of a dotted path does not exist, and what does."""
+    module, _, name = path.rpartition(".")
+    while module:
+        try:
+            there = importlib.import_module(module)
+        except ModuleNotFoundError as missing:
+            if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+                return f", where {module} needs {missing.name}, which is not installed."
+        except Exception as broken:
+            return f", whose module {module} fails: {type(broken).__name__}: {' '.join(str(broken).split())}."
+        else:
+            name = path.removeprefix(f"{module}.").partition(".")[0]
+            close = difflib.get_close_matches(name, [other for other in vars(there) if not other.startswith("_")], 3)
+            hint = f" Did you mean {', '.join(f'{module}.{other}' for other in close)}?" if close else ""
+            return f", and {module} has no {name}.{hint}"
+        module, _, name = module.rpartition(".")
+    first = path.partition(".")[0]
+    return f", and there is no module {first}, neither installed nor in the current folder {Path.cwd()}."
+
+
+def _keys(target: Any) -> set[str] | None:
+    """Names of the arguments that a target takes; None if it takes any, or does not tell."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_POSITIONAL}
+
+
+def call(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any:
+    """Make a part of what the configuration does not hold.
+
+    Args:
+        name: Group that names the part.
+        make: Makes it.
+        *arguments: What of.
+        what: How to call these in a message.
+
+    Returns:
+        The part.
+
+    Raises:
+        ValueError: If it wants other arguments.
+    """
+    try:
+        inspect.signature(make).bind(*arguments)
+    except TypeError as error:
+        target = getattr(make, "func", make)
+        path = f"{target.__module__}.{getattr(target, '__qualname__', target)}"
+        raise ValueError(
+            f"`{name}` {path} is called with ({what}), but {error}. A key of `{name}` can give it."
+        ) from None
+    return make(*arguments)
+
+
+def made(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any:
+    """Make a part as `call` does, and name the group whose values it cannot do with.
+
+    Args:
+        name: Group that names the part.
+        make: Makes it.
+        *arguments: What of.
+        what: How to call these in a message.
+
+    Returns:
+        The part.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    try:
+        return call(name, make, *arguments, what=what)
+    except TypeError as error:
+        raise ValueError(f"`{name}` cannot be made of its values: {' '.join(str(error).split())}.") from None
+
+
+def stepping(scheduler: Callable[..., Any]) -> Callable[[Any, int], Any]:
+    """Let any schedule be made from an optimizer and the number of its steps, also those that do not ask for the latter.
+
+    Args:
+        scheduler: Makes the schedule.
+
+    Returns:
+        Makes it from both.
+    """
+    try:
+        parameters = inspect.signature(scheduler).parameters
+    except (TypeError, ValueError):
+        return scheduler
+    asks = "total_steps" in parameters
+
+    def make(optimizer: Any, total_steps: int) -> Any:
+        given = getattr(scheduler, "keywords", {})
+        if asks and "total_steps" not in given:
+            return scheduler(optimizer, total_steps=total_steps)
+        return call("scheduler", scheduler, optimizer, what="optimizer")
+
+    return make

@@ -1,0 +1,107 @@
+"""Training that goes on from a checkpoint: whether it can, and how to say so to who was interrupted."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+from torch.optim import Optimizer
+
+from bame_lightning.cli.sweeps import unescaped
+from bame_lightning.files import load_weights
+
+_RUN_LONG = 10**9  # steps of a schedule that is made to be looked at
+_SET_BY_SCHEDULES = {"params", "initial_lr"}
+
+
+def check_resumable(
+    cfg: DictConfig, task: LightningModule, optimizer: Optimizer, scheduler: Callable[..., Any]
+) -> list[str]:
+    """Find out that a checkpoint cannot be resumed from before the run folder is touched; Lightning would tell later.
+
+    Args:
+        cfg: The composed configuration, which names the checkpoint as `ckpt_path`.
+        task: What it must fit.
+        optimizer: What shall go on with its state.
+        scheduler: Makes the schedule of the optimizer.
+
+    Returns:
+        Values that are not used, in lines.
+
+    Raises:
+        ValueError: If there is nothing to go on with, or nothing to do.
+    """
+    path = Path(cfg.ckpt_path)
+    found = load_weights(deepcopy(task), path, "ckpt_path")
+    if not {"loops", "optimizer_states"} <= found.keys():
+        raise ValueError(
+            f"`ckpt_path` {path} holds weights alone, and no training to resume. Begin with them by ckpt={path}."
+        )
+    _check_length(cfg, path, found)
+    return list(_check_optimizer(cfg, path, found, optimizer, scheduler))
+
+
+def _check_length(cfg: DictConfig, path: Path, found: Mapping[Any, Any]) -> None:
+    epochs = found["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    for unit, length in {"epochs": epochs, "steps": found["global_step"]}.items():
+        limit = cfg.trainer.get(f"max_{unit}")
+        if limit is not None and 0 <= limit <= length:
+            raise ValueError(
+                f"`ckpt_path` {path} has {length} {unit} behind it, so `trainer.max_{unit}` = {limit} leaves nothing to train. "
+                f"Choose more of them, such as trainer.max_{unit}={2 * length}."
+            )
+
+
+def _check_optimizer(
+    cfg: DictConfig, path: Path, found: Mapping[Any, Any], optimizer: Optimizer, scheduler: Callable[..., Any]
+) -> Iterator[str]:
+    saved, new = found["optimizer_states"][0]["param_groups"][0], optimizer.param_groups[0]
+    begin = f"Resume with the one it was trained by, or begin with its weights by ckpt={path}."
+    same = saved.keys() - _SET_BY_SCHEDULES == new.keys() - _SET_BY_SCHEDULES
+    if not same or saved.get("decoupled_weight_decay") != new.get("decoupled_weight_decay"):
+        raise ValueError(
+            f"`ckpt_path` {path} was trained by another `optimizer` than {type(optimizer).__name__}. {begin}"
+        )
+    states = found.get("lr_schedulers") or [{}]
+    if states[0].keys() != scheduler(optimizer, _RUN_LONG).state_dict().keys():
+        raise ValueError(f"`ckpt_path` {path} was trained under another `scheduler`. {begin}")
+    for name in sorted(cfg.optimizer.keys() & new.keys()):
+        # Schedules move the learning rate, and keep what it was.
+        before, now = (
+            _plain(group.get("initial_lr", group["lr"]) if name == "lr" else group[name]) for group in (saved, new)
+        )
+        if before != now:
+            yield f"`optimizer.{name}` {now} is not used: a resumed run goes on with {before}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def how_to_go_on(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> list[str]:
+    """Tell who stopped a run how it goes on.
+
+    Args:
+        trainer: What trained.
+        run_dir: The run folder.
+        ckpt_path: What the run itself was resumed from.
+
+    Returns:
+        Lines.
+    """
+    saved = [
+        callback.best_model_path for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+    ]
+    last = next((path for path in saved if Path(path).name == "last.ckpt" and Path(path).is_file()), ckpt_path)
+    if not last:
+        return ["No epoch had ended, so there is no checkpoint: the same command begins again."]
+    task = [text for text in HydraConfig.get().overrides.task if not text.startswith(("ckpt_path=", "skip_finished="))]
+    words = ["bame-train", *map(unescaped, task), f"hydra.run.dir={run_dir}", f"ckpt_path={last}"]
+    return ["To go on from its last checkpoint:", f"  {shlex.join(words)}"]

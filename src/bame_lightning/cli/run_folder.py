@@ -1,0 +1,87 @@
+"""What a run puts into its folder, and when it replaces what an earlier one left there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
+
+from bame_lightning.cli.claims import first_process
+from bame_lightning.replacing import replacing
+from bame_lightning.runs import SUMMARY, read_summary
+
+
+def describe(cfg: DictConfig, run_dir: Path) -> None:
+    """Write the configuration where Hydra would, which writes it before it is known whether the run begins.
+
+    Args:
+        cfg: The composed configuration.
+        run_dir: The run folder.
+    """
+    folder, hydra = run_dir / ".hydra", HydraConfig.instance().cfg
+    assert hydra is not None
+    folder.mkdir(exist_ok=True)
+    for name, content in {
+        "config": cfg,
+        "hydra": hydra,
+        "overrides": HydraConfig.get().overrides.task,
+    }.items():
+        with replacing(folder / f"{name}.yaml") as part:
+            part.write_text(OmegaConf.to_yaml(content))
+
+
+class ReplacesResults(Callback):
+    """When the first batch is trained, remove the results of an earlier run in the folder; if none is, keep them.
+
+    Args:
+        cfg: The composed configuration.
+        run_dir: The run folder.
+    """
+
+    def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
+        self._cfg, self._run_dir = cfg, run_dir
+        self._begun = False
+        if first_process() and read_summary(run_dir) is None:
+            describe(cfg, run_dir)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._begun and trainer.is_global_zero:
+            (self._run_dir / SUMMARY).unlink(missing_ok=True)
+            describe(self._cfg, self._run_dir)
+        self._begun = True
+
+    def check_begun(self) -> None:
+        """Refuse to sum up what was not trained.
+
+        Raises:
+            ValueError: If no batch was.
+        """
+        if not self._begun:
+            raise ValueError(
+                "Nothing was trained: `trainer` was told to stop before the first batch. Results that the folder held are kept."
+            )
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that take the place of the last one when they are complete; a full disk leaves the last one as it is."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as part:
+            try:
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch tells where in its own code a disk was full.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None

@@ -1,0 +1,136 @@
+"""Values that mean what they say: each is of the kind that its default has, or the key is named. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+_OTHER_KINDS = {
+    "scheduler.warmup_steps",  # a whole number of steps, or a fraction of the run
+    "trainer.devices",  # a number, a list of them, "auto"
+    "trainer.deterministic",  # also "warn"
+    "trainer.precision",  # also 16, 32 and 64
+    "pattern",  # has its own messages
+}
+_TEXTS = ("ckpt", "ckpt_path", "data.data_dir", "data.folder")
+"""What may be null, and is else text."""
+
+
+def standard_values() -> DictConfig:
+    """Compose the configuration that the chosen options of all groups make, without any value that was overridden.
+
+    Returns:
+        The configuration; empty where the options make none without a recipe.
+    """
+    cfg = HydraConfig.get()
+    options = [f"{group}={option or 'null'}" for group, option in cfg.runtime.choices.items() if _is_ours(group)]
+    several = [text for text in cfg.overrides.task if text.partition("=")[0] in _SEVERAL and text.endswith("]")]
+    places = [text for text in cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
+    try:
+        return hydra.compose(cfg.job.config_name, [*options, *several, *places])
+    except HydraException:
+        return OmegaConf.create({})
+
+
+_SEVERAL = ("logger", "callbacks")
+
+
+def _is_ours(group: str) -> bool:
+    return "/" not in group and group != "recipe"
+
+
+def overridden() -> set[str]:
+    """Name the keys that the command line sets.
+
+    Returns:
+        Dotted keys, such as "optimizer.lr"; chosen groups, too.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return {override.key_or_group for override in parsed}
+
+
+def check_values(cfg: DictConfig, standard: DictConfig) -> None:
+    """Refuse values of another kind than their defaults.
+
+    Args:
+        cfg: The composed configuration.
+        standard: What `standard_values` returned.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True)
+    defaults = OmegaConf.to_container(standard, resolve=False)
+    assert isinstance(values, dict)
+    assert isinstance(defaults, dict)
+    for key, default, value in _pairs(values, defaults):
+        if wanted := _wanted(key, default, value):
+            raise ValueError(f"`{key}` must be {wanted}; got {shown(value)}.")
+
+
+def _pairs(values: Mapping[Any, Any], defaults: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, default and value of everything that has both."""
+    if values.get("_target_") != defaults.get("_target_"):
+        return  # what keys mean is for another target to say
+    for name, default in defaults.items():
+        if name not in values:
+            continue
+        key, value = f"{before}{name}", values[name]
+        if isinstance(default, dict) and isinstance(value, dict):
+            yield from _pairs(value, default, f"{key}.")
+        elif not (isinstance(default, str) and "${" in default):
+            yield key, default, value
+
+
+def _wanted(key: str, default: Any, value: Any) -> str | None:
+    """What a value must be, if it is something else."""
+    if key in _OTHER_KINDS or (value is None and (default is None or key.startswith("trainer."))):
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        whole = isinstance(default, int)
+        fits = not isinstance(value, bool) and isinstance(value, int if whole else (int, float))
+        return None if fits else f"a {'whole ' if whole else ''}number, such as {default}"
+    if isinstance(default, dict) and default:
+        return f"set by one of its values ({', '.join(f'{key}.{name}=' for name in default)})"
+    if isinstance(default, list):
+        return None if isinstance(value, list) else f"a list, such as {default or '[1, 2]'}".replace("'", "")
+    if isinstance(default, str) or key in _TEXTS:
+        return None if isinstance(value, str) else f"text, with quotes around a number ({key}='\"{value}\"')"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as a user would write it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def close_keys(key: str, known: Iterable[str]) -> str:
+    """Propose keys for one that does not exist, the closest first.
+
+    Args:
+        key: The dotted key.
+        known: Names beside it, of which its last part must be one.
+
+    Returns:
+        A sentence.
+    """
+    parent, _, name = key.rpartition(".")
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 3, cutoff=0.5)
+    if not names:
+        return "It takes no values."
+    listed = [*close, *(other for other in names if other not in close)][:12]
+    more = ", ..." if len(names) > len(listed) else ""
+    named = ", ".join(f"`{parent}.{other}`" if parent else f"`{other}`" for other in listed)
+    return f"{'Did you mean' if close else 'There are'} {named}{more}{'?' if close else '.'}"

@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file beside another, and put it in the other's place when all went well.
+
+    Until then a file that lies at `path` stays as it is; afterwards nothing else is left in the folder.
+
+    Args:
+        path: Where the file shall lie.
+
+    Yields:
+        A path in the same folder, to write to.
+
+    Raises:
+        OSError: If the system refuses to write; its `filename` is `path`.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; safetensors makes files that others cannot read
+        yield part
+        part.chmod(mode)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        part.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody looks for the draft
+        raise
+    finally:
+        part.unlink(missing_ok=True)

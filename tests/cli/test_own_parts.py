@@ -1,0 +1,118 @@
+"""The reader's own model, data, optimizer and schedule, as docs/training.md has them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import TINY, train
+from tests.test_docs import ROOT, blocks
+
+DOCUMENT = ROOT / "docs/training.md"
+FILES = {
+    match[1]: text
+    for language, text in blocks(DOCUMENT)
+    if language == "python" and (match := re.match(r"# (\w+\.py)\n", text))
+}
+COMMANDS = [
+    command
+    for language, text in blocks(DOCUMENT)
+    for command in (re.split(r"\s+#", line)[0] for line in text.splitlines())
+    if language == "" and command.startswith("bame-train") and ("_target_" in command or "callbacks=" in command)
+]
+SHORT = (
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "threads=1",
+    "trainer.log_every_n_steps=2",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_document_has_an_example_of_each() -> None:
+    assert FILES.keys() == {"my_models.py", "my_data.py"}
+    assert len(COMMANDS) >= 9
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_document_trains(command: str, folder: Path) -> None:
+    done = train(folder, *shlex.split(command)[1:], *SHORT)
+    assert done.status == 0, done.err
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert summary["compliant"]
+    assert (folder / "run/checkpoints/best.ckpt").exists() == ("best" in command)
+    weights = {layer["name"]: layer["blocks"] for layer in summary["layers"]}
+    if "my_models.net" in command:
+        width = 128 if "width=128" in command else 64
+        assert weights == {"model.1.weight": width * 64 // (4 if "2:4" in command else 16)}
+        assert "`model` my_models.net takes no hidden: left out" in done.err
+    if "Adagrad" in command:
+        assert "`optimizer` torch.optim.Adagrad takes no momentum, nesterov: left out" in done.err
+
+
+def test_stopping_early_stops(tmp_path: Path) -> None:
+    early = ("callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=1", "optimizer.lr=0.0")
+    assert train(tmp_path, *TINY, "trainer.max_epochs=9", "hydra.run.dir=run", "method=static", *early).status == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model._target_=my_models.nett"], "my_models has no nett. Did you mean my_models.net"),
+        (["model._target_=mine.net"], "there is no module mine, neither installed nor in the current folder"),
+        (
+            ["model._target_=my_models.net", "+model.widht=3"],
+            "`model.widht` is no argument of my_models.net. Did you mean `model.width`?",
+        ),
+        (["model._target_=my_models.net", "model.hidden=[3]"], "`model.hidden` is no argument of my_models.net"),
+        (["data._target_=torch.utils.data.Dataset"], "Dataset has no input_shape and no num_classes"),
+        (["optimizer._target_=torch.optim.AdamWW"], "torch.optim has no AdamWW. Did you mean torch.optim.AdamW"),
+        (
+            ["+trainer.max_epoch=2"],
+            "`trainer.max_epoch` is no argument of lightning.Trainer. Did you mean `trainer.max_epochs`",
+        ),
+        (["+optimizer.lrr=2"], "`optimizer.lrr` is no argument of torch.optim.SGD. Did you mean `optimizer.lr`"),
+        (["scheduler._target_=torch.optim.lr_scheduler.StepLR"], "missing a required argument: 'step_size'"),
+        (["optimizer.lr=abc"], "`optimizer.lr` must be a number, such as 0.05; got abc"),
+        (["optimizer.lr=true"], "`optimizer.lr` must be a number, such as 0.05; got true"),
+        (["skip_finished=no"], "`skip_finished` must be true or false; got no"),
+        (["quiet=1"], "`quiet` must be true or false; got 1"),
+        (["method.rescale=no"], "`method.rescale` must be true or false; got no"),
+        (["data.batch_size=6.5"], "`data.batch_size` must be a whole number, such as 64; got 6.5"),
+        (["optimizer.lrr=2"], "`optimizer.lrr` does not exist. Did you mean `optimizer.lr`"),
+        (["ckpt_path=epoch=3 für alle.ckpt"], "epoch=3 für alle.ckpt does not exist"),
+        (["method.schedule=5"], "`method.schedule` must be set by one of its values (method.schedule._target_=, "),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line_that_names_the_key(words: list[str], message: str, folder: Path) -> None:
+    done = train(folder, *words, *SHORT, "quiet=true")
+    assert done.status == 1
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (folder / "run/summary.json").exists()
+
+
+def test_values_with_dashes_get_a_hint(tmp_path: Path) -> None:
+    done = train(tmp_path, "--optimizer.lr=0.1")
+    assert done.status == 2
+    assert "values are set without dashes, optimizer.lr=0.1" in done.err
+    assert "${args_no_hyphens}" in done.err
+
+
+def test_a_folder_with_any_name_works(tmp_path: Path) -> None:
+    name = "läufe, lr=0.1 (2)"
+    done = train(
+        tmp_path, *TINY, "method=static", "trainer.max_epochs=1", "quiet=true", f"hydra.run.dir={name.replace(',', '')}"
+    )
+    assert done.status == 0, done.err
+    assert (tmp_path / name.replace(",", "") / "summary.json").exists()

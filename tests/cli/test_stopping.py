@@ -1,0 +1,52 @@
+"""Runs and sweeps that are told to stop: what they say, how they exit, and that they can be gone on with."""
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import TINY, stopping, train
+
+SIGNALS = pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+
+
+@SIGNALS
+def test_a_run_that_is_stopped_says_so_and_how_it_goes_on(number: signal.Signals, words: str, tmp_path: Path) -> None:
+    short = (*TINY, "trainer.max_epochs=3", "hydra.run.dir=a run", "quiet=true")
+    done = train(tmp_path, *short, "method=static", *stopping(tmp_path, number))
+    assert done.status == 128 + number
+    lines = [line for line in done.err.splitlines() if "graceful" not in line and line]
+    assert lines[:2] == [f"bame-train: stopped by {words}.", "To go on from its last checkpoint:"]
+    assert len(lines) == 3
+    assert not (tmp_path / "a run/summary.json").exists()
+    again = [word for word in shlex.split(lines[2]) if not word.startswith("+callbacks.stop")]
+    assert again[0] == "bame-train"
+    assert train(tmp_path, *again[1:]).status == 0
+    assert json.loads((tmp_path / "a run/summary.json").read_text())["epochs"] == 3
+
+
+def test_a_run_that_is_stopped_before_its_first_checkpoint_says_so(tmp_path: Path) -> None:
+    done = train(tmp_path, *TINY, "method=static", *stopping(tmp_path, signal.SIGTERM, epoch=0), "hydra.run.dir=run")
+    assert done.status == 143
+    assert "there is no checkpoint: the same command begins again" in done.err
+
+
+@SIGNALS
+def test_a_sweep_that_is_stopped_lists_what_did_not_run(number: signal.Signals, words: str, tmp_path: Path) -> None:
+    (tmp_path / "only.py").write_text(
+        "import stop\n\ndef second(epoch, number, seed):\n    return stop.At(epoch if seed == 1 else 99, number)\n"
+    )
+    stop = [word.replace("stop.At", "only.second") for word in stopping(tmp_path, number)]
+    sweep = ("-m", *TINY, "trainer.max_epochs=2", "quiet=true", "method=static", "hydra.sweep.dir=s", "seed=0,1,2,3")
+    done = train(tmp_path, *sweep, *stop, "+callbacks.stop.seed=${seed}")
+    assert done.status == 128 + number
+    assert f"bame-train: stopped by {words}." in done.err
+    assert "3 of the 4 jobs have not run to their end:" in done.err
+    listed = [
+        line for line in done.err.splitlines() if line.startswith("  ") and "seed=" in line and "bame-train" not in line
+    ]
+    assert ["seed=1" in listed[0], "seed=2" in listed[1], "seed=3" in listed[2], len(listed)] == [True, True, True, 3]
+    assert "hydra.sweep.dir=s skip_finished=true" in done.err
+    assert sorted(path.parent.name for path in tmp_path.glob("s/*/summary.json")) == ["0"]
