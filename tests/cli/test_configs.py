@@ -98,6 +98,33 @@ def test_the_defaults_of_a_command_compose_and_instantiate(root: str, config: An
     assert callable(made["model"])
 
 
+@pytest.mark.parametrize("root", ["flops", "bench"])
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
+def test_every_command_takes_the_model_and_the_data_of_a_recipe(root: str, path: Path, config: Any) -> None:
+    recipe, cfg = f"recipe={path.stem}", config(f"recipe={path.stem}", root=root)
+    trained = config(recipe)
+    for group in ("model", "data", "optimizer", "sparsity"):
+        assert cfg[group] == trained[group]
+
+
+def test_a_recipe_may_choose_in_any_group(tmp_path: Path) -> None:
+    groups = {
+        "task": "language_model",
+        "method": "rigl",
+        "logger": "csv",
+        "callbacks": "prediction",
+        "sparsity": "mixed",
+    }
+    lines = ["# @package _global_", "defaults:", *(f"  - override /{key}: {value}" for key, value in groups.items())]
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_text("\n".join(lines) + "\nseed: 3\n")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for root in ROOTS:
+            search = f"hydra.searchpath=[file://{tmp_path}]"
+            cfg = compose(root, ["recipe=own", search], return_hydra_config=True)
+            assert groups.items() <= dict(cfg.hydra.runtime.choices).items()
+
+
 NEEDS = {"method=magnitude": "ckpt=dense.ckpt", "model=gpt": "data=python_source", "data=python_source": "model=gpt"}
 
 

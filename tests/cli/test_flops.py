@@ -32,6 +32,21 @@ def mlp_of_seven(input_shape: tuple[int, int, int] = (1, 1, 8), num_classes: int
     return nn.Sequential(nn.Linear(7, 16), nn.Linear(16, num_classes))
 
 
+def test_a_recipe_says_model_data_batch_and_where_it_can_the_length(report: Any) -> None:
+    found = report("recipe=python_source_gpt")
+    assert (found["model"], found["input_shape"], found["batch_size"]) == ("gpt", [128], 16)
+    assert found["steps"] == 6 * 250
+    found = report("recipe=fashion_mnist_mlp")
+    assert (found["model"], found["input_shape"]) == ("mlp", [1, 28, 28])
+    # 784-512-512-10, the two hidden layers at 1:16, counted by hand
+    dense, sparse = 784 * 512 + 512 * 512 + 512 * 10, (784 * 512 + 512 * 512) / 16 + 512 * 10
+    assert (found["dense_forward_macs"], found["f"]) == (dense, pytest.approx(sparse / dense))
+    assert (found["batch_size"], found["steps"]) == (128, 100_000)  # how many batches an epoch has, data would say
+    found = report("recipe=fashion_mnist_mlp", "steps=7", "trainer.accumulate_grad_batches=2", "model.hidden=[32]")
+    assert (found["batch_size"], found["steps"]) == (256, 7)
+    assert found["dense_forward_macs"] == 784 * 32 + 32 * 10
+
+
 def test_resnet50_at_1_16_is_what_is_published(report: Any) -> None:
     found = report("model=resnet50", "pattern=1:16")
     assert (found["input_shape"], found["num_classes"]) == ([3, 224, 224], 1000)

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.errors import one_line_errors
-from bame_lightning.cli.questions import check_counts, tell
+from bame_lightning.cli.questions import fill_counts, tell
 from bame_lightning.cli.values import check_values, standard_values
 from bame_lightning.pattern import NMPattern
 
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     with one_line_errors("bame-bench"):
         NMPattern.parse(cfg.pattern)
         check_values(cfg, standard_values())
-        check_counts(cfg, "batch_size", "cycles")
+        fill_counts(cfg, batch_size=32, cycles=3)
         loading("bame-bench", "PyTorch and Lightning")
         from bame_lightning.cli.measuring import bench, show
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 
@@ -23,19 +25,35 @@ def tell(cfg: DictConfig, found: dict[str, Any], show: Callable[[dict[str, Any]]
         show(found)
 
 
-def check_counts(cfg: DictConfig, *names: str) -> None:
-    """Refuse values that are no numbers of something.
+def fill_counts(cfg: DictConfig, **defaults: int) -> None:
+    """Put numbers where the configuration has none: those of the recipe, if one is chosen and says them, else defaults.
 
     Args:
-        cfg: The composed configuration.
-        names: Which values.
+        cfg: The composed configuration, which is changed: `batch_size`, and `steps` if it is among the defaults.
+        defaults: The numbers by name.
 
     Raises:
         ValueError: If one is not a whole number, or less than 1.
     """
-    for name in names:
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
+    recipe = _counts_of_recipe(cfg) if HydraConfig.get().runtime.choices.get("recipe") else {}
+    for name, default in defaults.items():
+        if cfg.get(name) is None:
+            cfg[name] = recipe.get(name, default)
+        if type(cfg[name]) is not int or cfg[name] < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1; got {cfg[name]}.")
+
+
+def _counts_of_recipe(cfg: DictConfig) -> dict[str, int]:
+    """What is known without reading data: an epoch has as many steps as it is limited to."""
+    found, trainer = {}, cfg.trainer
+    batches, accumulated = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if cfg.get("data") and "batch_size" in cfg.data:
+        found["batch_size"] = cfg.data.batch_size * accumulated
+    if trainer.max_steps > 0:
+        found["steps"] = trainer.max_steps
+    elif type(batches) is int and trainer.max_epochs is not None:
+        found["steps"] = trainer.max_epochs * ceil(batches / accumulated)
+    return found
 
 
 def layer_rules(cfg: DictConfig) -> dict[str, Any]:
