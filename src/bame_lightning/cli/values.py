@@ -30,7 +30,8 @@ def standard_values() -> DictConfig:
         The configuration; empty where the options make none without a recipe.
     """
     cfg = HydraConfig.get()
-    options = [f"{group}={option or 'null'}" for group, option in cfg.runtime.choices.items() if _is_ours(group)]
+    # Where none is chosen, none is the default: Hydra does not let a user choose null.
+    options = [f"{group}={option}" for group, option in cfg.runtime.choices.items() if option and _is_ours(group)]
     several = [text for text in cfg.overrides.task if text.partition("=")[0] in _SEVERAL and text.endswith("]")]
     places = [text for text in cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
     try:
