@@ -1,6 +1,6 @@
 """`bame-export` from the command line to the files it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -184,6 +184,21 @@ def test_tokens_and_shape_reach_the_exporter(checkpoint: Path, monkeypatch: pyte
     words = ["--format", "onnx", "--output", "a", "--model", "export_models_for_tokens:net"]
     assert main([str(checkpoint), *words, "--input-shape", "5,8", "--tokens", "9"]) == 0
     assert seen == [Inputs((5, 8), 9)]
+
+
+def test_several_inputs_reach_the_exporter(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Inputs] = []
+    Path("export_models_for_inputs.py").write_text(MODULE)
+
+    def write(network: torch.nn.Module, inputs: Inputs, path: Path, more: Sequence[Inputs]) -> float:
+        seen.extend((inputs, *more))
+        path.write_text("onnx")
+        return 0.0
+
+    monkeypatch.setattr(command, "write_onnx", write)
+    words = ["--format", "onnx", "--output", "a", "--model", "export_models_for_inputs:net"]
+    assert main([str(checkpoint), *words, "--input-shape", "5,8", "--input-shape", "7:100"]) == 0
+    assert seen == [Inputs((5, 8)), Inputs((7,), 100)]
 
 
 def test_names_from_the_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

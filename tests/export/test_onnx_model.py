@@ -53,6 +53,35 @@ def test_tokens_are_whole_numbers(tmp_path: Path) -> None:
         write_onnx(Tokens().eval(), Inputs((5,)), tmp_path / "b.onnx")
 
 
+class Pair(nn.Module):
+    """Takes an image and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(6, 4)
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc(image.flatten(1)) * self.embed(tokens).sum(1)
+
+
+def test_a_network_may_take_several_inputs(tmp_path: Path) -> None:
+    model = Pair().eval()
+    assert write_onnx(model, Inputs((2, 3)), tmp_path / "a.onnx", [Inputs((5,), 9)]) < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert [(one.name, one.shape[1:]) for one in session.get_inputs()] == [("image", [2, 3]), ("tokens", [5])]
+    image, tokens = np.ones((3, 2, 3), np.float32), np.arange(15).reshape(3, 5) % 9
+    (computed,) = session.run(None, {"image": image, "tokens": tokens})
+    expected = model(torch.from_numpy(image), torch.from_numpy(tokens)).detach().numpy()
+    np.testing.assert_allclose(computed, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [[], [Inputs((5,), 9), Inputs((1,))]], ids=["one", "three"])
+def test_other_than_the_inputs_of_a_network_is_one_line(tmp_path: Path, more: list[Inputs]) -> None:
+    with pytest.raises(ExportError, match=r"numbers of shape \(2, 3\).*once for each input") as caught:
+        write_onnx(Pair().eval(), Inputs((2, 3)), tmp_path / "a.onnx", more)
+    assert "\n" not in str(caught.value)
+
+
 def test_outputs_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"differ from torch's by .*, where 0\.0001 is allowed"):
         write_onnx(Noise(), Inputs((3,)), tmp_path / "a.onnx")

@@ -75,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=_DTYPES, help="round floating-point tensors to it (not for onnx)")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="onnx: a function that builds the network")
     parser.add_argument(
-        "--input-shape", metavar="SHAPE", help="onnx: shape of one input without the batch, e.g. 3,32,32"
+        "--input-shape",
+        metavar="SHAPE",
+        action="append",
+        help="onnx: shape of one input without the batch, e.g. 3,32,32; 128:1000 are 128 whole numbers below 1000. "
+        "Repeated for a network with several inputs, in the order of its arguments",
     )
     parser.add_argument("--tokens", metavar="N", type=int, help="onnx: inputs are whole numbers below N")
     return parser
@@ -99,31 +103,36 @@ def _check(args: argparse.Namespace) -> None:
             )
         if args.tokens is not None and args.tokens < 1:
             raise ExportError(f"`--tokens` must be at least 1; got {args.tokens}.")
-        if args.input_shape is not None:
-            shape_of(args.input_shape)
+        for text in args.input_shape or ():
+            shape_of(text)
     else:
         options = {"--model": args.model, "--input-shape": args.input_shape, "--tokens": args.tokens}
         if given := [option for option, value in options.items() if value is not None]:
             raise ExportError(f"`{given[0]}` is for `--format onnx`; got it with {args.format}. Leave it out.")
 
 
-def shape_of(text: str) -> tuple[int, ...]:
-    """Read the shape of an input, "3,32,32".
+def shape_of(text: str) -> tuple[tuple[int, ...], int | None]:
+    """Read an input, "3,32,32" or "128:1000".
 
     Args:
         text: What `--input-shape` was.
 
     Returns:
-        The sizes.
+        The sizes; what whole numbers are below, None for other numbers.
 
     Raises:
         ExportError: If it is something else.
+
+    Example:
+        >>> shape_of("3,32,32"), shape_of("128:1000")
+        (((3, 32, 32), None), ((128,), 1000))
     """
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*(:[1-9]\d*)?", text):
         raise ExportError(
             f"`--input-shape` must be whole numbers with commas, the shape of one input such as 3,32,32; got {text!r}."
         )
-    return tuple(map(int, text.split(",")))
+    sizes, _, below = text.partition(":")
+    return tuple(map(int, sizes.split(","))), int(below) if below else None
 
 
 if __name__ == "__main__":

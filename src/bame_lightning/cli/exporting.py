@@ -82,16 +82,16 @@ def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
                 "gave a semi-structured file that reads back differently, so it was not kept. Report this."
             )
         return [f"{name} stays dense: {reason}" for name, reason in dense.items()]
-    shape = None if args.input_shape is None else shape_of(args.input_shape)
+    shapes = [shape_of(text) for text in args.input_shape or ()]
     if args.model is None:
-        network, inputs = network_of_run(args.checkpoint, shape)
+        network, first = network_of_run(args.checkpoint, shapes[0][0] if shapes else None)
     else:
-        assert shape is not None
-        network, inputs = network_of_function(args.model), Inputs(shape)
-    if args.tokens is not None:
-        inputs = Inputs(inputs.shape, args.tokens)
+        network, first = network_of_function(args.model), Inputs(shapes[0][0])
+    inputs = [Inputs(shape, below or args.tokens) for shape, below in shapes] or [Inputs(first.shape, args.tokens)]
+    if args.model is None and inputs[0].vocabulary is None:
+        inputs[0] = first
     load_weights(network, trained.state_dict())
-    difference = write_onnx(network, inputs, part)
+    difference = write_onnx(network, inputs[0], part, *([inputs[1:]] if inputs[1:] else []))
     return [f"onnxruntime computes what torch does: outputs differ by {difference:.1g} at most"]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _LARGEST = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network takes: one tensor whose first dimension is the batch.
+    """What a network takes as one of its inputs: a tensor whose first dimension is the batch.
 
     Args:
         shape: Shape of one sample.
@@ -65,13 +66,14 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.eval()
 
 
-def write_onnx(network: nn.Module, inputs: Inputs, path: Path) -> float:
+def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[Inputs] = ()) -> float:
     """Export a network with a free batch size, and compare onnxruntime's outputs with torch's on random inputs.
 
     Args:
         network: In evaluation mode, on the CPU.
         inputs: What it takes.
         path: The file.
+        more: Its further inputs, in the order of the arguments of `forward`; all have the same batch size.
 
     Returns:
         Largest difference between outputs, relative to the largest absolute output or 1, whichever is greater.
@@ -85,23 +87,25 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path) -> float:
         raise ExportError(
             f"takes {size / 1e9:.1f} GB, where an ONNX file holds 2 GB at most. Use `--format packed` or dense."
         )
-    sample = inputs.sample(_TRACED, 0)
+    taken = (inputs, *more)
+    names = _names(network, len(taken))
     # With warnings off: about operators and constants of the trace, nothing that a user must act on.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            network(sample)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            network(*_samples(taken, _TRACED, 0))
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            told = ", and of ".join(map(_told, taken))
             raise ExportError(
-                f"is a network that cannot process a batch of {_told(inputs)} ({first_sentence(error)}). Give the shape of "
-                "one sample without the batch as `--input-shape`, and `--tokens` for whole numbers."
+                f"is a network that cannot process a batch of {told} ({first_sentence(error)}). Give the shape of one sample "
+                "without the batch as `--input-shape`, once for each input, and `--tokens` for whole numbers."
             ) from None
         try:
             program = torch.onnx.export(
                 network,
-                (sample,),
-                input_names=["input"],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                _samples(taken, _TRACED, 0),
+                input_names=names,
+                dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in taken),
                 dynamo=True,
                 verbose=False,
             )
@@ -114,13 +118,32 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path) -> float:
             raise ExportError(
                 f"is a network that torch.onnx cannot export ({first_sentence(error)}). `--format dense` needs no tracing."
             ) from error
-        return max(_difference(network, session, inputs.sample(batch, seed)) for seed, batch in enumerate(_CHECKED, 1))
+        return max(
+            _difference(network, session, _samples(taken, batch, seed)) for seed, batch in enumerate(_CHECKED, 1)
+        )
 
 
-def _difference(network: nn.Module, session: Any, batch: Tensor) -> float:
-    expected = [leaf for leaf in pytree.tree_leaves(network(batch)) if isinstance(leaf, Tensor)]
+def _samples(inputs: Sequence[Inputs], batch: int, seed: int) -> tuple[Tensor, ...]:
+    return tuple(one.sample(batch, seed + 100 * place) for place, one in enumerate(inputs))
+
+
+def _names(network: nn.Module, count: int) -> list[str]:
+    """Names of the inputs in the file: "input", or where there are several those of the arguments."""
+    if count == 1:
+        return ["input"]
+    names = list(inspect.signature(network.forward).parameters)
+    return names[:count] if len(names) >= count else [f"input_{place}" for place in range(count)]
+
+
+def _difference(network: nn.Module, session: Any, batch: tuple[Tensor, ...]) -> float:
+    expected = [leaf for leaf in pytree.tree_leaves(network(*batch)) if isinstance(leaf, Tensor)]
+    given = session.get_inputs()
+    if len(given) != len(batch):
+        raise ExportError(
+            f"takes {len(batch)} inputs in torch but {len(given)} in onnxruntime: leave out what does not matter."
+        )
     try:
-        computed = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        computed = session.run(None, {one.name: values.numpy() for one, values in zip(given, batch, strict=True)})
     except Exception as error:  # onnxruntime's errors share no class
         raise ExportError(f"became an ONNX file that onnxruntime cannot run ({first_sentence(error)}).") from error
     if len(expected) != len(computed):
