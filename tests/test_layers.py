@@ -216,6 +216,84 @@ def test_a_rule_for_attention_reaches_its_parameters_by_name() -> None:
     }
 
 
+@pytest.mark.parametrize("rule", ["block.attention", "*.attention"])
+def test_a_rule_for_attention_by_its_name_is_for_all_that_it_holds(rule: str) -> None:
+    model = Net(block=Net(attention=nn.MultiheadAttention(8, 2, add_bias_kv=True)), layer=nn.Linear(8, 8))
+    found = plans(model, {rule: "dense", "layer": "2:4"})
+    assert found.pop("layer.weight") == "2:4"
+    assert set(found.values()) == {f"dense by the rule {rule!r}"}
+    assert len(found) == 4
+    assert plans(model, {rule: "1:4"})["block.attention.in_proj_weight"] == "1:4"
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(4, 8, 8))
+        self.position = nn.Parameter(torch.zeros(1, 8, 8))
+
+
+class Lora(nn.Module):
+    """As PEFT builds it around a layer."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 8, bias=False)})
+
+
+def test_experts_fused_into_one_weight_and_adapters_stay_dense_with_the_reason() -> None:
+    assert plans(Net(experts=Experts(), query=Lora(), head=nn.Linear(8, 2))) == {
+        "experts.up": "no N:M view for Experts.up (several matrices fused into one weight)",
+        "experts.position": "no N:M view for Experts.position",
+        "query.base_layer.weight": "2:4",
+        "query.lora_A.default.weight": "adapter (merged, it would fill the zeros of its base)",
+        "query.lora_B.default.weight": "adapter (merged, it would fill the zeros of its base)",
+        "head.weight": "classifier (last linear layer)",
+    }
+    assert plans(Net(query=Lora()), {"*lora_A*": "2:4"})["query.lora_A.default.weight"] == "2:4"
+
+
+def test_what_is_not_trained_holds_no_classifier() -> None:
+    model = Net(layer=nn.Linear(8, 8), head=nn.Linear(8, 2), average=nn.Linear(8, 2), follower=nn.Linear(8, 2))
+    trained = {id(p) for name, p in model.named_parameters() if not name.startswith("follower")}
+    unreached = "not trained (the loss does not reach it)"
+    assert plans(model, trained=trained, found={"average.weight": unreached}) == {
+        "layer.weight": "2:4",
+        "head.weight": "classifier (last linear layer)",
+        "average.weight": unreached,
+        "follower.weight": "not trained (in no optimizer)",
+    }
+
+
+def frozen() -> nn.Module:
+    return Net(layer=nn.Linear(8, 8), head=nn.Linear(8, 2)).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (nn.LSTM(8, 4), r"recurrent layers and transposed convolutions cannot be N:M sparse\.$"),
+        (nn.ConvTranspose2d(8, 8, 3), r"recurrent layers and transposed convolutions cannot be N:M sparse\.$"),
+        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), r"Train the plain parameter \(.*\)\.$"),
+        (frozen(), r"Unfreeze layers before fit\.$"),
+        (Experts(), r"[Ss]plit fused weights into linear layers, or "),
+        (nn.Linear(8, 8), r"\. Name the classifier with `layers=\{name: pattern\}`\.$"),
+    ],
+)
+def test_advice_for_a_model_without_an_eligible_layer_is_what_can_help(model: nn.Module, advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        plan_layers(Net(model=model), P24)
+
+
+def test_advice_for_a_model_in_no_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"Hand the layers' parameters to the optimizer in `configure_optimizers`\.$"):
+        plan_layers(Net(layer=nn.Linear(8, 8)), P24, trained=set())
+
+
 def test_a_rule_that_matches_nothing_is_refused_and_similar_names_are_suggested() -> None:
     model = Net(encoder=nn.Linear(8, 8), head=nn.Linear(8, 2))
     with pytest.raises(ValueError, match=r"`layers` has a rule for 'encodr', which matches no.*Similar names: encoder"):

@@ -31,6 +31,10 @@ _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.addmv: 1}
 _CONVOLUTIONS = (_aten.convolution, _aten._convolution)
 _ATTENTION = "aten::_scaled_dot_product_"
+# What these return has nothing of their arguments but shape and type.
+_HOLLOW = {_aten.set_, _aten.new_empty, _aten.empty_like, _aten.new_zeros, _aten.zeros_like, _aten.ones_like}
+# What these return has the values of their arguments; so have views, which share memory.
+_COPIES = {_aten._to_copy, _aten.clone, _aten.copy_, _aten.cat, _aten.stack, _aten.index, _aten.index_select}
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,11 @@ class MacCounter(TorchDispatchMode):
         """Cost of the products with each weight, by its name in `named_parameters()`."""
         self.other = Macs()
         """Cost of products without a weight: attention's scores."""
+        self.computed: set[str] = set()
+        """Weights of which a product took not the values, but something computed from them (weight standardisation)."""
         # By address of their memory. The tensors are kept, since freed memory would be given to others.
         self._owners: dict[int, tuple[str, Tensor]] = {}
+        self._changed: set[int] = set()
         self._model = model
         for name, tensor in [*(("", buffer) for buffer in model.buffers()), *model.named_parameters()]:
             self._owners |= {_address(strided): (name, strided) for strided in _tensors(tensor)}
@@ -190,7 +197,7 @@ class MacCounter(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         result = func(*args, **kwargs)
-        self._inherit((args, kwargs), result)
+        self._inherit(func, (args, kwargs), result)
         return result
 
     def _count(self, macs: int, left: Tensor, right: Tensor) -> None:
@@ -203,6 +210,8 @@ class MacCounter(TorchDispatchMode):
                 trained = weight.requires_grad
                 moved = trained or factor.requires_grad
                 self.weights[owner] = self.weights.get(owner, Macs()) + Macs(macs, moved * macs, trained * macs)
+                if self._is_changed(_address(weight)):
+                    self.computed.add(owner)
                 return
         self.other += Macs(macs, left.requires_grad * macs, right.requires_grad * macs)
 
@@ -215,13 +224,24 @@ class MacCounter(TorchDispatchMode):
                 self._owners.setdefault(_address(parameter), (name, parameter))
         return self._owners.get(address, (None, None))[0]
 
-    def _inherit(self, arguments: Any, result: Any) -> None:
+    def _is_changed(self, address: int) -> bool:
+        # Whatever FSDP2 has put it together from, a parameter is itself.
+        return address in self._changed and all(_address(p) != address for p in self._model.parameters())
+
+    def _inherit(self, func: Any, arguments: Any, result: Any) -> None:
         """What is computed from parameters and buffers alone belongs to the largest parameter among them."""
-        owners = [(tensor.numel(), self._owner(tensor)) for tensor in _tensors(arguments)]
-        names = [(size, owner) for size, owner in owners if owner]
-        if names and all(owner is not None for _, owner in owners):
-            for tensor in _tensors(result):
-                self._owners.setdefault(_address(tensor), (max(names)[1], tensor))
+        if func.overloadpacket in _HOLLOW:
+            return
+        sources = [(tensor.numel(), self._owner(tensor), _address(tensor)) for tensor in _tensors(arguments)]
+        names = [(size, owner) for size, owner, _ in sources if owner]
+        if not names or any(owner is None for _, owner, _ in sources):
+            return
+        copied = func.overloadpacket in _COPIES and not any(address in self._changed for *_, address in sources)
+        for tensor in _tensors(result):
+            address = _address(tensor)
+            if not copied and (address not in self._owners or func._schema.is_mutable):
+                self._changed.add(address)
+            self._owners.setdefault(address, (max(names)[1], tensor))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

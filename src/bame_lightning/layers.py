@@ -7,15 +7,29 @@ import sys
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bame_lightning.blocks import from_blocks, oriented, to_blocks
 from bame_lightning.masks import pack_mask, unpack_mask
 from bame_lightning.pattern import NMPattern
+from bame_lightning.reasons import (
+    ADAPTER,
+    CLASSIFIER,
+    COMPUTED,
+    FROZEN,
+    FUSED,
+    INDIVISIBLE,
+    NO_VIEW,
+    UNHELD,
+    UNREACHED,
+    UNTRAINED,
+    advice,
+)
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 
 VERSION_KEY = "nm_sparsity_version"
@@ -52,6 +66,11 @@ class LayerPlan:
     def blocks(self) -> int:
         """Blocks of M weights; 0 if the weight stays dense."""
         return self.weight.numel() // self.pattern.m if self.pattern else 0
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it stays dense only as long as it is not trained."""
+        return self.reason in UNTRAINED
 
     @property
     def rows(self) -> Rows:
@@ -156,65 +175,70 @@ def plan_layers(
     pattern: NMPattern,
     rules: Mapping[str, str | NMPattern] | None = None,
     trained: Container[int] | None = None,
+    *,
+    found: Mapping[str, str] | None = None,
+    masked: Container[int] = (),
 ) -> list[LayerPlan]:
     """Decide for every weight matrix of a model whether it becomes sparse.
 
     Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d`, transformers' `Conv1D` and their subclasses, and the input
-    projections of `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem) or they belong to the last
-    `nn.Linear` in `named_modules()` order that is not frozen (the classifier). A rule with a pattern overrides the latter. A
-    tied weight is planned once, under its first name; a rule may use any of its names.
+    projections of `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem), they belong to an adapter
+    (LoRA), or to the last `nn.Linear` in `named_modules()` order that is trained (the classifier). A rule with a pattern
+    overrides the latter two. A tied weight is planned once, under its first name; a rule may use any of its names.
 
     Args:
         model: The model.
         pattern: Default pattern.
         rules: Module or parameter name, or a glob over such names -> a pattern or "dense". The last match wins.
         trained: `id`s of the parameters that an optimizer holds; None if all do.
+        found: What training has shown: name of a weight -> why it must stay dense.
+        masked: `id`s of weights that are under masks already, and stay so unless a rule says otherwise.
 
     Returns:
         One plan per weight of two or more dimensions, in `named_modules()` order.
 
     Raises:
-        ValueError: If a rule matches nothing or asks for what cannot be, or no weight becomes sparse.
+        ValueError: If a rule matches nothing or asks for what cannot be, or no weight becomes sparse before training has shown
+            anything.
     """
     parsed = parse_rules(rules or {})
     candidates = list(_weights(model))
-    _check_rules(parsed, [name for name, *_ in candidates])
-    # A frozen network that follows, a teacher for example, holds no classifier of this one.
-    linears = [name for name, module, w in candidates if isinstance(module, nn.Linear) and w.requires_grad]
+    _check_rules(parsed, candidates)
+    shown = {id(held.weight): (found or {}).get(held.name, "") for held in reversed(candidates)}
+    untrained = {
+        id(held.weight): ""
+        if id(held.weight) in masked
+        else _why_untrained(held.weight, trained, shown[id(held.weight)])
+        for held in candidates
+    }
+    # What is not trained, a teacher or an average for example, holds no classifier of this network.
+    linears = [
+        h.weight for h in candidates if isinstance(h.module, nn.Linear) and not (h.adapter or untrained[id(h.weight)])
+    ]
     classifier = linears[-1] if linears else None
-    names = {id(weight): [name for name, _, other in candidates if other is weight] for *_, weight in candidates}
     plans: dict[int, LayerPlan] = {}
     ties: list[LayerPlan] = []
-    for name, module, weight in candidates:
-        kind = type(module).__name__
+    for held in candidates:
+        weight, kind = held.weight, type(held.module).__name__
         if id(weight) in plans:
-            ties.append(LayerPlan(name, kind, weight, None, f"tied to {plans[id(weight)].name}"))
+            ties.append(LayerPlan(held.name, kind, weight, None, f"tied to {plans[id(weight)].name}"))
             continue
-        aliases = names[id(weight)]
-        glob = next((glob for glob in reversed(parsed) if any(_matches(glob, alias) for alias in aliases)), None)
+        same = [other for other in candidates if other.weight is weight]
+        glob = next((glob for glob in reversed(parsed) if any(other.matches(glob) for other in same)), None)
         wanted = pattern if glob is None else parsed[glob]
-        why = _why_dense(name, module, weight, wanted, trained)
+        why = _why_dense(held, wanted) or untrained[id(weight)] or shown[id(weight)]
+        if wanted is not None and why and any(glob in other.names for other in same):
+            _refuse_rule(glob, wanted, why)
         if wanted is None:
-            reason = f"dense by the rule {glob!r}"
-        elif why:
-            reason = why
-            if any(glob in (alias, alias.removesuffix(".weight")) for alias in aliases):
-                raise ValueError(
-                    f"`layers` asks for {wanted} in `{glob}`, which cannot be: {why}. Drop the rule, or choose a pattern "
-                    "that fits."
-                )
-        elif glob is None and classifier in aliases:
-            reason = "classifier (last linear layer)"
-        else:
-            reason = ""
-        plans[id(weight)] = LayerPlan(name, kind, weight, None if reason else wanted, reason, _is_transposed(module))
-    result = [*plans.values(), *ties]
-    if not any(plan.pattern for plan in result):
-        reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in result) or "the model has no weight matrices"
-        raise ValueError(
-            f"No layer is eligible for `pattern` {pattern}, so training would stay dense ({reasons}). Choose an M that "
-            "divides input dimensions, or name layers with `layers={name: pattern}`."
+            why = f"dense by the rule {glob!r}"
+        elif glob is None and not why and id(weight) not in masked:
+            why = CLASSIFIER if weight is classifier else ADAPTER if held.adapter else ""
+        plans[id(weight)] = LayerPlan(
+            held.name, kind, weight, None if why else wanted, why, _is_transposed(held.module)
         )
+    result = [*plans.values(), *ties]
+    if not found and not any(plan.pattern for plan in result):
+        _refuse(pattern, result)
     return result
 
 
@@ -237,8 +261,44 @@ def parse_rules(rules: Mapping[str, str | NMPattern]) -> dict[str, NMPattern | N
     return parsed
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+class _Held(NamedTuple):
+    """A weight matrix where a module holds it.
+
+    Args:
+        name: Its key in the state dict.
+        module: What multiplies with it, as far as the structure of the model tells.
+        weight: The parameter.
+        modules: Names of modules that it goes by in rules.
+        adapter: Whether it adds to a weight beside it, as LoRA's factors do.
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    modules: tuple[str, ...]
+    adapter: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What names it alone in rules."""
+        return self.name, self.name.removesuffix(".weight")
+
+    def matches(self, glob: str) -> bool:
+        """Whether a rule is for it."""
+        return any(fnmatchcase(name, glob) for name in (*self.names, *self.modules))
+
+
+def _weights(model: nn.Module) -> Iterator[_Held]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # As the layers of PEFT tell it.
+    adapters = [f"{prefix}.{name}." for prefix, m in modules.items() for name in getattr(m, "adapter_layer_names", ())]
     for prefix, module in model.named_modules():
+        parent = prefix.rpartition(".")[0]
+        # The output projection of attention is a module of its own, but nobody knows its name.
+        above = (parent,) if isinstance(modules.get(parent), nn.MultiheadAttention) else ()
+        owner = (
+            modules[prefix.rpartition(".parametrizations.")[0]] if isinstance(module, ParametrizationList) else module
+        )
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(
@@ -246,22 +306,33 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
                     "before `fit`."
                 )
             if parameter.dim() >= 2:
-                yield name, module, parameter
+                yield _Held(name, owner, parameter, (prefix, *above), name.startswith(tuple(adapters)))
 
 
-def _matches(glob: str, name: str) -> bool:
-    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
-
-
-def _check_rules(rules: Mapping[str, NMPattern | None], names: list[str]) -> None:
+def _check_rules(rules: Mapping[str, NMPattern | None], candidates: list[_Held]) -> None:
     for glob in rules:
-        if not any(_matches(glob, name) for name in names):
-            labels = [name.removesuffix(".weight") for name in names]
+        if not any(held.matches(glob) for held in candidates):
+            labels = [held.name.removesuffix(".weight") for held in candidates]
             close = difflib.get_close_matches(glob, labels, n=3, cutoff=0.3) or labels[:5]
             raise ValueError(
                 f"`layers` has a rule for {glob!r}, which matches no weight matrix of the model. Similar names: "
                 f"{', '.join(close) or 'none'}."
             )
+
+
+def _refuse_rule(glob: str | None, wanted: NMPattern, why: str) -> None:
+    if why != UNREACHED:  # the loss may reach it later
+        raise ValueError(
+            f"`layers` asks for {wanted} in `{glob}`, which cannot be: {why}. Drop the rule, or choose a pattern that fits."
+        )
+
+
+def _refuse(pattern: NMPattern, plans: list[LayerPlan]) -> NoReturn:
+    reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in plans) or "the model has no weight matrices"
+    raise ValueError(
+        f"No layer is eligible for `pattern` {pattern}, so training would stay dense ({reasons}). "
+        f"{advice(plan.reason for plan in plans)}".rstrip()
+    )
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -271,25 +342,33 @@ def _is_transposed(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
-def _why_dense(
-    name: str, module: nn.Module, weight: nn.Parameter, wanted: NMPattern | None, trained: Container[int] | None
-) -> str:
-    """Why a weight cannot be sparse; empty if it can."""
-    short = name.rpartition(".")[2]
+def _why_dense(held: _Held, wanted: NMPattern | None) -> str:
+    """Why a weight cannot be sparse, trained or not; empty if it can."""
+    module, weight, short = held.module, held.weight, held.name.rpartition(".")[2]
     transposed = _is_transposed(module)
-    linear = (transposed or isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))) and short == "weight"
+    linear = transposed or isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     attention = isinstance(module, nn.MultiheadAttention) and short in _ATTENTION
-    if not (linear or attention):
-        return f"no N:M view for {type(module).__name__}.{short}"
+    if linear and module._parameters.get("weight") is None:
+        return COMPUTED
+    if not ((linear and short == "weight") or attention):
+        # Experts of a mixture, for example; torch's own modules hold none.
+        several = weight.dim() == 3 and min(weight.shape) > 1 and not type(module).__module__.startswith("torch.")
+        fused = f" ({FUSED})" if several else ""
+        return f"{NO_VIEW} {type(module).__name__}.{short}{fused}"
     if not weight.is_floating_point():
         return f"not real floating point but {str(weight.dtype).removeprefix('torch.')}"
-    if not weight.requires_grad:
-        return "not trained (requires_grad=False)"
-    if trained is not None and id(weight) not in trained:
-        return "not trained (in no optimizer)"
     inputs = weight.shape[0 if transposed else 1]
     if not weight.numel():
         return "empty"
     if wanted is not None and inputs % wanted.m:
-        return f"input dimension {inputs} is not divisible by {wanted.m}"
+        return f"input dimension {inputs} {INDIVISIBLE} {wanted.m}"
     return ""
+
+
+def _why_untrained(weight: nn.Parameter, trained: Container[int] | None, shown: str) -> str:
+    """Why a weight is not trained; empty if it is, as far as is known."""
+    if not weight.requires_grad:
+        return FROZEN
+    if trained is not None and id(weight) not in trained:
+        return UNHELD
+    return UNREACHED if shown == UNREACHED else ""

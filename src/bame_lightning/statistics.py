@@ -72,9 +72,10 @@ def pooled_mean(values: Iterable[Tensor]) -> Float[Tensor, ""]:
     """Mean over the elements of several tensors, each element counting the same.
 
     Args:
-        values: Tensors of numbers or booleans; at least one element in all.
+        values: Tensors of numbers or booleans.
 
     Returns:
-        Their mean.
+        Their mean; 0 if there are none.
     """
-    return torch.cat([value.flatten().float() for value in values]).mean()
+    flat = [value.flatten().float() for value in values]
+    return torch.cat(flat).mean() if flat else torch.zeros(())

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from bame_lightning import SRSTE, BAMECallback, Evidence, RigL, Schedule, StaticMask
+from bame_lightning import SRSTE, BAMECallback, Dense, Evidence, RigL, Schedule, StaticMask
 from tests.training import Spy, Task, trainer
 
 # Batch 8 through 48 -> 32 (2:4) -> 16 (2:4) -> 5 (dense): MACs of one forward pass.
@@ -89,3 +90,62 @@ def test_a_batch_that_the_module_leaves_out_costs_nothing() -> None:
     callback = StaticMask("2:4")
     trainer(callback, max_epochs=2).fit(Skips(network()))
     assert callback.summary()["flops"]["flops/train_total"] == 2 * 8 * 3 * (SPARSE / 2 + LAST)
+
+
+@pytest.mark.parametrize("make", [SRSTE, StaticMask, Dense])
+def test_a_second_fit_with_an_unfrozen_layer_is_counted_anew(make: Any) -> None:
+    task = Task(network(), lambda parameters: torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1))
+    task.model[1].requires_grad_(False)
+    callback = make("2:4")
+    run = trainer(callback, max_epochs=1)
+    run.fit(task)
+    task.model[1].requires_grad_(True)
+    run.fit_loop.max_epochs = 2
+    run.fit(task)
+    # Frozen, the first layer costs a forward pass, and an input gradient that nobody needs is not asked for.
+    first = {"sr_ste": FIRST + SECOND / 2 + 2 * SECOND + 3 * LAST, "dense": FIRST + 3 * (SECOND + LAST)}
+    second = {"sr_ste": SPARSE / 2 + LAST + 2 * DENSE, "dense": 3 * DENSE}
+    first["static"], second["static"] = FIRST + 3 * (SECOND / 2 + LAST), 3 * (SPARSE / 2 + LAST)
+    costs = {kind: 8 * (first[kind] + second[kind]) for kind in first}
+    own = costs[{SRSTE: "sr_ste", StaticMask: "static", Dense: "dense"}[make]]
+    flops = callback.summary()["flops"]
+    assert flops["flops/train_total"] == 2 * own
+    assert flops["flops/train_vs_dense"] == own / costs["dense"]
+    assert flops["flops/train_vs_sr_ste"] == own / costs["sr_ste"]
+
+
+def test_a_counter_of_the_user_counts_what_it_counts_without_us() -> None:
+    class Counted(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            with FlopCounterMode(display=False) as counter:
+                loss = super().training_step(batch, batch_idx)
+            counts.append(counter.get_total_flops())
+            return loss
+
+    seen = []
+    for callbacks in ((), (BAMECallback("2:4"),)):
+        counts: list[int] = []
+        trainer(*callbacks, max_epochs=1).fit(Counted(network()))
+        seen.append(counts)
+    assert seen[0] == seen[1] == [2 * DENSE] * 8
+
+
+def test_a_copy_under_no_grad_costs_a_forward_pass_only() -> None:
+    class Teacher(Task):
+        def __init__(self) -> None:
+            super().__init__(network())
+            self.teacher = network()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            with torch.no_grad():
+                self.teacher(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    flops = {}
+    for callback in (SRSTE("2:4"), Dense("2:4"), StaticMask("2:4")):
+        trainer(callback, max_epochs=1).fit(Teacher())
+        flops[type(callback)] = callback.summary()["flops"]
+    assert flops[SRSTE]["flops/train_vs_sr_ste"] == 1
+    assert flops[Dense]["flops/train_total"] == 2 * 8 * 4 * DENSE
+    assert flops[StaticMask]["flops/train_total"] == 2 * 8 * (DENSE + 3 * (SPARSE / 2 + LAST))
+    assert flops[Dense]["flops/train_vs_sr_ste"] == 4 * DENSE / (DENSE + SPARSE / 2 + LAST + 2 * DENSE)

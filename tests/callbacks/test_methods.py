@@ -271,3 +271,28 @@ class TestRigL:
             best = max(candidates, key=lambda i, b=block: abs(gradient.view(-1, 4)[b, i].item()))
             assert after[block].tolist() == [i == best for i in range(4)]
         assert callback.summary()["flips"] == 68
+
+
+def test_rigl_logs_how_often_masks_flip() -> None:
+    callback, rates, flips = RigL("2:4", schedule=Schedule(0, 16, every=4)), [], [0]
+
+    def look(run: Any, module: Any) -> None:
+        rates.append(float(run.callback_metrics["bame/flip_rate"]))
+        flips.append(callback.summary()["flips"])
+
+    positions = 8 * 4 * 9 + 8 * 8 + 16 * 128
+    trainer(callback, Spy(look), log_every_n_steps=1).fit(Task())
+    for step in range(3, 16, 4):
+        assert rates[step] == pytest.approx((flips[step + 1] - flips[step]) / positions)
+    assert max(rates) > 0
+
+
+def test_a_run_without_batches_is_no_reason_to_complain() -> None:
+    trainer(RigL("2:4"), limit_train_batches=0).fit(Task())
+
+
+def test_weights_that_are_not_sparse_are_named_with_the_remedy() -> None:
+    with pytest.raises(
+        ValueError, match=r"^`model\.2`: `init='nonzero'`.*keep it dense: layers=\{'model\.2': 'dense'\}"
+    ):
+        trainer(METHODS["static"](init="nonzero")).fit(Task())

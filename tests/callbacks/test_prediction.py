@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,20 @@ def test_pairs_of_another_run_are_dropped_and_those_of_the_same_trainer_kept() -
     again.fit(again.lightning_module)
     assert check.realised[: len(first)] == first
     assert len(check.realised) > len(first)
+
+
+class Fails(Noisy):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == 5:
+            raise RuntimeError("a bug")
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_exception_leaves_callbacks_that_can_be_pickled() -> None:
+    method, check = bame(), PredictionCheck(loss, every=100)
+    task = Fails()
+    task.make_optimizer = torch.optim.SGD
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer(method, check).fit(task)
+    again, _ = pickle.loads(pickle.dumps((method, check)))
+    assert again.steps == 5

@@ -237,7 +237,8 @@ class TestFrozenLayers:
         assert not torch.equal(seen[0], seen[7])
         assert all(torch.equal(seen[8], weight) for weight in seen[8:])
 
-    def test_a_layer_that_is_unfrozen_on_the_way_is_named(self) -> None:
+    @every_method
+    def test_a_layer_that_is_unfrozen_on_the_way_is_pruned_and_named(self, name: str) -> None:
         class Transfer(Task):
             def __init__(self) -> None:
                 super().__init__(nn.Identity())
@@ -248,12 +249,16 @@ class TestFrozenLayers:
             def configure_optimizers(self) -> Any:
                 return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-        callback = StaticMask("2:4")
-        with pytest.warns(UserWarning, match=r"`model\.0\.1\.weight` was frozen.*1 layers.*call fit again"):
-            trainer(callback, BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False), max_epochs=2).fit(
-                Transfer()
-            )
-        assert [sparse.name for sparse in callback.weights] == ["model.1.0.weight"]
+        callback, task, seen = METHODS[name](), Transfer(), []
+        before = task.backbone[1].weight.detach().clone()
+        look = Spy(lambda *_: seen.append(task.backbone[1].weight.detach().clone()))
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        with pytest.warns(UserWarning, match=r"`model\.0\.1\.weight`, not trained .*step 9 on.*'model\.0\.1': 'dense'"):
+            trainer(callback, finetuning, look, max_epochs=2).fit(task)
+        assert all(torch.equal(weight, before) for weight in seen[:8])
+        assert [blocks_over(weight, 2, 4) for weight in seen[8:]] == [0] * 8
+        assert [sparse.name for sparse in callback.weights] == ["model.0.1.weight", "model.1.0.weight"]
+        assert callback.steps == 16
 
 
 def test_steps_that_lightning_does_not_see_are_told() -> None:
@@ -264,7 +269,7 @@ def test_steps_that_lightning_does_not_see_are_told() -> None:
 
     task, callback = Raw(), BAMECallback("2:4")
     with pytest.warns(
-        UserWarning, match=r"BAMECallback has seen no optimizer step in 16 batches.*`optimizer\.optimizer`"
+        UserWarning, match=r"BAMECallback has seen no optimizer step in 4 batches.*`optimizer\.optimizer`"
     ):
         trainer(callback).fit(task)
     assert over(task) == 0

@@ -50,6 +50,18 @@ class Averages:
         for sparse, before in zip(self._weights, self._kept, strict=True):
             before.copy_(sparse.kept)
 
+    @torch.no_grad()
+    def put_back(self, sparse: SparseWeight, dense: Tensor) -> None:
+        """Undo what was done to the averages of a weight that is not to be sparse after all.
+
+        Args:
+            sparse: The weight.
+            dense: Its values before it was pruned.
+        """
+        for average in self._models():
+            value = sparse.oriented(average.get_parameter(sparse.name).detach())
+            value.copy_(torch.where(sparse.kept.to(value.device), value, dense.to(value)))
+
     def _zero_pruned(self) -> None:
         for average in self._models():
             for sparse in self._weights:

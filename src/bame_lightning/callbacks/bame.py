@@ -106,9 +106,12 @@ class BAMECallback(MaskedCallback):
 
     @override
     def start_method(self, restored: Mapping[str, Any] | None) -> None:
-        if restored is None and self.steps and [weight.sparse for weight in self.evolving] == self.weights:
+        going_on = restored is None and self.steps and {w.sparse for w in self.evolving} & set(self.weights)
+        if not going_on:
+            self.evolving = []
+        self._follow_weights()
+        if going_on:
             return  # a second fit goes on where the first one ended
-        self.evolving = [self.weight_type(sparse, self.evidence, self.freeze_after) for sparse in self.weights]
         self.adaptations = 0
         self.discarded = torch.zeros((), dtype=torch.int64, device=self.weights[0].weight.device)
         if restored is not None:
@@ -116,6 +119,18 @@ class BAMECallback(MaskedCallback):
             self.discarded += restored["discarded"].to(self.discarded.device)
             for weight in self.evolving:
                 weight.load_state_dict(restored["layers"][weight.sparse.name])
+
+    @override
+    def regroup(self) -> None:
+        self._follow_weights()
+        super().regroup()
+
+    def _follow_weights(self) -> None:
+        known = {weight.sparse: weight for weight in self.evolving}
+        # Those that are new are still dense.
+        self.evolving = [
+            known.get(sparse) or self.weight_type(sparse, self.evidence, self.freeze_after) for sparse in self.weights
+        ]
 
     @override
     def rescaled(self, sparse: SparseWeight, factor: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -20,11 +20,13 @@ from bame_lightning import invariants, statistics
 from bame_lightning.blocks import oriented, to_blocks
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
+from bame_lightning.callbacks.intruders import Intruders
 from bame_lightning.callbacks.loggers import record_config
+from bame_lightning.callbacks.membership import Membership
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
-from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight, plan_layers
+from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight
 from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
 from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
@@ -32,6 +34,9 @@ from bame_lightning.schedule import Schedule, Window
 Init = Literal["magnitude", "random", "nonzero"]
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
 """Metrics that the progress bar shows."""
+FEW = 4
+"""Batches with optimizer steps that Lightning does not see, after which the user is told."""
+_FORWARD = "a step was computed from weights that were not sparse, and the next update has zeroed them"
 
 
 class SparseCallback(KeepsBooks):
@@ -76,7 +81,6 @@ class SparseCallback(KeepsBooks):
         self.weights: list[SparseWeight] = []
         self._optimizer: Optimizer | None = None
         self._averages = Averages((), ())
-        self._frozen: list[LayerPlan] = []
         self._restored: dict[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._rescaling: set[str] = set()
@@ -84,7 +88,9 @@ class SparseCallback(KeepsBooks):
         self._stepping = False
         self._backward = False
         self._ranks = Ranks()
-        self._started = False
+        self._intruders = Intruders(self._ranks)
+        self._started = self._sound = self._raw = self._told = False
+        self._members = Membership(self)
 
     # What a method implements, in the order in which it is called.
 
@@ -94,6 +100,9 @@ class SparseCallback(KeepsBooks):
     @abstractmethod
     def start(self, restored: Mapping[str, Any] | None) -> None:
         """Make the weights sparse; prepare what evolves, or restore it from what `state_dict` returned."""
+
+    def regroup(self) -> None:
+        """Follow a change of `weights`: drop what evolved in those that left, begin with those that joined, still dense."""
 
     def save(self, state: dict[str, Any]) -> None:
         """Add what evolves to the state that a checkpoint holds."""
@@ -180,7 +189,7 @@ class SparseCallback(KeepsBooks):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.ckpt_path:
             self.plan(trainer)  # first of all, since it may refuse, and nothing has been changed yet
-        self._started = False
+        self._started = self._sound = self._raw = self._told = False
         if not restores_late(trainer):
             self._start(trainer, pl_module)
 
@@ -199,23 +208,30 @@ class SparseCallback(KeepsBooks):
                 f"unknown. If its weights are {self.pattern} sparse, resume with {type(self).__name__}(..., init='nonzero') to "
                 "rebuild the masks from their zeros; otherwise load the weights and start a new run."
             )
-        plans = plan_layers(pl_module, self.pattern, self.rules, _trained(trainer))
+        self._members.begin(restored)
+        # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
+        # Unless somebody has loaded other weights since.
+        known = [sparse for sparse in self.weights if sparse.obeys] if not restored else []
+        saved = restored["layers"] if restored else {}
+        masked = [id(weight) for name, weight in pl_module.named_parameters(remove_duplicate=False) if name in saved]
+        plans = self._members.plan(trainer, pl_module, masked)
         self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
-        self._frozen = [plan for plan in plans if not plan.weight.requires_grad]
         if restored:
             self._rescaling = set(restored["rescaling"])
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
             self.steps = int(restored["steps"])
         else:
-            self.weights = self._make_masks(plans)
+            self.weights = self._make_masks(plans, known)
             self.steps = self.steps if trainer.global_step else 0
+        self._members.try_masks(known, restored)
         self._ranks = Ranks(trainer.world_size, self.weights)
+        self._intruders = Intruders(self._ranks)
         self.start(restored)
         self._averages = Averages(trainer.callbacks, self.weights)  # type: ignore[attr-defined]
-        if restored or not self.steps:
-            densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
-            booked = restored.get("flops") if restored else None
-            self.books = Bookkeeper(densities, transposable=self.transposable, restored=booked)
+        # What a step costs is counted anew: layers may have been unfrozen, and batches changed.
+        booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
+        densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
+        self.books = Bookkeeper(densities, transposable=self.transposable, restored=booked)
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
         if trainer.is_global_zero:
             record_config(trainer.loggers, type(self).__name__, str(self.pattern), plans)
@@ -248,13 +264,6 @@ class SparseCallback(KeepsBooks):
             # Put back in the middle of training, as by a learning-rate finder.
             self._start(trainer, pl_module)
             self._attach()
-        late = [plan.name for plan in self._frozen if plan.weight.requires_grad]
-        if late:
-            self._frozen = []
-            rank_zero_warn(
-                f"`{late[0]}` was frozen when fit started and is trained now ({len(late)} layers): it trains dense, since "
-                "masks are made at the start. Unfreeze it before fit, or call fit again."
-            )
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
@@ -271,10 +280,14 @@ class SparseCallback(KeepsBooks):
         if not pl_module.automatic_optimization:
             self._backward = True
             self.after_backward()
+        else:
+            self._members.settle(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if self._optimizer not in trainer.optimizers:
+        self._members.settle(trainer, pl_module, optimizer)
+        joined = self._members.join(trainer, pl_module, optimizer)
+        if joined or self._optimizer not in trainer.optimizers:
             # Somebody has made new optimizers in the middle of training.
             found = _find_optimizer(trainer, pl_module, {id(sparse.weight) for sparse in self.weights})
             if found is not None:
@@ -282,6 +295,7 @@ class SparseCallback(KeepsBooks):
                 self._attach()
         if optimizer is not self._optimizer:
             return
+        self._intruders.look(self.weights)
         if self.verify:
             self.check()
         if pl_module.automatic_optimization:
@@ -296,6 +310,7 @@ class SparseCallback(KeepsBooks):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._stepping:
             # An optimizer whose `step` calls that of its parent class comes here twice; raw steps come from nowhere.
+            self._raw = True
             self.enforce(optimizer)
             return
         self._stepping = self._backward = False
@@ -310,28 +325,71 @@ class SparseCallback(KeepsBooks):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.after_batch()
+        self._members.settle(trainer, pl_module)
+        if (
+            self._raw
+            and not self.steps
+            and not self._told
+            and self.books.unbooked >= FEW * trainer.accumulate_grad_batches
+        ):
+            self._tell_of_no_step()
         self._averages.follow()
         if self.verify:
             self.check()
         if trainer._logger_connector.should_update_logs:
-            metrics = self._mean({**self._mask_statistics(), **self.method_statistics(), **self.books.metrics()})
+            masks = {**self._mask_statistics(), **self.method_statistics()} if self.weights else {}
+            metrics = self._mean({**masks, **self.books.metrics()})
             for name, value in metrics.items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in ON_THE_BAR)
+
+    def _tell_of_no_step(self) -> None:
+        self._told = True
+        rank_zero_warn(
+            f"{type(self).__name__} has seen no optimizer step in {self.books.unbooked} batches, so masks do not evolve and no "
+            "cost is booked. Call `step` of the optimizer that Lightning hands out, not of the one inside it "
+            "(`optimizer.optimizer`); or a loss scaler has skipped all steps."
+        )
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._intruders.tell(_FORWARD)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit" and batch_idx == 0:
+            self._intruders.look(self.weights)  # others may swap weights for validation, and back
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._intruders.tell("validation has judged a network that is not sparse")
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._intruders.tell(_FORWARD)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_hooks()
-        if self.books.unbooked and not self.steps:
-            rank_zero_warn(
-                f"{type(self).__name__} has seen no optimizer step in {self.books.unbooked} batches, so masks did not evolve "
-                "and no cost was booked. Call `step` of the optimizer that Lightning hands out, not of the one inside it "
-                "(`optimizer.optimizer`); or a loss scaler has skipped all steps."
-            )
+        if self.books.unbooked and not self.steps and not self._told:
+            self._tell_of_no_step()
         self._compare(every=1)
         try:
             invariants.check_weights(self.weights, self.steps)
         except invariants.InvariantError as error:
             rank_zero_warn(f"The trained network is not sparse. {error}")
+        else:
+            self._sound = True
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._sound and not self._ranks.sharded:
+            # Callbacks that come later may have changed the weights when training ended.
+            self._intruders.look(self.weights)
+            self._intruders.tell("the trained network is not sparse")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -348,6 +406,7 @@ class SparseCallback(KeepsBooks):
             "steps": self.steps,
             "layers": {sparse.name: sparse.state_dict() for sparse in self.weights},
             "rescaling": sorted(self._rescaling),
+            **self._members.state_dict(),
             "flops": {name: float(booked) for name, booked in self._mean(self.books.state_dict()).items()},
         }
         self.save(state)
@@ -363,9 +422,9 @@ class SparseCallback(KeepsBooks):
         Raises:
             RuntimeError: Before the first fit.
         """
-        if not self.weights:
+        if not self.weights and not self.steps:
             raise RuntimeError(f"{type(self).__name__} has not been fitted, so there is nothing to sum up.")
-        masks = self._mean(self._mask_statistics())
+        masks = self._mean(self._mask_statistics()) if self.weights else {"bame/density": 1.0, "bame/survival": 1.0}
         return {
             "pattern": str(self.pattern),
             "layers": {sparse.label: str(sparse.pattern) for sparse in self.weights},
@@ -388,10 +447,8 @@ class SparseCallback(KeepsBooks):
     def _compare(self, every: int) -> None:
         self._ranks.compare(self.copies(), self.steps, every=every)
 
-    def _make_masks(self, plans: list[LayerPlan]) -> list[SparseWeight]:
-        # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
-        # Unless somebody has loaded other weights since.
-        known = {id(sparse.weight): sparse for sparse in self.weights if sparse.obeys}
+    def _make_masks(self, plans: list[LayerPlan], keep: Iterable[SparseWeight] = ()) -> list[SparseWeight]:
+        known = {id(sparse.weight): sparse for sparse in keep}
         make = {
             "magnitude": lambda blocks, n: top_n_mask(blocks.abs(), n),
             "random": random_mask,
@@ -402,7 +459,11 @@ class SparseCallback(KeepsBooks):
             if plan.pattern and id(plan.weight) not in known:
                 # Of all rows, wherever they lie: the mask is that of a single process.
                 blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
-                fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
+                try:
+                    fresh[plan.name] = SparseWeight.of(plan, make[self.init](blocks, plan.pattern.n))
+                except ValueError as error:
+                    label = plan.name.removesuffix(".weight")
+                    raise ValueError(f"`{label}`: {error} Or keep it dense: layers={{'{label}': 'dense'}}.") from None
         if self.rescale and self.init != "nonzero":  # those were trained already
             self._rescaling |= fresh.keys()
         return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans if plan.pattern]
@@ -433,6 +494,8 @@ class SparseCallback(KeepsBooks):
 
 def resolve_window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
     """The window of a schedule in optimizer steps; says what will `never` happen where it is too short."""
+    if trainer.limit_train_batches == 0:
+        return Window(0, 0, schedule.every)  # nothing will be trained, so nothing can be too short
     window = schedule.window(total_steps(trainer, schedule))
     if not window.adaptations:
         rank_zero_warn(
@@ -456,10 +519,6 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
             counted = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in epochs)
             steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
     return math.inf if steps == -1 else steps
-
-
-def _trained(trainer: L.Trainer) -> set[int]:
-    return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> Optimizer | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bame_lightning.flops import Ledger, MacCounter, Shares
+from bame_lightning.flops import Ledger, MacCounter, Macs, Shares
 from bame_lightning.layers import parse_rules
 from bame_lightning.pattern import NMPattern
 
@@ -30,8 +30,12 @@ class Bookkeeper:
         self.ledger: Ledger | None = None
         self._densities = dict(densities)
         self._transposable = transposable
-        self._restored = restored
+        self._restored = dict(restored or {})
         self._counter: MacCounter | None = None
+        self._due, self._warned = True, False
+        self._costs: tuple[dict[str, Macs], Macs] = ({}, Macs())
+        self.computed: set[str] = set()
+        """Weights that the last batch counted did not multiply themselves, but what is computed from them."""
         self._batches = 0
         self._running = False
 
@@ -39,7 +43,7 @@ class Bookkeeper:
         """Call before each training step; the first one is counted."""
         self._batches += 1
         self._running = True
-        if self.ledger is not None or self._counter is not None:
+        if not self._due or self._counter is not None:
             return
         self._counter = MacCounter(model)
         self._counter.__enter__()
@@ -50,13 +54,37 @@ class Bookkeeper:
             return
         counter, self._counter = self._counter, None
         counter.__exit__(None, None, None)
-        self.ledger = Ledger(counter.weights, counter.other, self._densities, transposable=self._transposable)
-        if self.ledger.uncounted:
+        self._due, self._costs, self.computed = False, (counter.weights, counter.other), counter.computed
+        self._open()
+
+    def follow(self, densities: Mapping[str, float], idle: Container[str] = (), *, recount: bool = False) -> None:
+        """Go on with other sparse weights.
+
+        Args:
+            densities: N / M of each weight that is kept sparse from now on, by name.
+            idle: Weights that turned out not to be trained; no gradient is booked for them.
+            recount: Whether the next forward pass is to be counted, since this one may have left out the new ones.
+        """
+        self._densities, self._due = dict(densities), self._due or recount
+        weights, other = self._costs
+        self._costs = ({name: Macs(macs.forward) if name in idle else macs for name, macs in weights.items()}, other)
+        if self.ledger is not None:
+            self._open()
+
+    def _warn(self, ledger: Ledger) -> None:
+        # Not before the first step, which shows what stays sparse.
+        if ledger.uncounted and not (self._warned or self._due):
+            self._warned = True
             rank_zero_warn(
-                f"Training FLOPs leave out {', '.join(self.ledger.uncounted)}: the first batch multiplied nothing with them."
+                f"Training FLOPs leave out {', '.join(ledger.uncounted)}: the first batch multiplied nothing with them."
             )
-        if self._restored:
-            self.ledger.load_state_dict(self._restored)
+
+    def _open(self) -> None:
+        """Open the ledger for what was counted, with what was booked so far."""
+        booked = self.state_dict()
+        self.ledger = Ledger(*self._costs, self._densities, transposable=self._transposable)
+        if booked:
+            self.ledger.load_state_dict(booked)
 
     def end_batch(self) -> None:
         """Call after each training step; if it had no backward pass, the next one's forward pass is counted instead."""
@@ -75,6 +103,7 @@ class Bookkeeper:
         """Book one optimizer step with all batches since the last one, those of skipped steps too."""
         if self.ledger is not None:
             self.ledger.book(shares, batches=self._batches * ranks)
+            self._warn(self.ledger)
         self._batches = 0
 
     @property
@@ -84,11 +113,15 @@ class Bookkeeper:
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the ledger; none before the first step."""
+        if self.ledger is None and self._restored:
+            earlier = Ledger({}, Macs(), {})
+            earlier.load_state_dict(self._restored)
+            return earlier.metrics()
         return self.ledger.metrics() if self.ledger else {}
 
     def state_dict(self) -> dict[str, Any]:
         """State of the ledger; empty if nothing was booked."""
-        return self.ledger.state_dict() if self.ledger else dict(self._restored or {})
+        return self.ledger.state_dict() if self.ledger else dict(self._restored)
 
 
 class KeepsBooks(L.Callback):

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
-from bame_lightning.layers import plan_layers
+from bame_lightning.callbacks.membership import held_parameters
+from bame_lightning.layers import LayerPlan, plan_layers
 from bame_lightning.pattern import NMPattern
+from bame_lightning.reasons import COMPUTED, UNREACHED
 
 
 class Dense(KeepsBooks):
@@ -28,6 +30,8 @@ class Dense(KeepsBooks):
     def __init__(self, pattern: str | NMPattern, *, layers: Mapping[str, str | NMPattern] | None = None) -> None:
         super().__init__(pattern, layers)
         self._restored: dict[str, Any] | None = None
+        self._waiting: list[LayerPlan] = []
+        self._found: dict[str, str] = {}
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -39,19 +43,34 @@ class Dense(KeepsBooks):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         restored, self._restored = self._restored or {}, None
         try:
-            plans = plan_layers(pl_module, self.pattern, self.rules)
+            plans = self._plan(trainer, pl_module, {})
         except ValueError:
             plans = []  # a network that cannot be sparse may still be trained; SR-STE of it is dense, too
-        densities = {plan.name: plan.pattern.density for plan in plans if plan.pattern}
         self.steps = restored.get("steps", self.steps if trainer.global_step else 0)
-        if restored or not self.steps:
-            self.books = Bookkeeper(densities, restored=restored.get("flops"))
+        booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
+        self.books = Bookkeeper(_densities(plans), restored=booked)
+        self._waiting, self._found = plans, {}
         self._ranks = trainer.world_size
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        self._settle(trainer, pl_module, optimizer)
         self.books.book({}, self._ranks)
         self.steps += 1
+
+    def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Leave out of the comparison what SR-STE would leave dense, by an optimizer's first step."""
+        held = held_parameters([optimizer])
+        judged = [plan for plan in self._waiting if id(plan.weight) in held]
+        if judged:
+            self._waiting = [plan for plan in self._waiting if id(plan.weight) not in held]
+            unreached = {plan.name: UNREACHED for plan in judged if plan.weight.grad is None}
+            self._found |= dict.fromkeys(self.books.computed, COMPUTED) | unreached
+            if self._found:
+                self.books.follow(_densities(self._plan(trainer, pl_module, self._found)), unreached)
+
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, found: Mapping[str, str]) -> list[LayerPlan]:
+        return plan_layers(pl_module, self.pattern, self.rules, held_parameters(trainer.optimizers), found=found)
 
     @override
     def on_train_batch_end(
@@ -72,3 +91,7 @@ class Dense(KeepsBooks):
     def summary(self) -> dict[str, Any]:
         """Optimizer steps and training FLOPs (counted, not executed), in plain types."""
         return {"steps": self.steps, "flops": self.books.metrics()}
+
+
+def _densities(plans: list[LayerPlan]) -> dict[str, float]:
+    return {plan.name: plan.pattern.density for plan in plans if plan.pattern}

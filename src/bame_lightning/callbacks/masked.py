@@ -59,6 +59,13 @@ class MaskedCallback(SparseCallback):
         self._remember_masks()
 
     @override
+    def regroup(self) -> None:
+        names = {sparse.name for sparse in self.weights}
+        self._withheld = {name: gradient for name, gradient in self._withheld.items() if name in names}
+        self._rescaling &= names
+        self._remember_masks()
+
+    @override
     def handle_gradients(self) -> None:
         self.read_gradients()
         self.mask_gradients()

@@ -81,6 +81,15 @@ class PredictionCheck(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._let_go()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # Neither callback could be pickled with a hold of the Trainer.
+        self._batches = []
         if self._method is not None:
             self._method.around_adaptation = nullcontext
 

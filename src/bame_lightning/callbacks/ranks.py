@@ -106,6 +106,14 @@ class Ranks:
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return everywhere.bool()
 
+    def any(self, flags: Tensor) -> Tensor:
+        """Whether each of some booleans is true on any rank; the same number of them on every rank."""
+        if self.count == 1 or not dist.is_initialized():
+            return flags
+        anywhere = flags.int()
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return anywhere.bool()
+
     def mean(self, metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """Mean of each metric over ranks; as they are where all ranks hold the same rows.
 

@@ -15,6 +15,7 @@ from bame_lightning.blocks import from_blocks, to_blocks
 from bame_lightning.callbacks.base import Init, resolve_window
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.flops import Shares
+from bame_lightning.layers import SparseWeight
 from bame_lightning.pattern import NMPattern
 from bame_lightning.regrowth import drop_and_grow
 from bame_lightning.schedule import Schedule, Window
@@ -60,6 +61,7 @@ class RigL(MaskedCallback):
         self.share = share
         self.flips: dict[str, Tensor] = {}
         self._window = Window(0, 0, 1)
+        self.last_flips: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
     @override
@@ -77,8 +79,15 @@ class RigL(MaskedCallback):
                 # Counted in place; the checkpoint is the caller's.
                 self.flips[sparse.name] = sparse.rows.part_of(flips.to(sparse.kept.device, copy=True))
             else:
-                nothing = torch.zeros((), dtype=torch.int64, device=sparse.kept.device)
-                self.flips.setdefault(sparse.name, nothing)  # a second fit goes on counting
+                self.flips.setdefault(sparse.name, _nothing(sparse))  # a second fit goes on counting
+        self.last_flips = {sparse.name: _nothing(sparse) for sparse in self.weights}
+
+    @override
+    def regroup(self) -> None:
+        self.flips = {sparse.name: self.flips.get(sparse.name, _nothing(sparse)) for sparse in self.weights}
+        self.last_flips = {sparse.name: _nothing(sparse) for sparse in self.weights}
+        self._gradients = {name: gradient for name, gradient in self._gradients.items() if name in self.flips}
+        super().regroup()
 
     @override
     def reads_gradients(self) -> bool:
@@ -112,7 +121,8 @@ class RigL(MaskedCallback):
             new = drop_and_grow(rows.gather(blocks), rows.gather(gradient), rows.gather(old), share)
             new = rows.own(new)
             new = torch.where(finite, new, old)
-            self.flips[sparse.name] += flipped_positions(old, new)
+            self.last_flips[sparse.name] = flipped_positions(old, new)
+            self.flips[sparse.name] += self.last_flips[sparse.name]
             sparse.kept.copy_(from_blocks(new, sparse.kept.shape))
         self._gradients = {}
         return True
@@ -121,6 +131,13 @@ class RigL(MaskedCallback):
     def shares(self) -> dict[str, Shares]:
         read = float(self._window.adapts(self.steps - 1))
         return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in self.weights}
+
+    @override
+    def method_statistics(self) -> dict[str, Tensor]:
+        rates = {sparse.label: self.last_flips[sparse.name] / sparse.kept.numel() for sparse in self.weights}
+        positions = sum(sparse.kept.numel() for sparse in self.weights)
+        total = torch.stack(list(self.last_flips.values())).sum() / positions
+        return {"bame/flip_rate": total} | {f"bame/layer/{name}/flip_rate": rate for name, rate in rates.items()}
 
     @override
     def save(self, state: dict[str, Any]) -> None:
@@ -138,3 +155,7 @@ class RigL(MaskedCallback):
 
     def _total_flips(self) -> dict[str, Tensor]:
         return {sparse.name: sparse.rows.total(self.flips[sparse.name]) for sparse in self.weights if self.flips}
+
+
+def _nothing(sparse: SparseWeight) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=sparse.kept.device)

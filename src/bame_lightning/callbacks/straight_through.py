@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.flops import Shares
 from bame_lightning.latent import LatentWeight
+from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import top_n_mask
 from bame_lightning.pattern import NMPattern
 from bame_lightning.transposable import transposable_mask
@@ -70,13 +71,18 @@ class SRSTE(SparseCallback):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        going_on = self.steps and [latent.sparse for latent in self.latents] == self.weights
-        if restored or not going_on:
-            self.latents = [LatentWeight(sparse) for sparse in self.weights]
+        if restored or not self.steps:
+            self.latents = []
+        SRSTE.regroup(self)
         if restored:
             for latent in self.latents:
                 latent.load_state_dict(restored["layers"][latent.sparse.name])
         self.enforce()
+
+    @override
+    def regroup(self) -> None:
+        known = {latent.sparse: latent for latent in self.latents}
+        self.latents = [known.get(sparse) or LatentWeight(sparse) for sparse in self.weights]
 
     @override
     def enforce(self, optimizer: Optimizer | None = None) -> None:
@@ -195,23 +201,38 @@ class TransposableSTE(SRSTE):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        # First of all, since it may refuse.
+        known = {latent.sparse for latent in self.latents} if self.steps else set()
+        super().start(restored)
+        if not restored:
+            self._begin(known)
+
+    @override
+    def regroup(self) -> None:
+        known = {latent.sparse for latent in self.latents}
+        super().regroup()
+        self._begin(known)
+
+    def _begin(self, known: Container[SparseWeight]) -> None:
+        """Make transposable masks of weights that are new."""
+        for latent in self.latents:
+            if latent.sparse not in known:
+                latent.expose()
+                latent.sparse.kept.copy_(self._transposable(latent))
+                latent.sparse.set_initial(latent.sparse.kept)
+        self.enforce()
+
+    @override
+    def before_update(self) -> None:
+        # Not earlier: the first backward pass may show that the layer is the classifier, which stays dense.
         for sparse in self.weights:
-            if len(sparse.kept) % sparse.pattern.m:
+            if not _fits(sparse):
                 shared = "" if sparse.rows.whole else f" / {sparse.rows.parts} processes"
                 raise ValueError(
                     f"`pattern` {sparse.pattern} cannot be transposable in `{sparse.label}`: {sparse.pattern.m} does not "
                     f"divide its output dimension {len(sparse.kept) * sparse.rows.parts}{shared}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
-        known = {id(latent.sparse) for latent in self.latents}
-        super().start(restored)
-        for latent in self.latents:
-            if not restored and id(latent.sparse) not in known:
-                latent.expose()
-                latent.sparse.kept.copy_(self._transposable(latent))
-                latent.sparse.set_initial(latent.sparse.kept)
-        self.enforce()
+        super().before_update()
 
     @override
     def shares(self) -> dict[str, Shares]:
@@ -219,4 +240,10 @@ class TransposableSTE(SRSTE):
 
     def _transposable(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"]:
         pattern = latent.sparse.pattern
+        if not _fits(latent.sparse):
+            return latent.sparse.kept.clone()
         return transposable_mask(latent.value.abs(), pattern.n, pattern.m)
+
+
+def _fits(sparse: SparseWeight) -> bool:
+    return len(sparse.kept) % sparse.pattern.m == 0

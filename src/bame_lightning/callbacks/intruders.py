@@ -1,0 +1,54 @@
+"""Non-zeros where weights are pruned: somebody else has changed weights in the middle of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from bame_lightning.callbacks.ranks import Ranks
+from bame_lightning.layers import SparseWeight
+from bame_lightning.masks import pieces
+
+
+class Intruders:
+    """Note, without waiting for the device, which weights were not zero where they are pruned; tell now and then.
+
+    Args:
+        ranks: The processes of the run, each of which may hold some rows only.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._seen: dict[str, Tensor] = {}
+
+    def look(self, weights: Sequence[SparseWeight]) -> None:
+        """Note the weights that are not sparse now; starts a few operations for each."""
+        for sparse in weights:
+            values = sparse.values
+            # After fit the model is back on the CPU.
+            parts = [torch.gt(part != 0, kept).any() for part, kept in pieces(values, sparse.kept.to(values.device))]
+            before = self._seen.get(sparse.label)
+            self._seen[sparse.label] = torch.stack(parts if before is None else [before, *parts]).any()
+
+    def tell(self, what: str) -> None:
+        """Warn of what was seen since the last time; waits for the device.
+
+        Args:
+            what: What saw these weights, and what becomes of them.
+        """
+        seen, self._seen = self._seen, {}
+        if not seen:
+            return
+        flags = torch.stack(list(seen.values()))
+        found = (self._ranks.any(flags) if self._ranks.sharded else flags).tolist()
+        names = [name for name, intruded in zip(seen, found, strict=True) if intruded]
+        if names:
+            others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
+            rank_zero_warn(
+                f"`{names[0]}`{others} held non-zero weights where they are pruned: {what}. Something else changes weights in "
+                "the middle of training: an average that is swapped in, or weights that are reloaded. Average with "
+                "`EMAWeightAveraging` or `StochasticWeightAveraging` of Lightning, which masks follow; load weights before fit."
+            )

@@ -1,0 +1,212 @@
+"""Which weights are under masks: masks are on trial until the first backward pass; what is trained later joins later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bame_lightning.callbacks.averaging import Averages
+from bame_lightning.callbacks.loggers import record_config
+from bame_lightning.callbacks.table import layer_table
+from bame_lightning.layers import LayerPlan, SparseWeight, plan_layers
+from bame_lightning.reasons import COMPUTED, UNHELD, UNREACHED, advice
+
+if TYPE_CHECKING:
+    from bame_lightning.callbacks.base import SparseCallback
+
+
+class Membership:
+    """Decide which weights a method keeps sparse, from what training shows.
+
+    Masks are made at the start, so that training is sparse from its first step, but nobody knows yet which weights the loss
+    reaches (a teacher under `no_grad` or an average of the model may be among those that an optimizer holds), nor whether what
+    a layer multiplies is its parameter. So the dense values are kept until the first backward pass has shown both, and put
+    back bit for bit where a weight is not trained, or is not what is multiplied. A weight that is trained only later, because
+    it is unfrozen, handed to an optimizer or reached by the loss for the first time, is pruned just before its first update.
+
+    Args:
+        method: The method whose weights these are.
+    """
+
+    def __init__(self, method: SparseCallback) -> None:
+        self._method = method
+        self._plans: list[LayerPlan] = []
+        self._found: dict[str, str] = {}
+        self._open: list[LayerPlan] = []
+        self._trial: dict[SparseWeight, Tensor] = {}
+        self._held = 0
+
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule, masked: Iterable[int]) -> list[LayerPlan]:
+        """Plan all layers by what is known now.
+
+        Args:
+            trainer: Its optimizers hold what may be trained.
+            pl_module: The model.
+            masked: `id`s of the weights whose masks are not on trial.
+        """
+        held = held_parameters(trainer.optimizers)
+        method = self._method
+        self._plans = plan_layers(pl_module, method.pattern, method.rules, held, found=self._found, masked=set(masked))
+        self._held = _count(trainer.optimizers)
+        return self._plans
+
+    def begin(self, restored: Mapping[str, Any] | None) -> None:
+        """Forget what an earlier fit has shown; or take up what a checkpoint's state says."""
+        if restored:
+            self._trial = {}  # of an earlier fit, which an exception has interrupted; else it goes on
+        self._found = dict(restored.get("dense", {})) if restored else {}
+
+    def try_masks(self, known: Iterable[SparseWeight], restored: Mapping[str, Any] | None) -> None:
+        """Keep the values of all weights that are about to be pruned, but of those known from an earlier fit."""
+        saved, known, weights = (restored or {}).get("trial", {}), set(known), self._method.weights
+        self._trial = {sparse: dense for sparse, dense in self._trial.items() if sparse in weights}
+        for sparse in weights:
+            if restored is None and sparse not in known:
+                self._trial[sparse] = sparse.values.clone()
+            elif sparse.name in saved:
+                self._trial[sparse] = sparse.rows.own(saved[sparse.name].to(sparse.values))
+        # Of dense weights, too, it matters whether they are trained: one of them may pass for the classifier.
+        self._open = [] if restored and not saved else [plan for plan in self._plans if not plan.untrained]
+
+    def settle(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stepping: Optimizer | None = None, *, last: bool = False
+    ) -> None:
+        """Judge the masks on trial by the gradients there are; costs one host synchronisation, then nothing.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            stepping: The optimizer that is about to step; others wait until a gradient reaches some weight of theirs.
+            last: Whether to wait no longer.
+        """
+        if not self._open:
+            return
+        verdicts = self._verdicts(trainer.optimizers, stepping, last)
+        self._found |= {plan.name: why for plan, why in verdicts if why}
+        judged = {plan.name for plan, _ in verdicts}
+        self._open = [plan for plan in self._open if plan.name not in judged]
+        if any(why for _, why in verdicts):
+            settled = {id(sparse.weight) for sparse in self._method.weights if sparse not in self._trial}
+            wanted = {id(plan.weight) for plan in self.plan(trainer, pl_module, settled) if plan.pattern}
+            self._leave(trainer, [sparse for sparse in self._trial if id(sparse.weight) not in wanted])
+        waiting = {id(plan.weight) for plan in self._open}
+        self._trial = {sparse: dense for sparse, dense in self._trial.items() if id(sparse.weight) in waiting}
+
+    def join(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> bool:
+        """Put weights under masks that are trained for the first time; returns whether there are any.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            optimizer: The optimizer that is about to step.
+        """
+        settled = {id(sparse.weight) for sparse in self._method.weights}
+        if self._held != _count(trainer.optimizers):
+            self.plan(trainer, pl_module, settled)  # somebody has added parameters, perhaps of new layers
+        outside = [plan for plan in self._plans if plan.untrained or (plan.pattern and id(plan.weight) not in settled)]
+        reached = [plan for plan in outside if plan.weight.requires_grad and plan.weight.grad is not None]
+        mine = held_parameters([optimizer]) if reached else set()
+        late = {id(plan.weight): plan for plan in reached if id(plan.weight) in mine}
+        if not late:
+            return False
+        for plan in late.values():
+            self._found.pop(plan.name, None)
+        plans = self.plan(trainer, pl_module, settled)
+        fresh = self._method._make_masks([plan for plan in plans if id(plan.weight) in late])
+        if fresh:
+            self._trial |= {sparse: sparse.values.clone() for sparse in fresh}
+            self._open += [plan for plan in plans if id(plan.weight) in late]
+            order = {plan.name: place for place, plan in enumerate(plans)}
+            self._regroup(trainer, sorted([*self._method.weights, *fresh], key=lambda sparse: order[sparse.name]))
+            self._method.enforce(optimizer)
+            self._warn(late, fresh)
+            self._report(trainer, f"{len(fresh)} weights have joined")
+        return bool(fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the masks: why weights are not sparse; values whose masks are on trial."""
+        shown = {plan.name: plan.reason for plan in self._plans if plan.untrained or plan.name in self._found}
+        trial = {sparse.name: sparse.rows.gather(dense).cpu().clone() for sparse, dense in self._trial.items()}
+        # Whatever kept a weight from being trained, it joins when it is.
+        return {
+            "dense": {name: COMPUTED if why == COMPUTED else UNREACHED for name, why in shown.items()},
+            "trial": trial,
+        }
+
+    def _verdicts(
+        self, optimizers: list[Optimizer], stepping: Optimizer | None, last: bool
+    ) -> list[tuple[LayerPlan, str]]:
+        """Why a weight cannot be sparse, empty if it can; nothing of those that are still to be seen."""
+        plans, computed = self._open, self._method.books.computed
+        params = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
+        owner = {id(p): place for place, held in enumerate(params) for p in held}
+        begun = [last or each is stepping for each in optimizers]
+        begun = [sure or any(p.grad is not None for p in held) for sure, held in zip(begun, params, strict=True)]
+        flags = [plan.weight.grad is not None for plan in plans] + [plan.name in computed for plan in plans] + begun
+        # What one process reaches, all do.
+        found = iter(self._method._ranks.any(torch.tensor(flags, device=plans[0].weight.device)).tolist())
+        reached, computing, begun = ([next(found) for _ in group] for group in (plans, plans, optimizers))
+        verdicts = []
+        for plan, is_reached, is_computed in zip(plans, reached, computing, strict=True):
+            place = owner.get(id(plan.weight))
+            if is_reached:
+                verdicts.append((plan, COMPUTED if is_computed else ""))
+            elif place is None or begun[place]:
+                verdicts.append((plan, UNREACHED))
+        return verdicts
+
+    @torch.no_grad()
+    def _leave(self, trainer: L.Trainer, gone: list[SparseWeight]) -> None:
+        method = self._method
+        for sparse in gone:
+            # What is kept may have been averaged in the meantime.
+            sparse.values.copy_(torch.where(sparse.kept, sparse.values, self._trial[sparse]))
+            method._averages.put_back(sparse, self._trial[sparse])
+        self._regroup(trainer, [sparse for sparse in method.weights if sparse not in gone])
+        if gone:
+            self._report(
+                trainer, f"{len(gone)} weights that were pruned when fit started are as they were, bit for bit"
+            )
+        if not method.weights:
+            rank_zero_warn(
+                f"{type(method).__name__} keeps no layer sparse: the first batch has shown that none is both trained and "
+                f"multiplied as it is, so training goes on dense. {advice(plan.reason for plan in self._plans)}"
+            )
+
+    def _regroup(self, trainer: L.Trainer, weights: list[SparseWeight]) -> None:
+        method = self._method
+        joined = set(weights) - set(method.weights)
+        method.weights = weights
+        method.regroup()
+        method._averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
+        idle = {plan.name for plan in self._plans if plan.untrained}
+        method.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
+
+    def _report(self, trainer: L.Trainer, what: str) -> None:
+        method = self._method
+        rank_zero_info(f"{type(method).__name__}({method.pattern}): {what}.\n{layer_table(self._plans)}")
+        if trainer.is_global_zero:
+            record_config(trainer.loggers, type(method).__name__, str(method.pattern), self._plans)
+
+    def _warn(self, late: Mapping[int, LayerPlan], fresh: list[SparseWeight]) -> None:
+        first = fresh[0]
+        rank_zero_warn(
+            f"`{first.name}`, {late[id(first.weight)].reason or UNHELD} until now, is trained from optimizer step "
+            f"{self._method.steps + 1} on ({len(fresh)} layers): it is pruned now, to {first.pattern}. To train it dense, say "
+            f"layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
+        )
+
+
+def held_parameters(optimizers: Iterable[Optimizer]) -> set[int]:
+    """`id`s of the parameters that optimizers hold."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _count(optimizers: Iterable[Optimizer]) -> int:
+    return sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
