@@ -1,8 +1,10 @@
 """The reader's own model, data, optimizer and schedule, as docs/training.md has them."""
 
+import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,20 @@ def test_a_folder_with_any_name_works(tmp_path: Path) -> None:
     )
     assert done.status == 0, done.err
     assert (tmp_path / name.replace(",", "") / "summary.json").exists()
+
+
+@pytest.mark.parametrize("command", ["flops", "bench"])
+def test_commands_that_answer_find_models_of_the_current_folder(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    main = importlib.import_module(f"bame_lightning.cli.{command}").main
+    small = {"flops": ["steps=10"], "bench": ["cycles=1", "batch_size=2", "threads=1"]}[command]
+    monkeypatch.setattr("sys.argv", [command, "model._target_=my_models.net", "data=digits", "json=true", *small])
+    main()
+    assert json.loads(capsys.readouterr().out)["input_shape"] == [1, 8, 8]
+    monkeypatch.setattr("sys.argv", [command, "json=no"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "`json` must be true or false; got no" in capsys.readouterr().err

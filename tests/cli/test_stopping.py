@@ -33,6 +33,19 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_says_so(tmp_path: Pat
     assert "there is no checkpoint: the same command begins again" in done.err
 
 
+def test_a_signal_in_the_last_epoch_finds_the_trained_network(tmp_path: Path) -> None:
+    stop = stopping(tmp_path, signal.SIGTERM, epoch=0)
+    module = tmp_path / "stop.py"
+    module.write_text(module.read_text().replace("(self.epoch, 1)", "(self.epoch, 3)"))  # the last of four batches
+    done = train(tmp_path, *TINY, *stop, "trainer.max_epochs=1", "hydra.run.dir=run", "quiet=true", "method=static")
+    assert done.status == 143
+    assert done.err.splitlines() == [
+        "bame-train: stopped by SIGTERM.",
+        f"Training had ended, but for the test of the network, which is in {tmp_path / 'run/checkpoints/last.ckpt'}.",
+    ]
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
 @SIGNALS
 def test_a_sweep_that_is_stopped_lists_what_did_not_run(number: signal.Signals, words: str, tmp_path: Path) -> None:
     (tmp_path / "only.py").write_text(

@@ -81,7 +81,7 @@ def training_stopped() -> Iterator[None]:
         Nothing.
 
     Raises:
-        StoppedError: If training was told to stop; as soon as Lightning is done, if it was by then.
+        StoppedError: If training was told to stop.
     """
     try:
         yield
@@ -94,6 +94,14 @@ def training_stopped() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         raise StoppedError(signal.SIGINT) from None
+
+
+def check_stopped() -> None:
+    """End here if a signal came when training could not be interrupted any more, in its last batch.
+
+    Raises:
+        StoppedError: If it did.
+    """
     if _handler.waiting:
         _handler.waiting = False
         raise StoppedError(signal.SIGTERM)

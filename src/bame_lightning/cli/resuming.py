@@ -102,6 +102,9 @@ def how_to_go_on(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> list
     last = next((path for path in saved if Path(path).name == "last.ckpt" and Path(path).is_file()), ckpt_path)
     if not last:
         return ["No epoch had ended, so there is no checkpoint: the same command begins again."]
+    limits = ((trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step))
+    if any(limit is not None and 0 <= limit <= done for limit, done in limits):
+        return [f"Training had ended, but for the test of the network, which is in {last}."]
     task = [text for text in HydraConfig.get().overrides.task if not text.startswith(("ckpt_path=", "skip_finished="))]
     words = ["bame-train", *map(unescaped, task), f"hydra.run.dir={run_dir}", f"ckpt_path={last}"]
     return ["To go on from its last checkpoint:", f"  {shlex.join(words)}"]

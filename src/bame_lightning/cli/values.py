@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
-import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+
+from bame_lightning.cli.conf import conf_dir
 
 _OTHER_KINDS = {
     "scheduler.warmup_steps",  # a whole number of steps, or a fraction of the run
@@ -34,8 +38,10 @@ def standard_values() -> DictConfig:
     options = [f"{group}={option}" for group, option in cfg.runtime.choices.items() if option and _is_ours(group)]
     several = [text for text in cfg.overrides.task if text.partition("=")[0] in _SEVERAL and text.endswith("]")]
     places = [text for text in cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
+    known = GlobalHydra.instance().is_initialized()  # not in processes that a launcher started
     try:
-        return hydra.compose(cfg.job.config_name, [*options, *several, *places])
+        with nullcontext() if known else initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(cfg.job.config_name, [*options, *several, *places])
     except HydraException:
         return OmegaConf.create({})
 
