@@ -47,7 +47,11 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path: Path) -> None:
         time.sleep(0.05)
     first.process.kill()
     assert first.end().status == 137
+    part = tmp_path / "run/checkpoints/.last.ckpt.1.part"
+    part.parent.mkdir(exist_ok=True)
+    part.touch()
     assert train(tmp_path, *SAME, "hydra.run.dir=run").status == 0
+    assert not part.exists()
 
 
 @pytest.mark.parametrize("again", [(), ("skip_finished=true",)])

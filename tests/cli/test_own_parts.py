@@ -88,7 +88,7 @@ def test_stopping_early_stops(tmp_path: Path) -> None:
         (["optimizer.lr=abc"], "`optimizer.lr` must be a number, such as 0.05; got abc"),
         (["optimizer.lr=true"], "`optimizer.lr` must be a number, such as 0.05; got true"),
         (["skip_finished=no"], "`skip_finished` must be true or false; got no"),
-        (["quiet=1"], "`quiet` must be true or false; got 1"),
+        (["optimizer.nesterov=1"], "`optimizer.nesterov` must be true or false; got 1"),
         (["method.rescale=no"], "`method.rescale` must be true or false; got no"),
         (["data.batch_size=6.5"], "`data.batch_size` must be a whole number, such as 64; got 6.5"),
         (["optimizer.lrr=2"], "`optimizer.lrr` does not exist. Did you mean `optimizer.lr`"),

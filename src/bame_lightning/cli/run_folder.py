@@ -47,7 +47,11 @@ class ReplacesResults(Callback):
     def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
         self._cfg, self._run_dir = cfg, run_dir
         self._begun = False
-        if first_process() and read_summary(run_dir) is None:
+        if not first_process():
+            return
+        for part in (run_dir / "checkpoints").glob(".*.part"):
+            part.unlink()  # of a run that was killed while it wrote; the folder is ours
+        if read_summary(run_dir) is None:
             describe(cfg, run_dir)
 
     @override
