@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from bame_lightning.cli.loggers import wandb_logger
-from bame_lightning.cli.sweeps import share_of_cores, sweep_name, threads_per_job
+from bame_lightning.cli.sweeps import ReportFailures, share_of_cores, sweep_name, threads_per_job
 
 Run = Callable[..., Path]
 SWEEP = ("-m", "hydra.sweep.dir=sweep", "quiet=true", "threads=1")
@@ -149,6 +149,15 @@ LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
 )
 def test_cores_are_divided_among_jobs(launcher: dict[str, Any], sweeper: dict[str, Any], threads: int | None) -> None:
     assert share_of_cores(launcher, sweeper, cores=8) == threads
+
+
+def test_launchers_can_pickle_what_hydra_calls_back(tmp_path: Path) -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")  # of joblib and submitit
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None}
+    hydra = {"sweep": {"dir": str(tmp_path)}, "sweeper": sweeper, "overrides": {"task": ["seed=0,1"]}}
+    callback = ReportFailures()
+    callback.on_multirun_start(OmegaConf.create({"hydra": hydra}))
+    assert cloudpickle.dumps(callback)
 
 
 def command(folder: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":

@@ -68,17 +68,19 @@ class Sweep:
 _current: Sweep | None = None
 
 
-def begin(config: DictConfig) -> Sweep:
+def begin(config: DictConfig) -> None:
     """Begin the sweep of this process.
 
     Args:
         config: Hydra's configuration of it.
-
-    Returns:
-        The sweep.
     """
     global _current
     _current = Sweep(config)
+
+
+def current() -> Sweep:
+    """The sweep of this process."""
+    assert _current is not None
     return _current
 
 

@@ -21,12 +21,15 @@ from bame_lightning.runs import ERROR
 
 
 class ReportFailures(Callback):
-    """At the end of a sweep, name the jobs that failed and exit with status 1."""
+    """At the end of a sweep, name the jobs that failed and exit with status 1.
+
+    Holds nothing: launchers pickle it, to call it in the processes of jobs.
+    """
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            self.sweep = jobs.begin(config)
+            jobs.begin(config)
         except (TakenError, OSError) as error:  # Hydra would make a warning of it, and go on
             print(f"bame-train: error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -40,8 +43,9 @@ class ReportFailures(Callback):
     @override
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         # Jobs may run in other processes and on other machines: what they wrote is what is known of them.
-        failed = [job for job in self.sweep.ended().values() if job.error is not None]
-        lost = [words for number, words in enumerate(self.sweep.planned) if number not in self.sweep.ended()]
+        ended, planned = jobs.current().ended(), jobs.current().planned
+        failed = [job for job in ended.values() if job.error is not None]
+        lost = [words for number, words in enumerate(planned) if number not in ended]
         if not failed and not lost:
             return
         count = len(failed) + len(lost)
