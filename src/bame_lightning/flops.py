@@ -140,6 +140,7 @@ class MacCounter(TorchDispatchMode):
         self._owners: dict[int, tuple[str, Tensor]] = {}
         self._changed: set[int] = set()
         self._model = model
+        self._stopped = False
         for name, tensor in [*(("", buffer) for buffer in model.buffers()), *model.named_parameters()]:
             self._owners |= {_address(strided): (name, strided) for strided in _tensors(tensor)}
         self._fast_attention = True
@@ -154,6 +155,10 @@ class MacCounter(TorchDispatchMode):
         super().__enter__()
         return self
 
+    def stop(self) -> None:
+        """Count nothing more; the mode is left where it was entered, since others may have entered theirs in between."""
+        self._stopped = True
+
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._stance.__exit__(*exception)
@@ -166,7 +171,7 @@ class MacCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, NestedTensor) for kind in types):
             return NotImplemented  # it calls operations on its values, which come here in turn
-        if isinstance(func, HigherOrderOperator):
+        if self._stopped or isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
             return func(*args, **kwargs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bame_lightning import SRSTE, BAMECallback, Dense, Evidence, RigL, Schedule, StaticMask
@@ -149,3 +151,91 @@ def test_a_copy_under_no_grad_costs_a_forward_pass_only() -> None:
     assert flops[Dense]["flops/train_total"] == 2 * 8 * 4 * DENSE
     assert flops[StaticMask]["flops/train_total"] == 2 * 8 * (DENSE + 3 * (SPARSE / 2 + LAST))
     assert flops[Dense]["flops/train_vs_sr_ste"] == 4 * DENSE / (DENSE + SPARSE / 2 + LAST + 2 * DENSE)
+
+
+class Foreign(L.Callback):
+    """A user's own counter, entered and left in hooks."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.counter.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.counter.__exit__(None, None, None)
+        self.totals = [*getattr(self, "totals", []), self.counter.get_total_flops()]
+
+
+class Manual(Task):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(functional.cross_entropy(self.model(batch[0]), batch[1]))
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("task", [Task, Manual])
+def test_a_counter_that_a_user_enters_in_hooks_counts_what_it_counts_without_us(first: bool, task: type[Task]) -> None:
+    foreign, callback = Foreign(), StaticMask("2:4")
+    trainer(*[foreign, callback][:: 1 if first else -1], max_epochs=1).fit(task(network()))
+    # The images need no gradient.
+    once = 2 * (3 * DENSE - FIRST)
+    assert foreign.totals == [once * (2 if task is Manual else 1)] * 8
+    assert callback.summary()["flops"]["flops/train_vs_dense"] == pytest.approx((SPARSE / 2 + LAST) / DENSE)
+
+
+def test_a_counter_within_the_step_counts_and_only_what_comes_before_the_backward_pass_is_booked() -> None:
+    class Counts(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            with FlopCounterMode(display=False) as counter:
+                super().training_step(batch, batch_idx)
+            assert counter.get_total_flops() == 2 * 2 * (3 * DENSE - FIRST)
+
+    callback = StaticMask("2:4")
+    trainer(callback, max_epochs=1, limit_train_batches=1).fit(Counts(network()))
+    assert callback.books.ledger.state_dict()["dense"] == 3 * DENSE  # a batch is booked once
+
+
+def test_no_mode_and_no_patch_is_left_when_a_first_step_fails() -> None:
+    class Fails(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("a bug")
+
+    run = trainer(StaticMask("2:4"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.fit(Fails(network()))
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert "training_step" not in vars(run.strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_optimizer_step_is_counted_and_leaves_torch_usable() -> None:
+    def compiled(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return optimizer
+
+    callback = StaticMask("2:4")
+    trainer(callback, max_epochs=1, limit_train_batches=2).fit(Task(network(), compiled))
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert torch.zeros(2).tolist() == [0, 0]
+    assert callback.summary()["flops"]["flops/train_total"] == 2 * 2 * 3 * (SPARSE / 2 + LAST)
+
+
+def test_somebody_elses_training_step_of_the_strategy_stays() -> None:
+    calls: list[int] = []
+
+    class Patches(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            step = trainer.strategy.training_step
+            self.patch = trainer.strategy.training_step = lambda *args: (calls.append(1), step(*args))[1]
+
+    patches, callback = Patches(), StaticMask("2:4")
+    run = trainer(patches, callback, max_epochs=1)
+    run.fit(Task(network()))
+    assert run.strategy.training_step is patches.patch
+    assert len(calls) == 8
+    assert callback.summary()["flops"]["flops/train_total"] == 2 * 8 * 3 * (SPARSE / 2 + LAST)

@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.flops import Ledger, MacCounter, Macs, Shares
+from bame_lightning.callbacks.counting import CountedStep
+from bame_lightning.flops import Ledger, Macs, Shares
 from bame_lightning.layers import parse_rules
 from bame_lightning.pattern import NMPattern
 
@@ -31,7 +32,7 @@ class Bookkeeper:
         self._densities = dict(densities)
         self._transposable = transposable
         self._restored = dict(restored or {})
-        self._counter: MacCounter | None = None
+        self._counting: CountedStep | None = None
         self._due, self._warned = True, False
         self._costs: tuple[dict[str, Macs], Macs] = ({}, Macs())
         self.computed: set[str] = set()
@@ -39,21 +40,19 @@ class Bookkeeper:
         self._batches = 0
         self._running = False
 
-    def start_batch(self, model: nn.Module) -> None:
+    def start_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Call before each training step; the first one is counted."""
         self._batches += 1
         self._running = True
-        if not self._due or self._counter is not None:
-            return
-        self._counter = MacCounter(model)
-        self._counter.__enter__()
+        if self._due and self._counting is None:
+            self._counting = CountedStep(trainer.strategy, model)
 
     def end_forward(self) -> None:
         """Call when the forward pass is over."""
-        if self._counter is None:
+        if self._counting is None:
             return
-        counter, self._counter = self._counter, None
-        counter.__exit__(None, None, None)
+        counting, self._counting = self._counting, None
+        counter = counting.end()
         self._due, self._costs, self.computed = False, (counter.weights, counter.other), counter.computed
         self._open()
 
@@ -89,9 +88,9 @@ class Bookkeeper:
     def end_batch(self) -> None:
         """Call after each training step; if it had no backward pass, the next one's forward pass is counted instead."""
         self._running = False
-        if self._counter is not None:
-            counter, self._counter = self._counter, None
-            counter.__exit__(None, None, None)
+        if self._counting is not None:
+            counting, self._counting = self._counting, None
+            counting.end()
 
     def abort(self) -> None:
         """Call when a batch may have begun without coming to its end; such a one costs nothing."""
@@ -156,7 +155,7 @@ class KeepsBooks(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.books.start_batch(pl_module)
+        self.books.start_batch(trainer, pl_module)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
