@@ -234,6 +234,21 @@ class TestTrainedLater:
         assert over[8:] == [[0, 0]] * 16
         assert callback.steps == 24
 
+    @every_method
+    def test_a_layer_that_takes_the_place_of_another(self, name: str) -> None:
+        class Replaces(Adam):
+            def on_train_epoch_start(self) -> None:
+                if self.current_epoch == 1:
+                    self.model[1] = nn.Linear(48, 32)  # as many parameters as before
+                    self.trainer.strategy.setup_optimizers(self.trainer)
+
+        task, callback, over = Replaces(), METHODS[name](), []
+        look = Spy(lambda *_: over.append([blocks_over(task.model[i].weight, 2, 4) for i in HIDDEN]))
+        with pytest.warns(UserWarning, match=r"`model\.1\.weight`.*until now, is trained from optimizer step 9 on"):
+            trainer(callback, look, max_epochs=2).fit(task)
+        assert over == [[0, 0]] * 16
+        assert [w.weight for w in callback.weights] == [task.model[i].weight for i in HIDDEN]
+
 
 class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:

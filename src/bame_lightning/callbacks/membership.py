@@ -40,7 +40,7 @@ class Membership:
         self._found: dict[str, str] = {}
         self._open: list[LayerPlan] = []
         self._trial: dict[SparseWeight, Tensor] = {}
-        self._held = 0
+        self._held: set[int] = set()
 
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule, masked: Iterable[int]) -> list[LayerPlan]:
         """Plan all layers by what is known now.
@@ -50,10 +50,9 @@ class Membership:
             pl_module: The model.
             masked: `id`s of the weights whose masks are not on trial.
         """
-        held = held_parameters(trainer.optimizers)
+        self._held = held = held_parameters(trainer.optimizers)
         method = self._method
         self._plans = plan_layers(pl_module, method.pattern, method.rules, held, found=self._found, masked=set(masked))
-        self._held = _count(trainer.optimizers)
         return self._plans
 
     def begin(self, restored: Mapping[str, Any] | None) -> None:
@@ -106,9 +105,9 @@ class Membership:
             pl_module: The model.
             optimizer: The optimizer that is about to step.
         """
+        if self._held != held_parameters(trainer.optimizers):
+            self._replan(trainer, pl_module)
         settled = {id(sparse.weight) for sparse in self._method.weights}
-        if self._held != _count(trainer.optimizers):
-            self.plan(trainer, pl_module, settled)  # somebody has added parameters, perhaps of new layers
         outside = [plan for plan in self._plans if plan.untrained or (plan.pattern and id(plan.weight) not in settled)]
         reached = [plan for plan in outside if plan.weight.requires_grad and plan.weight.grad is not None]
         mine = held_parameters([optimizer]) if reached else set()
@@ -128,6 +127,16 @@ class Membership:
             self._warn(late, fresh)
             self._report(trainer, f"{len(fresh)} weights have joined")
         return bool(fresh)
+
+    def _replan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Follow somebody who has handed other parameters to the optimizers, perhaps of layers that replace others."""
+        weights = self._method.weights
+        here = {id(plan.weight) for plan in self.plan(trainer, pl_module, {id(sparse.weight) for sparse in weights})}
+        staying = [sparse for sparse in weights if id(sparse.weight) in here]
+        if len(staying) < len(weights):
+            self._trial = {sparse: dense for sparse, dense in self._trial.items() if sparse in staying}
+            self._open = [plan for plan in self._open if id(plan.weight) in here]
+            self._regroup(trainer, staying)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the masks: why weights are not sparse; values whose masks are on trial."""
@@ -206,7 +215,3 @@ class Membership:
 def held_parameters(optimizers: Iterable[Optimizer]) -> set[int]:
     """`id`s of the parameters that optimizers hold."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
-def _count(optimizers: Iterable[Optimizer]) -> int:
-    return sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
