@@ -68,24 +68,21 @@ PARTS = {
     "read all": "read all blocks",
     "finite all": "look for NaN",
     "accumulate all": "move evidence",
-    "designate": "designate",
-    "adapt all": "adapt all blocks",
-    "gather": "gather 30 %",
-    "put back": "put 30 % back",
-    "read some": "read 30 %",
-    "accumulate some": "move evidence of 30 %",
-    "adapt some": "adapt 30 %",
+    "contend": "choose contenders",
+    "read some": "read contenders",
+    "accumulate some": "move evidence of contenders",
+    "adapt": "adapt",
     "mask gradients": "zero pruned values",
     "top N": "SR-STE's mask",
 }
 
 
 KINDS = {
-    "reads 30 %": lambda step: step > 1 and step % 2 == 0,
+    "reads contenders": lambda step: step > 1 and step % 2 == 0,
     "and adapts": lambda step: step > 1 and step % 2 == 1,
     "reads all": lambda step: step == 0,
-    "adapts all": lambda step: step == 1,
-    "mean of ten": lambda step: True,
+    "adapts then": lambda step: step == 1,
+    "mean of all": lambda step: True,
 }
 """Kinds of BAME's steps by their place in a cycle."""
 CALLS = {
@@ -94,7 +91,7 @@ CALLS = {
     "read": "read gradients",
     "extremes": "look for NaN",
     "accumulate": "move evidence",
-    "designate": "designate",
+    "contend": "choose contenders",
     "adapt": "adapt",
 }
 
@@ -208,18 +205,15 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> di
         kind = "some" if step % CYCLE else "all"
         layer.weight.grad = gradient.clone()
         timed("in place", spare.copy_, gradient)
-        if kind == "all":
-            timed("put back", lambda: weight.evidence)
-        timed(f"read {kind}", weight.read, kind == "all")
+        timed(f"read {kind}", weight.read, kind == "all", step % 2 == 1)
         timed("mask gradients", zero_pruned_, sparse.gradient, sparse.kept)
         timed(f"finite {kind}", weight.extremes)
         timed(f"accumulate {kind}", weight.accumulate, optimizer, Reading(kind == "all", 1.0, 1.0), finite, 1000)
         if kind == "all":
-            timed("designate", weight.designate, 0.3)
-        timed(f"adapt {kind}", weight.adapt, 1.0)
+            timed("contend", weight.contend, Evidence().contenders)
+        timed("adapt", weight.adapt, 1.0)
         weight.reading = None
         if kind == "all":
-            timed("gather", weight._at, weight.designated)
             timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
     return {name: statistics.median(times) for name, times in took.items()}
 
@@ -297,7 +291,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def publish(args: argparse.Namespace) -> None:
     found, parts = read(STEPS), read(CORE)
     timed = [
-        "| model | pattern | batch | dense, ms | SR-STE | static mask | BAME | reads 30 % | and adapts | reads all "
+        "| model | pattern | batch | dense, ms | SR-STE | static mask | BAME | reads contenders | and adapts | reads all "
         "| adapts all |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]

@@ -57,7 +57,7 @@ def train(model, batches, optimizer, pattern, evidence=Evidence(), schedule=Sche
                     finite = torch.stack(weight.extremes()).isfinite().all()
                     weight.accumulate(optimizer, reading, finite, len(window))
                     if reading.everywhere:
-                        weight.designate(evidence.share)
+                        weight.contend(evidence.contenders)
                 if window.adapts(step):
                     weight.adapt(evidence.adaptable_share(step, window))
                 weight.reading = None

@@ -89,7 +89,7 @@ def sgd(weight: EvolvingWeight, **kwargs: Any) -> torch.optim.SGD:
 
 def read(weight: EvolvingWeight, gradient: Tensor | list[Any], everywhere: bool = True) -> None:
     weight.sparse.weight.grad = torch.as_tensor(gradient, dtype=weight.sparse.weight.dtype).clone()
-    weight.read(everywhere)
+    weight.read(everywhere, adapts=True)
     weight.sparse.weight.grad.masked_fill_(weight.sparse.pruned, 0)
 
 

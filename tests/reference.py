@@ -24,7 +24,6 @@ class Block:
     mean_gradient: list[float]
     pruned_earlier: set[int] = field(default_factory=set)
     oscillations: int = 0
-    designated: bool = False
 
 
 @dataclass
@@ -34,7 +33,8 @@ class Layer:
     blocks: list[Block]
     noise: float | None = None
     unit: float = 0.0
-    all_read: bool = False
+    # Of every row the pruned slots that are read in each step: a block and a slot of it.
+    contenders: dict[int, list[tuple[Block, int]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Settings:
     stop: int
     every: int
     read_every: int
-    share: float
+    contenders: float
     step_size: float
     averaging: float
     margin: float
@@ -98,29 +98,22 @@ def train(
             length *= round(math.sqrt(s.read_every))
         length /= math.sqrt(2 * (s.stop - s.start) * math.log(s.m))
         for weight, layer, gradient in zip(weights, layers, dense, strict=True):
-            read = [b for b in layer.blocks if not frozen(b, s) and (everywhere or b.designated)]
+            open_blocks = [block for block in layer.blocks if not frozen(block, s)]
             if everywhere:
-                layer.all_read = True
-                measure(weight, layer, gradient, read)
-            for block in read:
-                for i, column in enumerate(block.columns):
-                    if not block.kept[i]:
-                        fresh = gradient[block.row, column].item()
-                        mean = s.averaging * block.mean_gradient[i] + (1 - s.averaging) * fresh
-                        block.mean_gradient[i] = mean
-                        step = length * layer.unit * mean
-                        block.evidence[i] = (1 - forgotten) * block.evidence[i] - step
+                measure(weight, layer, gradient, open_blocks)
+                read = [(b, i) for b in open_blocks for i in range(s.m) if not b.kept[i]]
+            else:
+                read = [(b, i) for row in layer.contenders.values() for b, i in row if not frozen(b, s)]
+            for block, i in read:
+                fresh = gradient[block.row, block.columns[i]].item()
+                mean = s.averaging * block.mean_gradient[i] + (1 - s.averaging) * fresh
+                block.mean_gradient[i] = mean
+                block.evidence[i] = (1 - forgotten) * block.evidence[i] - length * layer.unit * mean
             if everywhere:
-                designate(weight, layer.blocks, s)
+                contend(weight, layer, s)
         if (t - s.start + 1) % s.every == 0:
             for weight, layer, momentum in zip(weights, layers, momenta, strict=True):
-                chosen = [b for b in layer.blocks if not frozen(b, s) and (layer.all_read or b.designated)]
-                if s.one_per_row:
-                    rows = {b.row: [other for other in chosen if other.row == b.row] for b in chosen}
-                    chosen = [max(row, key=lambda b, w=weight: urgency(w, b)) for row in rows.values()]
-                for block in chosen:
-                    swaps += adapt(weight.data, momentum, block, s)
-                layer.all_read = False
+                swaps += adapt(weight.data, momentum, layer, s)
     return layers, swaps
 
 
@@ -145,44 +138,57 @@ def measure(weight: Tensor, layer: Layer, gradient: Tensor, read: list[Block]) -
     layer.unit = math.sqrt(sum(w * w for w in kept) / len(kept)) / math.sqrt(layer.noise)
 
 
-def urgency(weight: Tensor, block: Block) -> float:
-    strongest = max((abs(v) for v, kept in zip(block.evidence, block.kept, strict=True) if not kept), default=0.0)
+def closeness(weight: Tensor, block: Block, i: int) -> float:
     weakest = min(abs(weight[block.row, c].item()) for c, kept in zip(block.columns, block.kept, strict=True) if kept)
-    return strongest / weakest
+    return abs(block.evidence[i]) / weakest
 
 
-def designate(weight: Tensor, blocks: list[Block], s: Settings) -> None:
-    open_blocks = [block for block in blocks if not frozen(block, s)]
-    chosen = sorted(open_blocks, key=lambda b: urgency(weight, b), reverse=True)[
-        : math.ceil(s.share * len(open_blocks))
-    ]
-    for block in blocks:
-        block.designated = any(block is c for c in chosen)
+def contend(weight: Tensor, layer: Layer, s: Settings) -> None:
+    layer.contenders = {}
+    for row in range(weight.shape[0]):
+        pruned = [(b, i) for b in layer.blocks if b.row == row for i in range(s.m) if not b.kept[i]]
+        count = math.ceil(s.contenders * len(pruned))
+        open_slots = [(b, i) for b, i in pruned if not frozen(b, s)]
+        ranked = sorted(open_slots, key=lambda slot: closeness(weight, *slot), reverse=True)
+        chosen = ranked[:count]
+        layer.contenders[row] = [slot for slot in pruned if any(slot[0] is b and slot[1] == i for b, i in chosen)]
 
 
-def adapt(weight: Tensor, momentum: Tensor, block: Block, s: Settings) -> int:
+def adapt(weight: Tensor, momentum: Tensor, layer: Layer, s: Settings) -> int:
+    swaps = 0
+    for row in layer.contenders.values():
+        open_slots = [(b, i) for b, i in row if not frozen(b, s)]
+        groups = [open_slots]
+        if not s.one_per_row:
+            groups = [[slot for slot in open_slots if slot[0] is block] for block in layer.blocks]
+        for group in groups:
+            if group:
+                challenger = max(group, key=lambda slot: closeness(weight, *slot))
+                swaps += swap(weight, momentum, row, *challenger, s)
+    return swaps
+
+
+def swap(
+    weight: Tensor, momentum: Tensor, contenders: list[tuple[Block, int]], block: Block, into: int, s: Settings
+) -> bool:
+    """Let a contender take the place of the weakest kept weight of its block if it exceeds that by the margin."""
+
     def size(i: int) -> float:
         return abs(weight[block.row, block.columns[i]].item())
 
-    kept = sorted((i for i in range(s.m) if block.kept[i]), key=size)
-    pruned = sorted((i for i in range(s.m) if not block.kept[i]), key=lambda i: -abs(block.evidence[i]))
-    pairs = []
-    for weakest, strongest in zip(kept, pruned, strict=False):
-        if not abs(block.evidence[strongest]) > (1 + s.margin) * size(weakest):
-            break
-        pairs.append((weakest, strongest))
-    if not pairs:
-        return 0
-    largest = (1 + s.margin) * max(size(weakest) for weakest, _ in pairs)
-    for weakest, strongest in pairs:
-        out, into = block.columns[weakest], block.columns[strongest]
-        revived = block.evidence[strongest]
-        block.evidence[weakest], block.evidence[strongest] = weight[block.row, out].item(), 0.0
-        weight[block.row, into] = max(-largest, min(largest, revived))
-        weight[block.row, out] = 0
-        momentum[block.row, out] = momentum[block.row, into] = 0
-        block.mean_gradient[weakest] = block.mean_gradient[strongest] = 0.0
-        block.kept[weakest], block.kept[strongest] = False, True
-    block.oscillations += any(strongest in block.pruned_earlier for _, strongest in pairs)
-    block.pruned_earlier.update(weakest for weakest, _ in pairs)
-    return len(pairs)
+    out = min((i for i in range(s.m) if block.kept[i]), key=size)
+    if not abs(block.evidence[into]) > (1 + s.margin) * size(out):
+        return False
+    largest = (1 + s.margin) * size(out)
+    dropped, revived = weight[block.row, block.columns[out]].item(), block.evidence[into]
+    block.evidence[out], block.evidence[into] = dropped, 0.0
+    weight[block.row, block.columns[into]] = max(-largest, min(largest, revived))
+    weight[block.row, block.columns[out]] = 0
+    momentum[block.row, block.columns[out]] = momentum[block.row, block.columns[into]] = 0
+    block.mean_gradient[out] = block.mean_gradient[into] = 0.0
+    block.kept[out], block.kept[into] = False, True
+    block.oscillations += into in block.pruned_earlier
+    block.pruned_earlier.add(out)
+    place = next(place for place, slot in enumerate(contenders) if slot[0] is block and slot[1] == into)
+    contenders[place] = (block, out)
+    return True

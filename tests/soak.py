@@ -97,7 +97,7 @@ def all_settings(draw: st.DrawFn) -> Setting:
         schedule=Schedule(start, start + draw(st.integers(1, 30)), draw(st.integers(1, 4))),
         evidence=Evidence(
             read_every=draw(st.integers(1, 9)),
-            share=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+            contenders=draw(st.sampled_from([0.01, 0.1, 0.5, 1.0])),
             step_size=draw(st.sampled_from([0.5, 1.0, 5.0])),
             momentum=draw(st.sampled_from([0.0, 0.9])),
             init=draw(st.sampled_from(["zero", "weights"])),

@@ -9,10 +9,10 @@ import torch
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.schedule import Window
 
-EVERYWHERE, DESIGNATED = True, False
+EVERYWHERE, CONTENDERS = True, False
 
 
-def test_all_blocks_are_read_at_intervals_and_designated_ones_in_between() -> None:
+def test_all_blocks_are_read_at_intervals_and_contenders_in_between() -> None:
     evidence, window = Evidence(read_every=3), Window(4, 11, 10)
     kinds = {step: evidence.reading(step, window) for step in range(14)}
     assert [step for step, kind in kinds.items() if kind is None] == [0, 1, 2, 3, 11, 12, 13]
@@ -23,7 +23,7 @@ def test_all_blocks_are_read_at_intervals_and_designated_ones_in_between() -> No
 @pytest.mark.parametrize(("read_every", "steps"), [(1, 1), (2, 1), (3, 2), (10, 3), (16, 4), (100, 10)])
 def test_a_reading_everywhere_stands_for_the_root_of_the_interval(read_every: int, steps: int) -> None:
     window = Window(5, 1005, 10)
-    assert Evidence(read_every=read_every).reading(5, window) == Reading(EVERYWHERE, steps, forgets=1)
+    assert Evidence(read_every=read_every, step_size=1.0).reading(5, window) == Reading(EVERYWHERE, steps, forgets=1)
 
 
 def test_steps_shrink_along_a_cosine_to_nothing_at_the_end_of_the_window() -> None:
@@ -38,16 +38,11 @@ def test_steps_shrink_along_a_cosine_to_nothing_at_the_end_of_the_window() -> No
     assert [kind.steps for kind in kinds if kind] == pytest.approx(steps, rel=1e-12)
     # What is forgotten knows neither the step size nor for how many steps a reading stands.
     assert [kind.forgets for kind in kinds if kind] == pytest.approx([(1 + c) / 2 for c in cosines], rel=1e-12)
-    assert [kind.everywhere for kind in kinds if kind] == [EVERYWHERE, DESIGNATED, DESIGNATED] * 4
-
-
-def test_without_designated_blocks_nothing_is_read_in_between() -> None:
-    evidence = Evidence(read_every=2, share=0.0)
-    assert [evidence.reading(step, Window(0, 5, 1)) is not None for step in range(6)] == [1, 0, 1, 0, 1, 0]
+    assert [kind.everywhere for kind in kinds if kind] == [EVERYWHERE, CONTENDERS, CONTENDERS] * 4
 
 
 def test_every_block_may_adapt_by_accumulated_evidence() -> None:
-    assert [Evidence(share=0.1).adaptable_share(step, Window(0, 10, 5)) for step in (0, 4, 9)] == [1, 1, 1]
+    assert [Evidence(contenders=0.1).adaptable_share(step, Window(0, 10, 5)) for step in (0, 4, 9)] == [1, 1, 1]
 
 
 def test_one_batch_reads_everything_when_masks_adapt_and_at_no_other_step() -> None:
@@ -68,10 +63,11 @@ def test_one_batch_anneals_its_share_by_a_cosine() -> None:
     [
         (Evidence, {"read_every": 0}, r"`evidence.read_every` must be a whole number .* at least 1; got 0"),
         (Evidence, {"read_every": 2.5}, r"`evidence.read_every` must be a whole number .* at least 1; got 2.5"),
-        (Evidence, {"share": "abc"}, r"`evidence.share` must be a number; got 'abc'"),
-        (Evidence, {"share": -0.1}, r"`evidence.share` is a share of blocks in \[0, 1\]; got -0.1"),
-        (Evidence, {"share": 1.5}, r"`evidence.share`.*got 1.5"),
-        (Evidence, {"share": math.nan}, r"`evidence.share`.*got nan"),
+        (Evidence, {"contenders": "abc"}, r"`evidence.contenders` must be a number; got 'abc'"),
+        (Evidence, {"contenders": 0.0}, r"`evidence.contenders` is a share of .* positions in \(0, 1\]; got 0.0"),
+        (Evidence, {"contenders": 1.5}, r"`evidence.contenders`.*got 1.5"),
+        (Evidence, {"contenders": math.nan}, r"`evidence.contenders`.*got nan"),
+        (Evidence, {"share": 0.3}, r"`evidence.share` = 0.3 was a share of blocks.*`evidence.contenders`"),
         (Evidence, {"step_size": 0.0}, r"`evidence.step_size` must be positive; got 0.0"),
         (Evidence, {"step_size": -1.0}, r"`evidence.step_size`.*got -1.0"),
         (Evidence, {"step_size": math.nan}, r"`evidence.step_size`.*got nan"),
@@ -92,9 +88,8 @@ def test_arguments_outside_their_range_are_refused(kind: Any, arguments: dict[st
         kind(**arguments)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_ends_of_the_range_of_shares_are_allowed(share: float) -> None:
-    assert Evidence(share=share).share == share
+def test_all_pruned_positions_may_contend() -> None:
+    assert Evidence(contenders=1.0).contenders == 1
 
 
 def test_swaps_may_need_no_margin() -> None:

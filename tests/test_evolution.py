@@ -117,7 +117,7 @@ def test_one_batch_has_nothing_to_go_by_without_a_gradient() -> None:
 
 
 @given(cases(), st.booleans(), st.integers(0, 1000))
-def test_evidence_moves_in_the_blocks_that_are_read_and_at_pruned_positions_only(
+def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_swaps(
     case: Case, everywhere: bool, seed: int
 ) -> None:
     pattern, gradient = case
@@ -133,56 +133,68 @@ def test_evidence_moves_in_the_blocks_that_are_read_and_at_pruned_positions_only
         Evidence(momentum=0.0, one_per_row=False),
         freeze_after=0,
     )
-    frozen = torch.rand(len(positions), generator=torch.Generator().manual_seed(seed)) < 0.3
+    generator = torch.Generator().manual_seed(seed)
+    frozen = torch.rand(len(positions), generator=generator) < 0.3
     weight.history = weight.history._replace(oscillations=frozen.int())
-    open_blocks = (~frozen).nonzero().flatten()
-    weight.designated = open_blocks[::2]
-    chosen = set((open_blocks if everywhere else open_blocks[::2]).tolist())
+    # As many pruned positions of each row, drawn at random, numbered through all blocks.
+    flat = [place for block in positions for place in block]
+    rows = [[i for i, place in enumerate(flat) if place[0] == row and pruned[place]] for row in range(len(gradient))]
+    chosen = [torch.randperm(len(row), generator=generator)[: -(-len(row) // 2)].tolist() for row in rows]
+    contenders = [[row[i] for i in picks] for row, picks in zip(rows, chosen, strict=True)]
+    weight.contenders = torch.tensor(contenders, dtype=torch.int64).view(len(gradient), -1)
+    contending = {i for row in contenders for i in row}
+    read_places = {
+        i
+        for i, place in enumerate(flat)
+        if pruned[place] and (everywhere or i in contending) and not frozen[i // pattern.m]
+    }
 
     if everywhere:
         # All kept weights are 1; gradients count in unfrozen blocks at pruned positions.
-        seen = [gradient[place].item() for b in chosen for place in positions[b] if pruned[place]]
-        square = sum(g * g for g in seen) / max(1, len(seen))
+        square = sum(gradient[flat[i]].item() ** 2 for i in read_places) / max(1, len(read_places))
         unit = 1 / math.sqrt(square) if square else 0.0
     else:
         weight.noise, weight.unit, unit = torch.tensor(1.0), torch.tensor(0.5), 0.5
     learn(weight, sgd(weight, lr=0.5, weight_decay=0.25), gradient, everywhere=everywhere)
-    evidence = [
-        [-unit * gradient[place].item() * bool(pruned[place]) * (b in chosen) for place in block]
-        for b, block in enumerate(positions)
-    ]
-    torch.testing.assert_close(weight.evidence, torch.tensor(evidence))
+    evidence = [-unit * gradient[place].item() if i in read_places else 0.0 for i, place in enumerate(flat)]
+    torch.testing.assert_close(weight.evidence.flatten(), torch.tensor(evidence))
 
     before = gradient.new_zeros(gradient.shape) + parameter.detach()
     weight.adapt(1.0)
-    for b, block in enumerate(positions):
-        strong = [i for i in range(pattern.m) if abs(evidence[b][i]) > 1.2]
-        strong = sorted(strong, key=lambda i, b=b: (-abs(evidence[b][i]), i))[: pattern.n]
-        old = [i for i in range(pattern.m) if kept[b, i]]
-        assert sum(not pruned[place] for place in block) == pattern.n
-        for i, place in enumerate(block):
-            if i in strong:  # in place of ones
-                assert parameter[place].item() == pytest.approx(math.copysign(1.2, evidence[b][i]))
-                assert weight.evidence[b, i] == 0
-            elif i in old[: len(strong)]:
-                assert (parameter[place], weight.evidence[b, i]) == (0, 1)
+    for b in range(len(positions)):
+        inside = range(b * pattern.m, (b + 1) * pattern.m)
+        # All kept weights are 1, so the first of them is the weakest.
+        strong = [i for row in contenders for i in row if i in inside and i in read_places and abs(evidence[i]) > 1.2]
+        into = max(strong, key=lambda i: abs(evidence[i]), default=None)
+        out = None if into is None else next(i for i in inside if kept[b, i - inside.start])
+        assert sum(not weight.sparse.pruned[flat[i]] for i in inside) == pattern.n
+        for i in inside:
+            place, left = flat[i], weight.evidence.flatten()[i].item()
+            if i == into:
+                assert parameter[place].item() == pytest.approx(math.copysign(1.2, evidence[i]))
+                assert left == 0
+            elif i == out:
+                assert (parameter[place], left) == (0, 1)
             else:
                 assert parameter[place] == before[place]
-                assert weight.evidence[b, i].item() == pytest.approx(evidence[b][i])
+                assert left == pytest.approx(evidence[i])
             assert bool(weight.sparse.pruned[place]) == (parameter[place] == 0)
-    assert not weight.due
 
 
 def test_a_reading_is_a_copy_of_the_gradient_before_it_is_masked() -> None:
     for everywhere in (True, False):
         sparse = sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2")
         weight = EvolvingWeight(sparse, Evidence(), freeze_after=1)
-        weight.designated = torch.tensor([0])
+        weight.contenders = torch.tensor([[1]])
         read(weight, [[3.0, 4.0]], everywhere)
         assert sparse.weight.grad is not None
         sparse.weight.grad.fill_(0)
         assert weight.reading is not None
-        assert weight.reading.gradient.tolist() == [[3.0, 4.0]]
+        if everywhere:
+            assert weight.reading.everywhere.tolist() == [[3.0, 4.0]]
+        else:
+            assert weight.reading.contenders.tolist() == [4.0]
+            assert weight.reading.around.tolist() == [[3.0, 4.0]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -219,19 +231,20 @@ def test_a_weight_without_a_gradient_learns_nothing() -> None:
     weight.accumulate(sgd(weight), Reading(True, 3), YES, WINDOW)
     assert not weight.evidence.any()
     assert weight.reading is None
-    assert not weight.due
 
 
-def test_blocks_that_were_never_read_do_not_adapt() -> None:
-    # Evidence starts at the pruned initial weights, larger than the kept ones; after a reading only block 1 is read.
+def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
+    # Evidence starts at the pruned initial weights, larger than the kept ones.
     sparse = sparse_linear([[1.0, 2.0, 1.0, 2.0]], [[1, 0, 1, 0]], "1:2")
     weight = EvolvingWeight(sparse, Evidence(init="weights", margin=0.5), freeze_after=1)
     assert weight.evidence.tolist() == [[0, 2], [0, 2]]
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-    weight.due = True  # even if all of them might
-    weight.adapt(1.0)
+    weight.adapt(1.0)  # nothing contends
     assert sparse.weight.tolist() == [[1, 0, 1, 0]]
-    weight.designated, weight.noise, weight.due = torch.tensor([1]), torch.tensor(1.0), False
+    weight.contend(1.0)
+    weight.adapt(1.0)  # nothing was read
+    assert sparse.weight.tolist() == [[1, 0, 1, 0]]
+    weight.contenders, weight.noise = torch.tensor([[3]]), torch.tensor(1.0)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
     assert weight.evidence.tolist() == [[0, 2], [1, 0]]
@@ -254,7 +267,7 @@ def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
 
 def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
     weight = EvolvingWeight(sparse_linear([[2.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=None)
-    weight.designated = torch.tensor([0])
+    weight.contenders = torch.tensor([[1]])
     noise = []
     for gradient, everywhere in [(2.0, True), (9.0, False), (-4.0, True), (0.0, True), (1.0, True), (5.0, False)]:
         learn(weight, sgd(weight), [[7.0, gradient]], everywhere=everywhere)
@@ -296,7 +309,7 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
             # The optimizer's rate, which would have to be a / b, is another one.
             learn(weight, sgd(weight), scale * gradient, distance=0.5, everywhere=step % 3 == 0)
             if step % 3 == 0:
-                weight.designate(0.5)
+                weight.contend(0.5)
             if step % 2:
                 weight.adapt(1.0)
         one, other = pair
@@ -309,25 +322,22 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
     assert flips > 0
 
 
-def test_blocks_that_were_not_read_since_wait_for_the_next_reading_of_all() -> None:
-    # Every block would swap; the designated one does, then all of them.
+def test_only_contenders_swap_and_others_wait_for_the_next_reading_of_all() -> None:
+    # Every block would swap; that of the contender does, then the closest half of them.
     sparse = sparse_linear([[1.0, 0.0] * 4], [[1, 0] * 4], "1:2")
     weight = EvolvingWeight(sparse, Evidence(margin=0.0, one_per_row=False), freeze_after=None)
     learn(weight, sgd(weight), [[0.0, 1.0] * 4], distance=0.5)
-    weight.designated = torch.tensor([2])
-    weight.adapt(1.0)
-    assert int(weight.flips) == 0  # 0.5 < 1
-    weight.evidence[:, 1] = 3
-    learn(weight, sgd(weight), torch.zeros(1, 8), everywhere=False)
+    weight.contenders = torch.tensor([[5]])
+    weight.evidence[:, 1] = torch.tensor([5.0, 4, 3, 2])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 1, 0, 0, 1, 1, 0]]
+    assert weight.contenders.tolist() == [[4]]
     weight.adapt(1.0)
     assert int(weight.last_flips) == 0
-    learn(weight, sgd(weight), torch.zeros(1, 8))
-    learn(weight, sgd(weight), torch.zeros(1, 8), everywhere=False)
+    weight.contend(0.5)
     weight.adapt(1.0)
-    assert sparse.weight.tolist() == [[0, 1] * 4]
-    assert (int(weight.last_flips), int(weight.flips)) == (6, 8)
+    assert sparse.weight.tolist() == [[0, 1, 0, 1, 0, 1, 1, 0]]
+    assert (int(weight.last_flips), int(weight.flips)) == (4, 6)
 
 
 @pytest.mark.parametrize(("freeze_after", "adaptations"), [(0, 2), (1, 3), (2, 4), (None, 6)])
@@ -339,6 +349,7 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
     changes = 0
     for c in range(6):
         learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]], distance=2)
+        weight.contend(1.0)
         weight.adapt(1.0)
         changes += bool(weight.last_flips)
     assert changes == adaptations
@@ -346,6 +357,7 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
     # Not even if training brings its kept weight down below the evidence that it has.
     weight.sparse.weight.detach().mul_(1e-6)
     learn(weight, sgd(weight), torch.zeros(1, 2))
+    weight.contend(1.0)
     weight.adapt(1.0)
     assert bool(weight.last_flips) == (freeze_after is None)
 
@@ -358,7 +370,7 @@ def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state
     sparse = sparse_linear([[1.0, 0, 0, 0]], [[1, 0, 0, 0]], "1:4")
     sparse.weight = nn.Parameter(sparse.weight.detach().to(dtype))
     weight = EvolvingWeight(sparse, Evidence(momentum=0.0, margin=0.5), freeze_after=1)
-    weight.designated, weight.noise = torch.tensor([0]), torch.tensor(1.0, dtype=state)
+    weight.contenders, weight.noise = torch.tensor([[1, 2, 3]]), torch.tensor(1.0, dtype=state)
     weight.unit = weight.noise.clone()
     for _ in range(3):
         # bfloat16 cannot hold 3 + 3 / 512
@@ -370,7 +382,7 @@ def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state
     assert sparse.weight.tolist() == [[0, 0, 1.5, 0]]
     learn(weight, sgd(weight), torch.ones(1, 4))
     assert {weight.evidence.dtype, weight.noise.dtype, weight.unit.dtype} == {state}
-    weight.designate(1.0)
+    weight.contend(1.0)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
 
@@ -383,16 +395,20 @@ def test_large_blocks_are_no_trouble() -> None:
     parameter.data.masked_fill_(pruned, 0)
     weight = EvolvingWeight(sparse, Evidence(momentum=0.0, one_per_row=False), freeze_after=1)
     learn(weight, sgd(weight), torch.full((2, 2048), 7.0), distance=2)
+    weight.contend(1.0)
     weight.adapt(1.0)
-    assert weight.flips == 2 * 2048
-    torch.testing.assert_close(sparse.weight.detach(), -1.2 * born)
-    assert torch.equal(sparse.pruned, ~born)
+    # The first pruned weight of each of the four blocks takes the place of the first kept one.
+    assert weight.flips == 2 * 4
+    expected = torch.where(born, 0.0, 1.0)
+    expected[:, [0, 1024]], expected[:, [512, 1536]] = 0.0, -1.2
+    torch.testing.assert_close(sparse.weight.detach(), expected)
+    assert torch.equal(sparse.pruned, expected == 0)
 
 
 def test_a_reading_forgets_a_part_of_the_evidence_before_it() -> None:
     weight = EvolvingWeight(sparse_linear([[1.0, 8.0, 1.0, 4.0]], [[1, 0, 1, 0]], "1:2"), Evidence(), None)
-    weight.designated = torch.tensor([1])
-    # Half of 1 / 4 is forgotten in the block that is read, and nothing is learned from a gradient of zero.
+    weight.contenders = torch.tensor([[3]])
+    # Half of 1 / 4 is forgotten where it is read, and nothing is learned from a gradient of zero.
     read(weight, torch.zeros(1, 4), everywhere=False)
     weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), YES, 4)
     assert weight.evidence.tolist() == [[0, 8], [0, 3.5]]
@@ -420,7 +436,7 @@ def evolve(weight: EvolvingWeight, optimizer: torch.optim.Optimizer, seeds: rang
         gradient = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
         learn(weight, optimizer, gradient, everywhere=everywhere)
         if everywhere:
-            weight.designate(0.25)
+            weight.contend(0.25)
         weight.adapt(1.0)
         weight.reading = None
 
@@ -430,13 +446,20 @@ def everything(weight: EvolvingWeight) -> list[Tensor]:
         weight.sparse.weight.detach(),
         weight.sparse.pruned,
         weight.evidence,
-        # Of what has been revived the mean is forgotten at the next reading only.
-        weight.mean_gradient.masked_fill(weight.sparse.mask(), 0),
+        weight.mean_gradient,
         weight.noise,
         weight.unit,
         *weight.history,
     ]
-    return [*tensors, weight.designated, weight.flips, weight.last_flips, weight.predicted, weight.frozen]
+    return [
+        *tensors,
+        weight.contenders,
+        weight.designated,
+        weight.flips,
+        weight.last_flips,
+        weight.predicted,
+        weight.frozen,
+    ]
 
 
 def test_a_restored_weight_goes_on_bit_by_bit() -> None:
@@ -463,34 +486,19 @@ def test_a_restored_weight_goes_on_bit_by_bit() -> None:
     assert all(torch.equal(handed[key], saved[key]) for key in saved)
 
 
-def test_a_restored_weight_knows_that_all_blocks_were_read() -> None:
-    flips = []
-    for due in (True, False):
-        weight, optimizer = evolved()
-        learn(weight, optimizer, torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), distance=3)
-        weight.due = due
-        twin, _ = evolved()
-        twin.load_state_dict(weight.state_dict())
-        twin.adapt(1.0)
-        flips.append(int(twin.flips))
-    assert flips[0] > 0
-    assert flips[1] == 0  # no block is designated
-
-
 def test_the_saved_state_is_a_compact_copy() -> None:
     weight, optimizer = evolved()
     evolve(weight, optimizer, range(4))
     state = weight.state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "evidence": (48,),  # of pruned positions only
+        "contenders": (6, 2),  # a quarter of the 8 that are pruned in each of 6 rows
         "mean_gradient": (48,),
         "noise": (),
         "unit": (),
         "oscillations": (24,),
         "ages": (24,),
         "pruned_before": (12,),  # one bit for each of 96 positions
-        "designated": (len(weight.designated),),
-        "due": (),
         "flips": (),
         "last_flips": (),
         "predicted": (),

@@ -15,7 +15,7 @@ YES = torch.tensor(True)
 
 
 def test_accumulated_evidence_by_hand() -> None:
-    # 99 marks gradients of kept weights, and -99 those of blocks that are not designated: neither may matter.
+    # 99 marks gradients of kept weights, and -99 those of pruned ones that do not contend: neither may move evidence.
     sparse = sparse_linear(
         [[1.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 0.25], [1.25, 0.0, 2.75, 0.0, 0.0, 0.0, 4.0, 1.25]],
         [[1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 1, 1]],
@@ -35,84 +35,92 @@ def test_accumulated_evidence_by_hand() -> None:
     v = [[0, 0, 1.25, -1.5], [-1, 0, -0.25, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
 
-    # Urgency 1.5 / 0.5, 1 / 0.25, 0.5 / 1.25 and 1.5 / 1.25: half of the four blocks are the first two.
-    weight.designate(0.5)
-    assert weight.designated.tolist() == [0, 1]
+    # Over the weakest kept weight of the block: 2.5, 3; 4, 1 in the first row, 0.4, 0.2; 0.6, 1.2 in the second. Half of the
+    # four pruned positions of each row contend. They lie in three of the four blocks.
+    weight.contend(0.5)
+    assert weight.contenders.tolist() == [[3, 4], [12, 13]]
+    assert weight.designated.tolist() == [True, True, False, True]
 
-    # A quarter of the unit is a step of 1: v = v - g. Neither noise nor unit follow what only some blocks show.
-    gradient = [[99, 99, -0.0625, 0.25, 0.5, 99, -0.25, 99], [-99] * 8]
+    # A quarter of the unit is a step of 1: v = v - g. Neither noise nor unit follow what only contenders show.
+    gradient = [[99, 99, -99, 0.25, 0.5, 99, -99, 99], [99, -99, 99, -99, -0.25, 0, 99, 99]]
     learn(weight, optimizer, gradient, distance=0.25, everywhere=False)
-    v = [[0, 0, 1.3125, -1.75], [-1.5, 0, 0, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
+    v = [[0, 0, 1.25, -1.75], [-1.5, 0, -0.25, 0], [0, 0.5, 0, -0.25], [1, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
     assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
+    assert weight.read_share == 4 / 8
 
-    # Block 0: 1.75 for 0.5, and 1.3125 for 1, more than 1.25 times as much: they start at 1.25 * 1. Block 1: 1.5 for 0.25,
-    # starting at 0.3125. Block 3: 1.5 is more than 1.25, but less than 1.25 times as much.
+    # Block 0: 1.75 for 0.5, more than 1.25 times as much: it starts at 1.25 * 0.5. Block 1: 1.5 for 0.25, starting at 0.3125.
+    # Block 3: 1.5 is more than 1.25, but less than 1.25 times as much.
     weight.adapt(1.0)
-    w = [[0, 0, 1.25, -1.25, -0.3125, 2, 0, 0], [1.25, 0, 2.75, 0, 0, 0, 4, 1.25]]
+    w = [[1, 0, 0, -0.625, -0.3125, 2, 0, 0], [1.25, 0, 2.75, 0, 0, 0, 4, 1.25]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     assert sparse.weight is parameter
     assert sparse.weight.data_ptr() == storage
-    v = [[1, 0.5, 0, 0], [0, 0, 0, 0.25], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
+    v = [[0, 0.5, 1.25, 0], [0, 0, -0.25, 0.25], [0, 0.5, 0, -0.25], [1, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert sparse.mask().int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
-    assert (~sparse.pruned).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
+    assert sparse.mask().int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+    assert (~sparse.pruned).int().tolist() == [[1, 0, 0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
+    # What was pruned contends in place of what was revived.
+    assert weight.contenders.tolist() == [[1, 7], [12, 13]]
     assert weight.history.oscillations.tolist() == [0, 0, 0, 0]
-    pruned_before = [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    pruned_before = [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (6, 6)
-    # Minus gradient times change. Block 0 changes by [-1, -0.5, 1.25, -1.25]: 99 + 49.5 + 0.078125 + 0.3125. Block 1 by
-    # [-0.3125, 0, 0, -0.25]: 0.15625 + 24.75.
-    torch.testing.assert_close(weight.predicted, torch.tensor(148.890625 + 24.90625))
+    assert (int(weight.last_flips), int(weight.flips)) == (4, 4)
+    # Minus gradient times change. Block 0 changes by [0, -0.5, 0, -0.625]: 49.5 + 0.15625. Block 1 by [-0.3125, 0, 0, -0.25]:
+    # 0.15625 + 24.75.
+    torch.testing.assert_close(weight.predicted, torch.tensor(49.65625 + 24.90625))
 
-    # Block 3 would swap now, 1.5 > 1.25 * 1, but only designated blocks have been read since. Block 0 revives position 0,
-    # which it has just pruned: v = 1 + 1 beats 1.25 * 1.25; of the two equal kept weights the first one goes. Block 1
-    # revives position 2, never pruned before: 1 beats 1.25 * 0.3125.
-    sparse.weight.data[1, 7] = 1.0
-    learn(weight, optimizer, [[-1, 0.25, 99, 99, 99, 99, -1, 0], [-99] * 8], distance=0.25, everywhere=False)
+    # Block 0 revives position 1, which it has just pruned: 0.5 + 0.5 beats 1.25 * 0.625. Position 2 would as well, with 1.25,
+    # but does not contend. Block 1 has 0.25 for 0.3125. Block 3: 1 + 1 beats 1.25 * 1.25, before position 13 with 1.5.
+    gradient = [[99, -0.5, 99, 99, 99, 99, 99, 0], [99, 99, 99, 99, -1, 0, 99, 0]]
+    learn(weight, optimizer, gradient, distance=0.25, everywhere=False)
     weight.adapt(1.0)
-    w = [[1.5625, 0, 0, -1.25, 0, 2, 0.390625, 0], [1.25, 0, 2.75, 0, 0, 0, 4, 1]]
+    w = [[1, 0.78125, 0, 0, -0.3125, 2, 0, 0], [1.25, 0, 2.75, 0, 1.5625, 0, 4, 0]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
-    v = [[0, 0.25, 1.25, 0], [-0.3125, 0, 0, 0.25], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
+    v = [[0, 0, 1.25, -0.625], [0, 0, -0.25, 0.25], [0, 0.5, 0, -0.25], [0, -1.5, 0, 1.25]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
+    assert weight.contenders.tolist() == [[3, 7], [15, 13]]
     assert weight.history.oscillations.tolist() == [1, 0, 0, 0]
-    pruned_before = [[1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    pruned_before = [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 10)
-    # Block 0 changes by [1.5625, 0, -1.25, 0]: 1.5625 + 123.75. Block 1 by [0.3125, 0, 0.390625, 0]: -30.9375 + 0.390625.
-    torch.testing.assert_close(weight.predicted, torch.tensor(125.3125 - 30.546875))
+    assert (int(weight.last_flips), int(weight.flips)) == (4, 8)
+    # Block 0 changes by [0, 0.78125, 0, 0.625]: 0.390625 - 61.875. Block 3 by [1.5625, 0, 0, -1.25]: 1.5625.
+    torch.testing.assert_close(weight.predicted, torch.tensor(0.390625 - 61.875 + 1.5625))
     assert not weight.frozen.any()
 
-    # Training makes all weights 1. Mean square of pruned gradients (4 + 9 + 49) / 8 = 7.75, a tenth of it and nine tenths of
+    # Training makes all weights 1. Mean square of pruned gradients (9 + 4 + 49) / 8 = 7.75, a tenth of it and nine tenths of
     # 0.25 are 1: the unit is 1, half of it a step of 1/2.
-    sparse.weight.data = torch.tensor([[1.0, 0, 0, -1, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0, 1, 1]])
-    learn(weight, optimizer, [[99, 0, -2, 99, 0, 99, 99, 0], [99, 3, 99, 0, -7, 0, 99, 99]], distance=0.5)
+    sparse.weight.data = torch.tensor([[1.0, 1, 0, 0, -1, 1, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
+    learn(weight, optimizer, [[99, 99, 0, 3, 99, 99, 0, 0], [99, -2, 99, 0, 99, 0, 99, -7]], distance=0.5)
     torch.testing.assert_close(torch.stack([weight.noise, weight.unit]), torch.ones(2))
-    v = [[0, 0.25, 2.25, 0], [-0.3125, 0, 0, 0.25], [0, -1, 0, -0.25], [4.25, -1.5, 0, 0]]
+    v = [[0, 0, 1.25, -2.125], [0, 0, -0.25, 0.25], [0, 1.5, 0, -0.25], [0, -1.5, 0, 4.75]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    # Block 0 revives position 2 again: its second oscillation, one more than it may make. Block 3 swaps both, at last.
+    weight.contend(0.25)
+    assert weight.contenders.tolist() == [[3], [15]]
+    # Block 0 revives position 3, its second oscillation, one more than it may make; block 3 position 15, its first one. Of
+    # equal kept weights the first one goes.
     weight.adapt(1.0)
-    w = [[0, 0, 1.25, -1, 0, 1, 1, 0], [1, 0, 1, 0, 1.25, -1.25, 0, 0]]
+    w = [[0, 1, 0, -1.25, -1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1.25]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
-    assert weight.history.oscillations.tolist() == [2, 0, 0, 0]
+    assert weight.history.oscillations.tolist() == [2, 0, 0, 1]
     assert weight.frozen.tolist() == [True, False, False, False]
-    assert weight.designated.tolist() == [1]
+    assert weight.contenders.tolist() == [[0], [12]]
+    assert weight.designated.tolist() == [False, False, False, True]
 
     # It is neither read nor adapted any more, whatever comes, nor does it count as noise: nine tenths of 1, and nothing.
     sparse.weight.data[0, :4] *= 1e-3
     before = [sparse.weight[0, :4].detach().clone(), weight.evidence[0].clone()]
-    read(weight, [[99, 99, 99, 99, 0, 0, 0, 0], [0] * 8])
-    assert weight.reading is not None
-    assert isinstance(weight.reading.blocks, torch.Tensor)
-    assert weight.reading.blocks.tolist() == [1, 2, 3]
-    weight.accumulate(optimizer, reading(weight), YES, WINDOW)
+    for everywhere, share in ((True, 3 / 4), (False, 1 / 8)):
+        read(weight, [[99, 99, 99, 99, 0, 0, 0, 0], [0] * 8], everywhere)
+        assert weight.read_share == share
+        weight.accumulate(optimizer, reading(weight, everywhere=everywhere), YES, WINDOW)
     torch.testing.assert_close(weight.noise, torch.tensor(0.9))
     weight.adapt(1.0)
-    weight.designate(1.0)
-    assert weight.designated.tolist() == [1, 2, 3]
+    assert weight.last_flips == 0
+    weight.contend(1.0)
+    assert weight.designated.tolist() == [False, True, True, True]
     after = [sparse.weight[0, :4].detach(), weight.evidence[0]]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert weight.last_flips == 0
 
 
 def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer() -> None:
@@ -136,10 +144,10 @@ def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer
 
 
 def test_evidence_follows_a_mean_of_gradients_by_hand() -> None:
-    # The mean forgets half at a reading. The unit stays 1 here, since only one block is read.
+    # The mean forgets half at a reading. The unit stays 1 here, since only one position is read.
     sparse = sparse_linear([[1.0, 0.0, 1.0, 0.0]], [[1, 0, 1, 0]], "1:2")
     weight = EvolvingWeight(sparse, Evidence(momentum=0.5, init="zero", margin=0.5), freeze_after=None)
-    weight.designated, weight.noise, weight.unit = torch.tensor([1]), torch.tensor(1.0), torch.tensor(1.0)
+    weight.contenders, weight.noise, weight.unit = torch.tensor([[3]]), torch.tensor(1.0), torch.tensor(1.0)
     optimizer = sgd(weight)
 
     def follow(gradient: list[float]) -> None:
@@ -209,7 +217,7 @@ def test_one_block_of_each_row_swaps_at_a_time() -> None:
     )
     weight = EvolvingWeight(sparse, Evidence(), freeze_after=0)
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-    weight.noise, weight.due = torch.tensor(1.0), True
+    weight.noise, weight.contenders = torch.tensor(1.0), torch.tensor([[1, 3, 5], [7, 9, 11], [13, 15, 17]])
     weight.adapt(1.0)
     swapped = [[1.0, 0, 0, 1.2, 2, 0], [0, 1.2, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(swapped))
@@ -217,11 +225,9 @@ def test_one_block_of_each_row_swaps_at_a_time() -> None:
     # The others of row 0 follow, one at a time; a frozen block does not stand in their way.
     weight.history.oscillations[2] = 1
     weight.evidence[2] = torch.tensor([0, 99.0])
-    weight.due = True
     weight.adapt(1.0)
     torch.testing.assert_close(sparse.weight[0].detach(), torch.tensor([0, 1.2, 0, 1.2, 2, 0]))
-    # Of designated blocks only one of the row may, too: block 1 of row 0 has 1 over 1.2, block 4 of row 1 nothing.
+    # Once it is not, it comes first.
     weight.history.oscillations[2] = 0
-    weight.designated = torch.tensor([1, 2, 4])
     weight.adapt(1.0)
     torch.testing.assert_close(sparse.weight[0].detach(), torch.tensor([0, 1.2, 0, 1.2, 0, 2.4]))

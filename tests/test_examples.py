@@ -124,7 +124,7 @@ def test_a_loop_without_lightning_is_the_callback_to_the_last_bit(
     names["train"](mine, batches, torch.optim.AdamW(mine.parameters(), lr=3e-3), "1:4")
     callback, task = BAMECallback("1:4", rescale=False), Batches(network(), batches)
     trainer(callback, max_epochs=1).fit(task)
-    assert callback.summary()["flips"] > 10
+    assert callback.summary()["flips"] > 4
     for key, value in mine.state_dict().items():
         assert torch.equal(value, task.model.state_dict()[key]), key
 

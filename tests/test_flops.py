@@ -415,14 +415,13 @@ def test_a_resumed_ledger_goes_on_exactly(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("schedule", "evidence", "steps", "share"),
     [
-        # everywhere at 2 and 5, designated at 3, 4, 6 and 7
-        (Schedule(2, 8, every=3), Evidence(read_every=3, share=0.5), 10, (2 + 4 * 0.5) / 10),
-        # the run ends inside the window: everywhere at 2, designated at 3
-        (Schedule(2, 20, every=3), Evidence(read_every=3, share=0.5), 4, (1 + 0.5) / 4),
-        (Schedule(2, 8, every=3), Evidence(read_every=3, share=0.0), 10, 2 / 10),
+        # everywhere at 2 and 5, contenders at 3, 4, 6 and 7
+        (Schedule(2, 8, every=3), Evidence(read_every=3, contenders=0.5), 10, (2 + 4 * 0.5) / 10),
+        # the run ends inside the window: everywhere at 2, contenders at 3
+        (Schedule(2, 20, every=3), Evidence(read_every=3, contenders=0.5), 4, (1 + 0.5) / 4),
         # at the adaptations after 4 and 7
         (Schedule(2, 8, every=3), OneBatch(share=0.5), 10, 2 / 10),
-        (Schedule(), Evidence(), 1000, 0.9 * (0.1 + 0.9 * 0.3)),
+        (Schedule(), Evidence(), 1000, 0.9 * (0.05 + 0.95 * 0.05)),
     ],
 )
 def test_the_mean_read_share_is_that_by_hand(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from benchmarks.accuracy.publish import ablation, headline, lead, longer
-from benchmarks.accuracy.study import COLUMNS, Row
+from benchmarks.accuracy.publish import ablation, equal, headline, lead, longer
+from benchmarks.accuracy.study import AS_COSTLY, COLUMNS, Row, stretched
 
 
 def rows(method: str, accuracies: Sequence[float], **rest: str) -> list[Row]:
@@ -36,13 +36,13 @@ def cells(table: list[str]) -> list[list[str]]:
 )
 def test_gain_is_bold_where_its_interval_leaves_out_zero(own: list[float], text: str) -> None:
     (found,) = cells(lead(rows("bame", own) + rows("sr_ste", [90, 90, 90])))
-    assert found == ["digits_cnn", "1:16", text, "", "", "4.00x"]
+    assert found == ["digits_cnn", "1:16", text, "", "", "", "4.00x"]
 
 
 def test_gain_compares_the_same_seeds_only() -> None:
     # Seeds 0 and 1 gain 2 and 2; the rival's seeds 2 and 3 have no twin, whatever they reached.
     (found,) = cells(lead(rows("bame", [92, 82]) + rows("static", [90, 80, 10, 20])))
-    assert found[2:5] == ["", "", "**+2.00 ± 0.00**"]
+    assert found[2:6] == ["", "", "**+2.00 ± 0.00**", ""]
 
 
 def test_fewer_bits_per_byte_are_ahead() -> None:
@@ -60,7 +60,9 @@ def test_headline_sets_each_method_against_sr_ste() -> None:
 def test_ablation_sets_each_change_against_the_default() -> None:
     worse = rows("bame", [89, 88.9], variant="no margin", train_loss="0.9")
     better = rows("bame", [91], variant="to the end", train_loss="0.1")
-    found = cells(ablation(rows("bame", [90, 90]) + worse + better))
+    found = cells(
+        ablation(rows("bame", [90, 90]) + worse + better + rows("bame_blocks", [80], variant="no margin"), "bame")
+    )
     assert [row[2] for row in found] == ["**nothing: the default**", "to the end", "no margin"]
     # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.0707 / sqrt(2) = 0.635.
     assert [row[5] for row in found] == ["", "+1.00", "**-1.05 ± 0.64**"]
@@ -91,6 +93,38 @@ def test_tasks_without_longer_runs_are_left_out() -> None:
 def test_longer_runs_are_no_part_of_the_ablation() -> None:
     default = rows("bame", [90, 90])
     found = cells(
-        ablation(default + rows("bame", [91], variant="twice the epochs") + rows("bame", [91], variant="no margin"))
+        ablation(
+            default + rows("bame", [91], variant="twice the epochs") + rows("bame", [91], variant="no margin"), "bame"
+        )
     )
     assert [row[2] for row in found] == ["**nothing: the default**", "no margin"]
+
+
+def test_rivals_of_the_same_flops_are_set_beside_bame_by_their_steps() -> None:
+    own = rows("bame", [90, 91], steps="1000", train_vs_dense="0.14")
+    rivals = rows("rigl", [89, 91], variant=AS_COSTLY, steps="1400", train_vs_dense="0.1")
+    shorter = rows("rigl", [80, 80], steps="1000", train_vs_dense="0.1")
+    found = cells(equal(own + rivals + shorter))
+    # Gains 1 and 0; Student's t of 1 degree of freedom is 12.706: 12.706 x 0.707 / sqrt(2) = 6.35.
+    assert [(row[2], row[3], row[6], row[8]) for row in found] == [
+        ("BAME", "1.00x", "", "0.140"),
+        ("RigL in blocks", "1.40x", "+0.50 ± 6.35", "0.140"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "factor", "overrides"),
+    [
+        # 6 epochs of whole data; 8.4 epochs are 9 of 14/15 each.
+        ("fashion_mnist_mlp", 1.4, ["trainer.max_epochs=9", 0.9333333]),
+        # 6 epochs of 250 steps; 6.6 epochs are 7 of 235.7 steps.
+        ("python_source_gpt", 1.1, ["trainer.max_epochs=7", 236]),
+        ("python_source_gpt", 2.0, ["trainer.max_epochs=12", 250]),
+    ],
+)
+def test_a_stretched_run_takes_whole_epochs_each_cut_short_alike(recipe: str, factor: float, overrides: list) -> None:
+    epochs, limit = stretched(recipe, factor)
+    name, value = limit.split("=")
+    assert (epochs, name) == (overrides[0], "++trainer.limit_train_batches")
+    assert float(value) == pytest.approx(overrides[1])
+    assert ("." in value) == isinstance(overrides[1], float)

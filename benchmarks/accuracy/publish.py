@@ -24,10 +24,10 @@ from bame_lightning.flops import Shares
 from bame_lightning.pattern import NMPattern
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
+    AS_COSTLY,
     CSV,
     LONGER,
     TABLE,
-    VARIANTS,
     Row,
     decimals,
     gain,
@@ -50,8 +50,15 @@ TASKS = {
     "python_source_gpt": "GPT on Python's standard library, 1,500 steps",
     "digits_cnn": "three convolutions on scikit-learn's digits",
 }
-METHODS = {"bame": "BAME", "sr_ste": "SR-STE", "static": "static mask", "rigl": "RigL in blocks", "dense": "dense"}
-COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), strict=True))
+METHODS = {
+    "bame": "BAME",
+    "bame_blocks": "BAME, first version",
+    "sr_ste": "SR-STE",
+    "static": "static mask",
+    "rigl": "RigL in blocks",
+    "dense": "dense",
+}
+COLOURS = dict(zip(METHODS, ("#0072B2", "#8CBEDD", "#D55E00", "#009E73", "#CC79A7", "#000000"), strict=True))
 MARKERS = {"1:16": "o", "1:8": "s", "1:4": "^", "2:4": "D", "": "*"}
 
 
@@ -79,6 +86,7 @@ def main() -> None:
     fill(ROOT / "README.md", "study", "\n".join(text))
 
     fill(ROOT / "docs" / "results.md", "lead", "\n".join(lead(rows)))
+    fill(ROOT / "docs" / "results.md", "equal", "\n".join(equal(rows)))
     text = [f"Measured on {hardware}.", "", "![quality against training FLOPs](../benchmarks/accuracy/results.png)", ""]
     for pattern in [pattern for pattern in MARKERS if pattern]:
         text += [f"### {pattern}", "", *headline(rows, pattern), "", over_sparse_layers(pattern), ""]
@@ -91,7 +99,8 @@ def main() -> None:
         "```\npython -m benchmarks.accuracy.study longer\npython -m benchmarks.accuracy.publish\n```",
     ]
     fill(ROOT / "docs" / "results.md", "longer", "\n".join(text))
-    fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows)))
+    fill(ROOT / "docs" / "results.md", "ablation", "\n".join(ablation(rows, "bame")))
+    fill(ROOT / "docs" / "results.md", "first-ablation", "\n".join(ablation(rows, "bame_blocks")))
     fill(ROOT / "docs" / "results.md", "predictor", "\n".join(predictor()))
     _recipes(rows, hardware)
 
@@ -107,7 +116,7 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
         base = groups.get((pattern, "sr_ste"), [])
         for method, title in METHODS.items():
             group = groups.get(("" if method == "dense" else pattern, method), [])
-            if not group or not groups.get((pattern, "bame")):
+            if not group or not any(groups.get((pattern, version)) for version in ("bame", "bame_blocks")):
                 continue
             against = _ahead(group, base) if method not in ("sr_ste", "dense") else ""
             flops = statistics.mean(float(row["train_vs_sr_ste"]) for row in group)
@@ -123,10 +132,10 @@ def headline(rows: list[Row], pattern: str) -> list[str]:
 
 def lead(rows: list[Row]) -> list[str]:
     """By how much BAME is ahead of each rival, seed by seed, with the 95 % interval of the mean by Student's t."""
-    rivals = ("sr_ste", "rigl", "static")
+    rivals = ("sr_ste", "rigl", "static", "bame_blocks")
     lines = [
         f"| task | N:M | {' | '.join(f'ahead of {METHODS[rival]}' for rival in rivals)} | SR-STE costs |",
-        "|---|---|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for task in TASKS:
         groups = _groups([row for row in rows if row["recipe"] == task and not row["variant"]])
@@ -136,6 +145,28 @@ def lead(rows: list[Row]) -> list[str]:
             ahead = [_ahead(own, groups.get((pattern, rival), [])) for rival in rivals]
             lines.append(f"| {task} | {pattern} | {' | '.join(ahead)} | {cost:.2f}x |")
     return lines
+
+
+def equal(rows: list[Row]) -> list[str]:
+    """BAME beside rivals that trained as long as makes their FLOPs of the whole network the same."""
+    lines = [
+        "| task | N:M | method | steps | seeds | quality | BAME is ahead by | training loss | FLOPs / dense, 1x |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
+        runs = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
+        own = [row for row in runs if row["method"] == "bame" and not row["variant"]]
+        rivals = _groups([row for row in runs if row["variant"] == AS_COSTLY])
+        for group in [own, *rivals.values()] if own and rivals else []:
+            times = int(group[0]["steps"]) / int(own[0]["steps"])
+            cells = [
+                *(task, pattern, METHODS[group[0]["method"]], f"{times:.2f}x", str(len(group)), quality_spread(group)),
+                _ahead(own, group) if group is not own else "",
+                spread([float(row["train_loss"]) for row in group], 4),
+                f"{times * statistics.mean(float(row['train_vs_dense']) for row in group):.3f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study equal`."]
 
 
 def _ahead(own: list[Row], rivals: list[Row]) -> str:
@@ -198,7 +229,7 @@ def over_sparse_layers(pattern: str) -> str:
     """How many times SR-STE's training FLOPs exceed BAME's and a static mask's, over the N:M layers alone, by the defaults."""
     default, schedule = Evidence(), Schedule()
     assert isinstance(schedule.stop, float)
-    read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.share)
+    read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.contenders)
     density = NMPattern.parse(pattern).density
     base, bame, static = (
         shares.forward + shares.input_gradient + shares.weight_gradient
@@ -210,16 +241,18 @@ def over_sparse_layers(pattern: str) -> str:
     )
 
 
-def ablation(rows: list[Row]) -> list[str]:
-    """The default with one part changed, beside the default under the same seeds; the lowest training loss first."""
+def ablation(rows: list[Row], method: str) -> list[str]:
+    """A version of BAME with one part changed, beside itself under the same seeds; the lowest training loss first."""
     lines = [
         "| task | N:M | changed | seeds | quality | ahead of the default | training loss | swaps a block | FLOPs / SR-STE |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
         chosen = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
-        changed = [row for row in chosen if row["variant"] in VARIANTS or row["method"] == "bame_one_batch"]
-        default = [row for row in chosen if row["method"] == "bame" and not row["variant"]]
+        lengths = ("", *LONGER, AS_COSTLY)
+        changed = [row for row in chosen if row["method"] == method and row["variant"] not in lengths]
+        changed += [row for row in chosen if row["method"] == "bame_one_batch"]
+        default = [row for row in chosen if row["method"] == method and not row["variant"]]
         groups: dict[str, list[Row]] = {}
         for row in changed:
             groups.setdefault(row["variant"] or "one batch, the literal criterion", []).append(row)

@@ -14,6 +14,7 @@ import argparse
 import csv
 import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -52,66 +53,42 @@ def _attempt(kind: str) -> str:
 
 VARIANTS = {
     "no margin": ["method.evidence.margin=0.0"],
-    "margin 0.5": ["method.evidence.margin=0.5"],
     "any number of blocks a row": ["method.evidence.one_per_row=false"],
     "gradients not averaged": ["method.evidence.momentum=0.0"],
-    "gradients averaged longer": ["method.evidence.momentum=0.97"],
+    "gradients averaged shorter, smaller step": ["method.evidence.momentum=0.9", "method.evidence.step_size=1.0"],
     "evidence from zero": ["method.evidence.init=zero"],
-    "half the step": ["method.evidence.step_size=0.5"],
-    "twice the step": ["method.evidence.step_size=2.0"],
+    "two thirds of the step": ["method.evidence.step_size=1.0"],
+    "twice the step": ["method.evidence.step_size=3.0"],
     "adapted every 10th step": ["method.schedule.every=10"],
-    "a tenth designated": ["method.evidence.share=0.1"],
-    "all designated": ["method.evidence.share=1.0"],
-    "none designated": ["method.evidence.share=0.0"],
+    "2 % contend": ["method.evidence.contenders=0.02"],
+    "10 % contend": ["method.evidence.contenders=0.1"],
+    "30 % contend": ["method.evidence.contenders=0.3"],
+    "read everywhere each 10th step": ["method.evidence.read_every=10"],
     "read everywhere each 40th step": ["method.evidence.read_every=40"],
-    "read everywhere each 3rd step, none designated": ["method.evidence.read_every=3", "method.evidence.share=0.0"],
-    "frozen after 1": ["method.freeze_after=1"],
-    "frozen after 5": ["method.freeze_after=5"],
     "stopped at half": ["method.schedule.stop=0.5"],
-    "to the end": ["method.schedule.stop=1.0"],
     "not rescaled": ["method.rescale=false"],
 }
 """The default with one part changed, as overrides of `bame-train`."""
 
 ATTEMPTS = {
-    "calm blocks first": "CalmFirst",
-    "designated at random": "AtRandom",
-    "evidence in bfloat16": "HalfPrecision",
-    "mean of gradients in bfloat16": "HalfMean",
-    "noise of each block": "BlockNoise",
-    "revived at full evidence": "Uncapped",
-    "cooling periods": "Cooling",
-    "constant step": "ConstantStep",
-    "nothing forgotten": "Unforgetting",
-    "forgotten thrice as fast": "Forgetful",
-    "warmed up": "WarmedUp",
-    "read everywhere before the first adaptation": "LookFirst",
-    "share annealed from 0.6": "AnnealedShare",
-    "rarer and rarer readings": "RarerAndRarer",
-    "half-life of a quarter": "HalfLife",
-    "forgets at a swap": "ForgetfulSwap",
-    "evidence of designated blocks only": "DesignatedOnly",
-    "Adam's moments": "AdamMoments",
-    "second order, sampled labels": "SampledFisher",
-    "second order, inputs' moments": "InputMoments",
+    "a contender in every block": "BlockContenders",
+    "contenders at random": "RandomContenders",
+    "contenders annealed from 10 %": "AnnealedContenders",
+    "mean of contenders only": "MeanOfContenders",
+    "swaps start at half": "HalfStart",
+    "revived with the second moment of the pruned": "Heir",
 }
 """What was tried beside: names in `attempts.py`."""
-CLIPPED = ["trainer.gradient_clip_val=0.5"]
-ATTEMPTED_ELSEWHERE = {
-    "one swap a block": ("2:4", [_attempt("OneSwapABlock")]),
-    "gradients clipped": ("1:16", CLIPPED),
-    "gradients clipped, evidence too": ("1:16", [*CLIPPED, _attempt("ClippedEvidence")]),
-}
-"""Attempts that make sense under some pattern or setting only, with it."""
-VARIANTS |= {name: overrides for name, (_, overrides) in ATTEMPTED_ELSEWHERE.items()}
 VARIANTS |= {name: [_attempt(kind)] for name, kind in ATTEMPTS.items()}
 
 LONGER = {"half as long again": 1.5, "twice the epochs": 2, "four times the epochs": 4}
 """Variants of any method: the epochs of the recipe times this, rounded down, with the same schedule over them."""
+AS_COSTLY = "for the FLOPs of BAME"
+"""Variant of a rival: as long as makes its training FLOPs of the whole network those of BAME for the epochs of the recipe."""
 
 
 class Cell(NamedTuple):
-    """One run; `variant` names one of `VARIANTS` or `LONGER`, or is empty."""
+    """One run; `variant` names one of `VARIANTS` or `LONGER`, is `AS_COSTLY`, or empty."""
 
     recipe: str
     pattern: str
@@ -121,19 +98,25 @@ class Cell(NamedTuple):
 
 
 def headline() -> Iterator[Cell]:
-    """BAME against what it has to beat."""
+    """BAME against what it has to beat, and against its first version, which read blocks (measured with that code)."""
     methods = ("bame", "sr_ste", "static", "rigl")
     mlp, cnn, gpt = "fashion_mnist_mlp", "fashion_mnist_cnn", "python_source_gpt"
-    for recipe in (mlp, cnn):
-        yield from _grid(recipe, ["1:16"], methods, 5)
-        yield from _grid(recipe, [""], ["dense"], 5)
+    for recipe, seeds in ((mlp, 5), (cnn, 5), (gpt, 3)):
+        yield from _grid(recipe, ["1:16"], methods, seeds)
+        yield from _grid(recipe, [""], ["dense"], seeds)
     for recipe in (mlp, cnn):
         yield from _grid(recipe, ["1:8", "1:4", "2:4"], methods, 3)
+    yield from _grid(gpt, ["2:4"], methods, 3)
     yield from _grid("digits_cnn", ["1:16", "1:8", "1:4", "2:4"], methods, 10)
     yield from _grid("digits_cnn", [""], ["dense"], 10)
-    yield from _grid(gpt, ["1:16", "2:4"], methods, 3)
-    yield from _grid(gpt, [""], ["dense"], 3)
     yield from _grid("fashion_mnist_resnet20", ["1:16", "2:4"], methods, 3)
+
+
+def equal() -> Iterator[Cell]:
+    """What rivals make of BAME's training FLOPs; needs the headline's rows of all of them."""
+    for recipe, seeds in (("fashion_mnist_mlp", 5), ("fashion_mnist_cnn", 5), ("python_source_gpt", 3)):
+        for seed in range(seeds):
+            yield from (Cell(recipe, "1:16", method, AS_COSTLY, str(seed)) for method in ("static", "rigl"))
 
 
 def ablation() -> Iterator[Cell]:
@@ -141,25 +124,17 @@ def ablation() -> Iterator[Cell]:
     for recipe in ("fashion_mnist_mlp", "fashion_mnist_cnn"):
         # Seed by seed, so that an unfinished study compares all parts alike.
         for seed in range(3):
-            for variant in VARIANTS:
-                pattern = ATTEMPTED_ELSEWHERE[variant][0] if variant in ATTEMPTED_ELSEWHERE else "1:16"
-                yield Cell(recipe, pattern, "bame", variant, str(seed))
+            yield from (Cell(recipe, "1:16", "bame", variant, str(seed)) for variant in VARIANTS)
             yield Cell(recipe, "1:16", "bame_one_batch", "", str(seed))
-    # The digits are the one task that asks for it.
-    for pattern in ("1:16", "1:8"):
-        yield from (Cell("digits_cnn", pattern, "bame", "twice the step", str(seed)) for seed in range(10))
 
 
 def longer() -> Iterator[Cell]:
-    """What a method makes of more training FLOPs: four times the epochs of BAME cost as much as SR-STE's."""
-    for recipe, seeds in (("fashion_mnist_mlp", 3), ("fashion_mnist_cnn", 3), ("digits_cnn", 10)):
+    """What a method makes of more training FLOPs."""
+    for recipe, seeds in (("fashion_mnist_mlp", 5), ("fashion_mnist_cnn", 5), ("python_source_gpt", 3)):
         for seed in range(seeds):
             for variant, factor in LONGER.items():
                 rivals = {2: ("static", "rigl", "sr_ste"), 4: ("static", "rigl")}.get(factor, ())
                 yield from (Cell(recipe, "1:16", method, variant, str(seed)) for method in ("bame", *rivals))
-    # Where SR-STE costs what the paper reports, or more; the seeds tell more than those of the others.
-    for recipe in ("fashion_mnist_mlp", "fashion_mnist_cnn"):
-        yield from (Cell(recipe, "1:16", "bame", "half as long again", str(seed)) for seed in (3, 4))
 
 
 def _grid(recipe: str, patterns: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Cell]:
@@ -168,7 +143,7 @@ def _grid(recipe: str, patterns: Sequence[str], methods: Sequence[str], seeds: i
             yield from (Cell(recipe, pattern, method, "", str(seed)) for method in methods)
 
 
-SUITES = {"headline": headline, "ablation": ablation, "longer": longer}
+SUITES = {"headline": headline, "equal": equal, "longer": longer, "ablation": ablation}
 
 
 def main() -> None:
@@ -198,6 +173,8 @@ def run(cell: Cell) -> Row:
     arguments += [f"pattern={cell.pattern}"] if cell.pattern else []
     if cell.variant in LONGER:
         arguments.append(f"trainer.max_epochs={int(LONGER[cell.variant] * recipe_epochs(cell.recipe))}")
+    if cell.variant == AS_COSTLY:
+        arguments += stretched(cell.recipe, cost(cell._replace(method="bame")) / cost(cell))
     arguments += ["threads=1", "quiet=true", f"hydra.run.dir={folder}"]
     process = PROCESSES.Process(target=_train, args=(arguments, folder / OUTPUT))
     process.start()
@@ -217,6 +194,21 @@ def run(cell: Cell) -> Row:
     }
     row = {name: found.get(name, summary.get(name)) for name in COLUMNS}
     return {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def cost(cell: Cell) -> float:
+    """Training FLOPs of a method for the epochs of the recipe, as a share of dense training's: mean over the seeds measured."""
+    same = [row for row in read_rows() if (*(row[name] for name in Cell._fields[:4]),) == (*cell[:3], "")]
+    return statistics.mean(float(row["train_vs_dense"]) for row in same)
+
+
+def stretched(recipe: str, factor: float) -> list[str]:
+    """Overrides that make a run `factor` times as long as its recipe: whole epochs, each cut short alike."""
+    epochs = factor * recipe_epochs(recipe)
+    whole = math.ceil(epochs)
+    limit = OmegaConf.load(RECIPES / f"{recipe}.yaml").trainer.get("limit_train_batches", 1.0)
+    cut = round(limit * epochs / whole) if isinstance(limit, int) else limit * epochs / whole
+    return [f"trainer.max_epochs={whole}", f"++trainer.limit_train_batches={cut}"]
 
 
 @functools.cache

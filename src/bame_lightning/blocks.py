@@ -84,6 +84,24 @@ def gather_blocks(
     return grid[_unravel(index, grid.shape[:-1])]
 
 
+def gather_positions(
+    weight: Shaped[Tensor, "out inp *kernel"], index: Int[Tensor, " chosen"]
+) -> Shaped[Tensor, " chosen"]:
+    """Copy single weights out, numbered in the order of `to_blocks`: by filter, kernel position, input.
+
+    Args:
+        weight: Weight of shape (out, in, *kernel), however it lies in memory.
+        index: Which weights.
+
+    Returns:
+        The chosen weights.
+    """
+    inputs_last = weight.movedim(1, -1)
+    if inputs_last.is_contiguous():
+        return inputs_last.view(-1).index_select(0, index)
+    return inputs_last[_unravel(index, inputs_last.shape)]
+
+
 def scatter_blocks_(
     weight: Shaped[Tensor, "out inp *kernel"], index: Int[Tensor, " chosen"], blocks: Shaped[Tensor, "chosen m"]
 ) -> None:

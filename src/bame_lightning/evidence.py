@@ -24,7 +24,7 @@ class Reading(NamedTuple):
     """Which dense gradients a step reads.
 
     Args:
-        everywhere: Read all unfrozen blocks; otherwise the designated ones.
+        everywhere: Read all unfrozen blocks; otherwise the contenders only.
         steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
             optimizer's (`OneBatch`).
         forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
@@ -39,39 +39,47 @@ class Reading(NamedTuple):
 class Evidence:
     r"""Evidence accumulated over many readings, the default.
 
-    Every `read_every` steps all unfrozen blocks are read and ranked; in between, only the best `share` of them. A
-    reading everywhere stands for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without
-    a reading, and standing for all of them would multiply the noise of one batch as well. How far evidence moves follows
-    from the length of the window, the weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of
-    a layer matters. The step shrinks along a cosine to 0 at the end of the window; so does what a reading forgets of the
-    evidence before it, 1 / n at first, n being the steps of the window. Evidence follows a running mean of the gradients
-    that are read of a block, which starts anew with a weight's pruning: the kept weights answer a swap before it is undone.
+    Every `read_every` steps all unfrozen blocks are read; then the *contenders* are chosen, in each output row (a filter) the
+    pruned positions that are closest to a swap. Steps in between read the contenders only. A reading everywhere stands
+    for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without a reading, and standing for all of
+    them would multiply the noise of one batch as well. How far evidence moves follows from the length of the window, the
+    weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of a layer matters. The step shrinks
+    along a cosine to 0 at the end of the window; so does what a reading forgets of the evidence before it, 1 / n at first, n
+    being the steps of the window. Evidence of contenders follows a running mean of the gradients that are read of them, which
+    starts anew with a weight's pruning: the kept weights answer a swap before it is undone.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.
-        share: Share of a layer's unfrozen blocks that is read at every step in between.
+        contenders: Share of an output row's pruned positions that is read at every step in between, in (0, 1]; rounded up.
         step_size: Multiplies the step that evidence takes, k.
-        momentum: Weight of the past in the running mean of a block's gradients, beta, in [0, 1); 0 holds no mean.
+        momentum: Weight of the past in the running mean of a contender's gradients, beta, in [0, 1); 0 holds no mean.
         init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
         margin: By how much evidence must exceed the weight that it replaces, as a share of it.
-        one_per_row: Let an adaptation swap in one block of each output row (a filter) only, the most urgent: the blocks of a
-            row make up for the same error of its output, and all of them at once overshoot.
+        one_per_row: Let an adaptation swap in one block of each output row only, the most urgent: the blocks of a row make up
+            for the same error of its output, and all of them at once overshoot.
+        share: Not in use any more; whoever sets it is told what took its place.
 
     Raises:
         ValueError: If an argument is outside its range.
     """
 
-    read_every: int = 10
-    share: float = 0.3
-    step_size: float = 1.0
-    momentum: float = 0.9
+    read_every: int = 20
+    contenders: float = 0.05
+    step_size: float = 1.5
+    momentum: float = 0.97
     init: Literal["zero", "weights"] = "weights"
     margin: float = 0.2
     one_per_row: bool = True
+    share: None = None
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("share", "step_size", "momentum", "margin"):
+        if self.share is not None:
+            raise ValueError(
+                f"`evidence.share` = {self.share!r} was a share of blocks. Steps read single positions now: say "
+                "`evidence.contenders`, a share of a row's pruned positions, such as 0.05."
+            )
+        for name in ("contenders", "step_size", "momentum", "margin"):
             value = getattr(self, name)
             if not isinstance(value, int | float):
                 raise ValueError(f"`evidence.{name}` must be a number; got {value!r}.")
@@ -79,8 +87,10 @@ class Evidence:
             raise ValueError(
                 f"`evidence.read_every` must be a whole number of optimizer steps, at least 1; got {self.read_every!r}."
             )
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"`evidence.share` is a share of blocks in [0, 1]; got {self.share}.")
+        if not 0 < self.contenders <= 1:
+            raise ValueError(
+                f"`evidence.contenders` is a share of a row's pruned positions in (0, 1]; got {self.contenders}."
+            )
         if not self.step_size > 0:
             raise ValueError(f"`evidence.step_size` must be positive; got {self.step_size}.")
         if not 0 <= self.momentum < 1:
@@ -100,7 +110,7 @@ class Evidence:
         length = self.step_size * rest
         if (step - window.start) % self.read_every == 0:
             return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length, forgets=rest)
-        return Reading(everywhere=False, steps=length, forgets=rest) if self.share > 0 else None
+        return Reading(everywhere=False, steps=length, forgets=rest)
 
     def adaptable_share(self, step: int, window: Window) -> float:
         """Share of a layer's blocks that may adapt after `step`: all of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bame_lightning.blocks import from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.blocks import from_blocks, gather_blocks, gather_positions, scatter_blocks_, to_blocks
+from bame_lightning.contenders import choose, closeness, count_in_share, first, weakest
 from bame_lightning.criterion import select_mask
-from bame_lightning.designation import MostUrgent, blocks_in_share, designate, most_urgent, urgency
 from bame_lightning.evidence import Evidence, OneBatch, Reading, noise_step
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
@@ -20,7 +20,6 @@ from bame_lightning.optimizer_state import block_rates, update_rule
 from bame_lightning.oscillation import FlipHistory, frozen_blocks, mask_ages, record
 from bame_lightning.sharding import ALL_ROWS, Rows, local
 from bame_lightning.statistics import flipped_positions
-from bame_lightning.working_set import BlockState, WorkingSet
 
 ALL = slice(None)
 MEMORY = 0.9
@@ -74,7 +73,7 @@ def adapt(
         # Summed over a block: the worth of what is revived less that of what is pruned.
         gain = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
         ranked = rows.gather(gain).argsort(descending=True, stable=True)
-        best = rows.own_index(ranked[: blocks_in_share(share, len(ranked))], len(mask))
+        best = rows.own_index(ranked[: count_in_share(share, len(ranked))], len(mask))
         chosen = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, best, True)
         proposed = torch.where(chosen[:, None], proposed, mask)
     weight, evidence = latent.clone(), latent.clone()
@@ -89,20 +88,41 @@ def adapt(
     return Adaptation(proposed, weight, evidence)
 
 
-class BlockGradient(NamedTuple):
-    """Dense gradient of some blocks.
+class DenseGradient(NamedTuple):
+    """What a step has read of a dense gradient, in float32 at least.
 
     Args:
-        blocks: Which blocks: their indices, or a slice of all.
-        gradient: Their gradient in float32; shape (chosen, m).
+        everywhere: Of all blocks, shape (blocks, m); None if only contenders were read.
+        contenders: Of the contenders, row by row; nothing if all blocks were read.
+        around: Of the contenders' blocks, shape (contenders, m), if masks adapt after such a step. Gradients of kept weights
+            are computed anyway; they are kept aside since clipping changes them.
+    """
+
+    everywhere: Float[Tensor, "blocks m"] | None
+    contenders: Float[Tensor, " contenders"]
+    around: Float[Tensor, "contenders m"] | None
+
+
+class Challenge(NamedTuple):
+    """Which blocks may swap, and what challenges the weakest kept weight there.
+
+    Args:
+        blocks: The blocks: their indices, or a slice of all.
+        latent: Weights where kept, and what challenges them; shape (chosen, m).
+        adaptable: Blocks that may change.
+        slots: Place of the challenger among the contenders; None if all pruned weights challenge.
     """
 
     blocks: Int[Tensor, " chosen"] | slice
-    gradient: Float[Tensor, "chosen m"]
+    latent: Float[Tensor, "chosen m"]
+    adaptable: Bool[Tensor, "#chosen"]
+    slots: Int[Tensor, " chosen"] | None
 
 
 class EvolvingWeight:
     """A sparse weight with all that evolves in its blocks beside the mask.
+
+    Positions are numbered through in the order of blocks: block * m + place in the block.
 
     Args:
         sparse: The weight and its mask, which `adapt` changes in place.
@@ -113,20 +133,19 @@ class EvolvingWeight:
     Attributes:
         mask: The mask in blocks: a view of that of `sparse`, or a copy where blocks are not contiguous in it.
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        mean_gradient: Running mean of pruned weights' gradients over a block's readings, like `evidence`; None without
+        contenders: Pruned positions that steps between two readings of all read; as many in each row, shape (rows, count).
+        mean_gradient: Running mean of pruned positions' gradients over their readings, like `evidence`; None without
             `momentum`.
         noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; scalar.
         history: Oscillations, and positions pruned before.
         ages: Adaptations since the mask of a block last changed, or all so far; shape (blocks,).
-        designated: Blocks that steps between two readings of all read; shape (chosen,).
         flips: Mask positions changed so far; scalar.
         last_flips: Those that the last adaptation changed; scalar.
         predicted: Loss reduction that the last adaptation predicted, to first order; scalar, in units of the loss.
         reading: Dense gradient that this step has read; None if it has not.
-        read_share: Share of all blocks whose dense gradient the last step read.
-        due: Whether all blocks were read since the last adaptation; otherwise only the designated ones were.
+        read_share: Share of all pruned positions whose gradient the last step read.
     """
 
     def __init__(self, sparse: SparseWeight, evidence: Evidence | OneBatch, freeze_after: int | None) -> None:
@@ -135,66 +154,63 @@ class EvolvingWeight:
         self.freeze_after = freeze_after
         self.mask = mask = sparse.mask()
         device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
-        self._working_set: WorkingSet | None = None
         self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
         if evidence.init == "weights":
             self.evidence += torch.where(mask, 0, self._blocks(sparse.values, ALL))
+        self.contenders = torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device)
         self.mean_gradient = torch.zeros_like(self.evidence) if evidence.momentum > 0 else None
         self.noise = torch.zeros((), device=device, dtype=self.dtype)
         self.unit = torch.zeros((), device=device, dtype=self.dtype)
         self.history = FlipHistory.empty(mask)
         self.ages = torch.zeros_like(self.history.oscillations)
-        self.designated = torch.zeros(0, dtype=torch.int64, device=device)
         self.flips = torch.zeros((), dtype=torch.int64, device=device)
         self.last_flips = torch.zeros((), dtype=torch.int64, device=device)
         self.predicted = torch.zeros((), device=device, dtype=self.dtype)
-        self.reading: BlockGradient | None = None
+        self.reading: DenseGradient | None = None
         self.read_share = 0.0
-        self.due = False
-
-    @property
-    def evidence(self) -> Float[Tensor, "blocks m"]:
-        """Evidence of all blocks."""
-        self._put_back()
-        return self._evidence
-
-    @evidence.setter
-    def evidence(self, evidence: Float[Tensor, "blocks m"]) -> None:
-        self._put_back()
-        self._evidence = evidence
-
-    @property
-    def mean_gradient(self) -> Float[Tensor, "blocks m"] | None:
-        """Running mean of gradients of all blocks."""
-        self._put_back()
-        return self._mean_gradient
-
-    @mean_gradient.setter
-    def mean_gradient(self, mean: Float[Tensor, "blocks m"] | None) -> None:
-        self._put_back()
-        self._mean_gradient = mean
 
     @property
     def frozen(self) -> Bool[Tensor, " blocks"]:
         """Blocks whose mask is final."""
         return frozen_blocks(self.history.oscillations, self.freeze_after)
 
-    def read(self, everywhere: bool) -> None:
-        """Copy the dense gradient of all unfrozen or of the designated blocks, before it is masked."""
+    @property
+    def designated(self) -> Bool[Tensor, " blocks"]:
+        """Blocks that hold a contender, and are not frozen."""
+        chosen = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        return chosen.index_fill_(0, self._contested.flatten(), True) & ~self.frozen
+
+    @property
+    def _contested(self) -> Int[Tensor, "rows count"]:
+        """The block of each contender."""
+        return self.contenders // self.sparse.pattern.m
+
+    def read(self, everywhere: bool, adapts: bool = False) -> None:
+        """Copy the dense gradient before it is masked.
+
+        Args:
+            everywhere: Of all unfrozen blocks; otherwise of the contenders.
+            adapts: Whether masks adapt after this step.
+        """
         gradient = self.sparse.gradient
         if gradient is None:
             self.reading, self.read_share = None, 0.0
             return
-        index: Tensor | slice = self.designated
+        self.read_share = self._share_read(everywhere)
         if everywhere:
-            frozen = self.frozen
-            index = (~frozen).nonzero().squeeze(-1) if self.freeze_after is not None and frozen.any() else ALL
-        self.read_share = 1.0 if isinstance(index, slice) else len(index) / len(self.mask)
-        self.reading = BlockGradient(index, self._blocks(gradient, index, copy=True).to(self.dtype))
+            whole = self._blocks(gradient, ALL, copy=True).to(self.dtype)
+            self.reading = DenseGradient(whole, whole.new_zeros(0), None)
+            return
+        at = gather_positions(gradient, self.contenders.flatten()).to(self.dtype)
+        around = self._blocks(gradient, self._contested.flatten()).to(self.dtype) if adapts else None
+        self.reading = DenseGradient(None, at, around)
 
     def extremes(self) -> list[Tensor]:
         """Least and largest value of what this step has read; NaN if there is one among them."""
-        return list(self.reading.gradient.aminmax()) if self.reading and self.reading.gradient.numel() else []
+        if self.reading is None:
+            return []
+        read = self.reading.contenders if self.reading.everywhere is None else self.reading.everywhere
+        return list(read.aminmax()) if read.numel() else []
 
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""], window: int) -> None:
         """Move the evidence by what was read.
@@ -209,159 +225,197 @@ class EvolvingWeight:
             self.evidence.zero_()
         if self.reading is None:
             return
-        self.due |= reading.everywhere
-        index, gradient = self.reading
-        if self.config.remembers:
-            if reading.everywhere:
-                self._measure(finite)
-            rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
+        if not self.config.remembers:
+            self._follow_optimizer(optimizer, reading, finite)
+            return
+        if self.reading.everywhere is not None:
+            self._measure(self.reading.everywhere, finite)
+        rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
+        # The unit may be poisoned by what the optimizer did to the weights.
+        rate = torch.where(finite, rate, 0)
+        keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
+        if self.reading.everywhere is not None:
+            self._move_all(self.reading.everywhere, finite, rate, keep)
         else:
-            zero_pruned_(gradient, finite)
-            rate = reading.steps * self._optimizer_step(optimizer)
+            self._move_contenders(self.reading.contenders, finite, rate, keep)
+
+    def _move_all(self, gradient: Float[Tensor, "blocks m"], finite: Tensor, rate: Tensor, keep: Tensor) -> None:
+        """Move mean and evidence of all pruned positions outside frozen blocks."""
+        unfrozen = torch.ones_like(self.mask[:, :1]) if self.freeze_after is None else ~self.frozen[:, None]
+        means = gradient if self.mean_gradient is None else self.mean_gradient
+        for evidence, mean, seen, kept, may in pieces(self.evidence, means, gradient, self.mask, unfrozen):
+            change = zeroed(seen, ~kept & may)
+            zero_pruned_(change, finite)
+            if self.mean_gradient is not None:
+                change = mean.lerp_(change, (1 - self.config.momentum) * (finite & may).to(self.dtype))
+            evidence.mul_(torch.where(may, keep, 1)).addcmul_(change, rate * may, value=-1)
+
+    def _move_contenders(
+        self, gradient: Float[Tensor, " contenders"], finite: Tensor, rate: Tensor, keep: Tensor
+    ) -> None:
+        """Move mean and evidence of the contenders outside frozen blocks."""
+        places = self.contenders.flatten()
+        may = self._unfrozen(places)
+        change = gradient.clone()
+        zero_pruned_(change, finite)
+        if self.mean_gradient is not None:
+            mean = self.mean_gradient.view(-1).index_select(0, places)
+            change = mean.lerp_(change, (1 - self.config.momentum) * (finite & may).to(self.dtype))
+            self.mean_gradient.view(-1).index_copy_(0, places, change)
+        evidence = self.evidence.view(-1).index_select(0, places)
+        moved = torch.where(may, evidence * keep - rate * change, evidence)
+        self.evidence.view(-1).index_copy_(0, places, moved)
+
+    def _follow_optimizer(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""]) -> None:
+        """Set the evidence to what the optimizer would have made of this one gradient."""
+        assert self.reading is not None
+        assert self.reading.everywhere is not None
+        gradient = self.reading.everywhere
+        zero_pruned_(gradient, finite)
+        rule = update_rule(optimizer, self.sparse.weight)
+        moment = rule.second_moment
+        if moment is not None:
+            moment = self._blocks(self.sparse.oriented(local(moment)), ALL)
+        rate = reading.steps * block_rates(rule, moment, gradient, self.mask, self.sparse.pattern.n)
         # The optimizer's second moment may be poisoned as well.
         rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
-        keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
-        state = self._at(index)
-        for read, chosen in _pieces(index, gradient):
-            seen = gradient[read]
-            zero_pruned_(seen, finite)
-            change = zeroed(seen, ~state.kept[read])
-            if state.mean is not None:
-                change = self._average(chosen, change, state.mean[read], finite)
-            state.evidence[read].mul_(keep).addcmul_(change, rate[read], value=-1)
+        self.evidence.addcmul_(zeroed(gradient, ~self.mask & ~self.frozen[:, None]), rate, value=-1)
 
-    def _average(
-        self,
-        index: Int[Tensor, " chosen"] | slice,
-        pruned_gradient: Float[Tensor, "chosen m"],
-        mean: Float[Tensor, "chosen m"],
-        finite: Bool[Tensor, ""],
-    ) -> Float[Tensor, "chosen m"]:
-        """Move the running mean of gradients by what was read of these blocks, in place; returns what evidence follows."""
-        return mean.lerp_(pruned_gradient, (1 - self.config.momentum) * finite.to(self.dtype))
-
-    def _measure(self, finite: Tensor) -> None:
+    def _measure(self, gradient: Float[Tensor, "blocks m"], finite: Bool[Tensor, ""]) -> None:
         """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
-        assert self.reading is not None
-        pattern, (index, gradient) = self.sparse.pattern, self.reading
-        gradients = _sum_of_squares(gradient, ~_rows(self.mask, index), self.dtype)
+        pattern, pruned = self.sparse.pattern, ~self.mask
+        read: Tensor = gradient.new_tensor(len(self.mask))
+        if self.freeze_after is not None:
+            pruned &= ~self.frozen[:, None]
+            read = (~self.frozen).sum().to(self.dtype)
+        gradients = _sum_of_squares(gradient, pruned, self.dtype)
         # The optimizer may have moved pruned weights, which are zeroed only later.
         weights = _sum_of_squares(self.sparse.values, self.sparse.kept, self.dtype)
-        read: int | Tensor = max(1, len(gradient) * (pattern.m - pattern.n))
-        if not self.sparse.rows.whole:
-            sums = torch.stack((gradients, weights, gradients.new_tensor(read)))
-            gradients, weights, read = self.sparse.rows.total(sums).unbind()
-        square = gradients / read
+        gradients, weights, read = self.sparse.rows.total(torch.stack((gradients, weights, read))).unbind()
+        square = gradients / (read * (pattern.m - pattern.n)).clamp_min(1)
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         # The square of a finite gradient may overflow.
         self.noise = torch.where(finite & running.isfinite(), running, self.noise)
         weights = weights / (self.sparse.weight.numel() * pattern.density)
         self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
 
-    def _optimizer_step(self, optimizer: Optimizer) -> Tensor:
-        assert self.reading is not None
-        index, gradient = self.reading
-        rule = update_rule(optimizer, self.sparse.weight)
-        moment = rule.second_moment
-        if moment is not None:
-            moment = self._blocks(self.sparse.oriented(local(moment)), index)
-        return block_rates(rule, moment, gradient, _rows(self.mask, index), self.sparse.pattern.n)
+    def closeness(self) -> Float[Tensor, "blocks m"]:
+        """How close every position is to a swap: `contenders.closeness`."""
+        return closeness(self._blocks(self.sparse.values, ALL), self.evidence, self.mask)
 
-    def urgency(self, index: Int[Tensor, " chosen"] | slice = ALL) -> Float[Tensor, " chosen"]:
-        """How close all or some blocks are to a swap: `designation.urgency`."""
-        weight, state = self._blocks(self.sparse.values, index), self._at(index)
-        return urgency(weight, state.evidence[: len(weight)], state.kept[: len(weight)])
+    def contend(self, share: float) -> None:
+        """Choose the contenders, to be read until the next reading of all.
 
-    def designate(self, share: float) -> None:
-        """Choose the blocks to read until the next reading of all."""
-        pressing, rows = self.urgency(), self.sparse.rows
-        frozen = None if self.freeze_after is None else rows.gather(self.frozen)
-        chosen = designate(rows.gather(pressing), frozen, share)
-        self.designated = rows.own_index(chosen, len(pressing))
+        Args:
+            share: Share of a row's pruned positions, rounded up.
+        """
+        rows, pattern = len(self.sparse.kept), self.sparse.pattern
+        ratios = self.closeness()
+        if self.freeze_after is not None:
+            ratios.masked_fill_(self.frozen[:, None], -1)
+        count = count_in_share(share, self.mask.numel() // rows // pattern.m * (pattern.m - pattern.n))
+        self.contenders = choose(ratios.view(rows, -1), count)
 
     def adapt(self, share: float) -> None:
-        """Adapt masks by swapping weights in place: in the blocks that were read since the last adaptation."""
-        if not self.sparse.weight.requires_grad:
+        """Adapt masks by swapping weights in place: a pruned one that outgrew the block's weakest kept one takes its place."""
+        if not self.sparse.weight.requires_grad or not self._may_adapt:
             # Somebody has frozen the layer since: a weight that moved would be no frozen one.
             self.last_flips, self.predicted = torch.zeros_like(self.flips), torch.zeros_like(self.predicted)
             return
         pattern, weight = self.sparse.pattern, self.sparse.values
-        index, self.due = (ALL, False) if self.due else (self.designated, False)
-        state, adaptable = self._at(index), self._adaptable(index)
-        places: Tensor | slice = ALL if isinstance(index, slice) else slice(len(index))
-        if self.config.one_per_row:
-            # Nothing else changes, so that the rest is done for one block of each row only.
-            index, adaptable = self._most_urgent(index, adaptable)
-            places = self._places(index)
-        mask, evidence = _rows(self.mask, index).clone(), _rows(state.evidence, places)
-        # The optimizer may have moved pruned weights, which are zeroed only later.
-        old = self._blocks(weight, index, copy=True).to(self.dtype)
-        zero_pruned_(old, mask)
-        latent = old + evidence
-        history = FlipHistory(*(_rows(values, index) for values in self.history))
-        worth, margin = self._worth(latent, index), self.config.margin
-        new = adapt(latent, worth, mask, adaptable, pattern.n, share=share, margin=margin, rows=self.sparse.rows)
+        index, latent, adaptable, slots = self._challenges()
+        mask, evidence = _rows(self.mask, index).clone(), _rows(self.evidence, index)
+        old = zeroed(latent, mask)
+        worth = self.config.worth(latent, self._gradient(index, slots))
+        new = adapt(
+            latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin, rows=self.sparse.rows
+        )
         self._put(weight, index, new.weight)
         self._put(self.sparse.kept, index, new.mask)
         _put_rows(self.mask, index, new.mask)
-        _put_rows(state.kept, places, new.mask)
-        _put_rows(state.evidence, places, new.evidence)
-        if state.mean is not None:
+        _put_rows(self.evidence, index, zeroed(old + evidence, ~new.mask))
+        if self.mean_gradient is not None:
             # What is revived starts without a past, and so does what is pruned.
-            _put_rows(state.mean, places, zeroed(_rows(state.mean, places), ~new.mask))
+            _put_rows(self.mean_gradient, index, zeroed(_rows(self.mean_gradient, index), ~new.mask))
+        if slots is not None:
+            self._hand_over(slots, index, mask, new.mask)
+        history = FlipHistory(*(_rows(values, index) for values in self.history))
         for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
             _put_rows(values, index, changed)
         ages = mask_ages(_rows(self.ages, index), mask, new.mask)
         self.ages += 1
         _put_rows(self.ages, index, ages)
-        if self.freeze_after is not None:
-            self.designated = self.designated[~self.frozen[self.designated]]
         self.last_flips = flipped_positions(mask, new.mask)
         self.flips += self.last_flips
-        self.predicted = self._first_order(index, new.weight - old)
+        self.predicted = self._first_order(index, slots, new.weight - old)
 
-    def _at(self, index: Int[Tensor, " chosen"] | slice) -> BlockState:
-        """What evolves in all blocks, or in some, which are gathered the first time; those have a row more than asked for."""
-        if not isinstance(index, slice) and self._working_set is not None and self._working_set.index is index:
-            return self._working_set.state
-        state = BlockState(self.mask, self.evidence, self.mean_gradient)
-        if isinstance(index, slice):
-            return state
-        self._working_set = WorkingSet(index, state)
-        return self._working_set.state
+    @property
+    def _may_adapt(self) -> bool:
+        """Whether there is anything to adapt by: contenders are known from the first reading of all on."""
+        return not self.config.remembers or self.contenders.numel() > 0
 
-    def _places(self, index: Int[Tensor, " wanted"]) -> Int[Tensor, " wanted"]:
-        """Where blocks are in the state that was asked for last."""
-        return index if self._working_set is None else self._working_set.places(index)
+    def _challenges(self) -> Challenge:
+        if not self.config.remembers:
+            old = zeroed(self._blocks(self.sparse.values, ALL).to(self.dtype), self.mask)
+            return Challenge(ALL, old + self.evidence, ~self.frozen, None)
+        m, rows, places = self.sparse.pattern.m, len(self.sparse.kept), self.contenders.flatten()
+        contested = self._contested.flatten()
+        around = self._blocks(self.sparse.values, contested).to(self.dtype)
+        evidence = self.evidence.view(-1).index_select(0, places)
+        near = evidence.abs() / weakest(around, _rows(self.mask, contested))
+        # Not before anything is known of pruned weights, and not once they are frozen.
+        near = near.masked_fill(~(self._unfrozen(places) & (self.noise > 0)), -1)
+        index: Tensor | slice
+        if self.config.one_per_row:
+            slots, adaptable = first(near, places // (self.mask.numel() // rows), rows)
+            index = contested[slots]
+        else:
+            slots, adaptable = first(near, contested, len(self.mask))
+            index = ALL
+        mask = _rows(self.mask, index)
+        # The optimizer may have moved pruned weights, which are zeroed only later.
+        latent = zeroed(self._blocks(self.sparse.values, index).to(self.dtype), mask)
+        challenger = (places[slots] % m)[:, None] == torch.arange(m, device=places.device)
+        latent = torch.where(challenger & adaptable[:, None], evidence[slots][:, None], latent)
+        return Challenge(index, latent, adaptable, slots)
 
-    def _put_back(self) -> None:
-        if self._working_set is not None:
-            self._working_set.put_back()
-            self._working_set = None
+    def _hand_over(self, slots: Tensor, index: Tensor | slice, old: Tensor, new: Tensor) -> None:
+        """Let what was pruned contend in place of what was revived."""
+        dropped = old & ~new
+        blocks = torch.arange(len(self.mask), device=old.device) if isinstance(index, slice) else index
+        places = blocks * self.sparse.pattern.m + dropped.to(torch.int8).argmax(-1)
+        # Where nothing was swapped, the write goes to a slot that nobody reads.
+        target = torch.where(dropped.any(-1), slots, self.contenders.numel())
+        padded = torch.nn.functional.pad(self.contenders.flatten(), (0, 1)).index_copy_(0, target, places)
+        self.contenders = padded[:-1].view(self.contenders.shape)
 
-    def _worth(self, latent: Float[Tensor, "chosen m"], index: Tensor | slice) -> Float[Tensor, "chosen m"]:
-        # Laid out only for the criterion that asks for it: masks adapt every other step.
-        return self.config.worth(latent, None if self.config.remembers else self._gradient(index))
-
-    def _adaptable(self, index: Tensor | slice) -> Bool[Tensor, "#chosen"]:
-        """Blocks that may change: not before anything is known of their pruned weights, and not once they are frozen."""
-        known = self.noise > 0 if self.config.remembers else torch.ones_like(self.noise, dtype=torch.bool)
+    def _unfrozen(self, places: Int[Tensor, " positions"]) -> Bool[Tensor, "#positions"]:
+        """Whether positions lie in blocks whose masks may change."""
         if self.freeze_after is None:
-            return known[None]
-        return known & ~frozen_blocks(_rows(self.history.oscillations, index), self.freeze_after)
+            return torch.ones(1, dtype=torch.bool, device=places.device)
+        return ~self.frozen[places // self.sparse.pattern.m]
 
-    def _most_urgent(self, index: Tensor | slice, adaptable: Bool[Tensor, "#chosen"]) -> MostUrgent:
-        """The one block of each output row that may adapt, of those at `index`."""
-        pressing = self.urgency(index).masked_fill(~adaptable, -1)
-        rows = len(self.sparse.kept)
-        return most_urgent(pressing, None if isinstance(index, slice) else index, rows, len(self.mask) // rows)
+    def _share_read(self, everywhere: bool) -> float:
+        pattern, places = self.sparse.pattern, self.contenders.flatten()
+        read = 1.0 if everywhere else len(places) / max(1, len(self.mask) * (pattern.m - pattern.n))
+        if self.freeze_after is None or not read:
+            return read
+        unfrozen = ~self.frozen if everywhere else self._unfrozen(places)
+        return read * float(unfrozen.float().mean())
 
-    def _first_order(self, index: Tensor | slice, change: Float[Tensor, "chosen m"]) -> Float[Tensor, ""]:
-        r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$.
+    def _gradient(self, index: Tensor | slice, slots: Tensor | None) -> Float[Tensor, "chosen m"] | None:
+        """The gradient of this step in challenged blocks; None if it was not read there."""
+        if self.reading is None:
+            return None
+        if self.reading.everywhere is not None:
+            return _rows(self.reading.everywhere, index)
+        return None if self.reading.around is None or slots is None else self.reading.around[slots]
 
-        Only over the blocks that this step has read: of others no gradient is known.
-        """
-        gradient = self._gradient(index)
+    def _first_order(
+        self, index: Tensor | slice, slots: Tensor | None, change: Float[Tensor, "chosen m"]
+    ) -> Float[Tensor, ""]:
+        r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$."""
+        gradient = self._gradient(index, slots)
         return (
             torch.zeros_like(self.predicted) if gradient is None else -torch.dot(gradient.flatten(), change.flatten())
         )
@@ -372,14 +426,13 @@ class EvolvingWeight:
         state = {
             # Every row has as many pruned positions as any other.
             "evidence": rows.gather(self.evidence[~self.mask]),
+            "contenders": rows.gather((self.contenders - self._row_starts).int()),
             "mean_gradient": None if self.mean_gradient is None else rows.gather(self.mean_gradient[~self.mask]),
             "noise": self.noise,
             "unit": self.unit,
             "oscillations": rows.gather(self.history.oscillations),
             "ages": rows.gather(self.ages),
             "pruned_before": pack_mask(rows.gather(self.history.pruned_before)),
-            "designated": rows.gather_index(self.designated, len(self.evidence)).int(),
-            "due": torch.tensor(self.due),
             "flips": rows.total(self.flips),
             "last_flips": rows.total(self.last_flips),
             "predicted": rows.total(self.predicted),
@@ -394,6 +447,7 @@ class EvolvingWeight:
         state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
         mask = self.mask.copy_(self.sparse.mask())
         self.evidence = self._pruned(mask, state["evidence"])
+        self.contenders = rows.own(state["contenders"]).long() + self._row_starts
         if self.mean_gradient is not None:
             self.mean_gradient = self._pruned(mask, state["mean_gradient"])
         self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
@@ -401,13 +455,18 @@ class EvolvingWeight:
         before = rows.own(unpack_mask(state["pruned_before"], everywhere))
         self.history = FlipHistory(rows.own(state["oscillations"]), before)
         self.ages = rows.own(state["ages"])
-        self.designated, self.due = rows.own_index(state["designated"].long(), len(mask)), bool(state["due"])
         self.flips, self.last_flips = rows.part_of(state["flips"]), rows.part_of(state["last_flips"])
         self.predicted = rows.part_of(state["predicted"].to(self.dtype))
 
     def _pruned(self, mask: Tensor, values: Tensor) -> Float[Tensor, "blocks m"]:
         """Lay out what was saved of pruned positions."""
         return torch.zeros_like(self.evidence).masked_scatter(~mask, self.sparse.rows.own(values).to(self.dtype))
+
+    @property
+    def _row_starts(self) -> Int[Tensor, "rows 1"]:
+        """Number of the first position of each row that this process holds."""
+        rows = len(self.sparse.kept)
+        return torch.arange(0, self.mask.numel(), self.mask.numel() // rows, device=self.mask.device)[:, None]
 
     def _blocks(self, tensor: Tensor, index: Tensor | slice, *, copy: bool = False) -> Tensor:
         m = self.sparse.pattern.m
@@ -423,21 +482,6 @@ class EvolvingWeight:
         else:
             scatter_blocks_(tensor, index, blocks)
 
-    def _gradient(self, index: Tensor | slice) -> Tensor | None:
-        """The reading of this step in these blocks, zero where they were not read."""
-        if self.reading is None:
-            return None
-        blocks, gradient = self.reading
-        if isinstance(blocks, slice):
-            return _rows(gradient, index)
-        if isinstance(index, slice) or not len(blocks):
-            return _rows(torch.zeros_like(self.evidence).index_copy_(0, blocks, gradient), index)
-        # Blocks that were read are in order.
-        place = torch.searchsorted(blocks.contiguous(), index.contiguous()).clamp_max_(len(blocks) - 1)
-        found = gradient.index_select(0, place)
-        zero_pruned_(found, (blocks.index_select(0, place) == index)[:, None])
-        return found
-
 
 def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
     return values[index] if isinstance(index, slice) else values.index_select(0, index)
@@ -448,15 +492,6 @@ def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
         values[index].copy_(rows)
     else:
         values.index_copy_(0, index, rows)
-
-
-def _pieces(index: Tensor | slice, read: Tensor) -> Iterator[tuple[slice, Tensor | slice]]:
-    """Where to find blocks among those that were read, and which these are, in pieces as `masks.pieces` cuts them."""
-    begin = 0
-    for (part,) in pieces(read):
-        rows = slice(begin, begin + len(part))
-        yield rows, rows if isinstance(index, slice) else index[rows]
-        begin = rows.stop
 
 
 def _sum_of_squares(values: Tensor, kept: Tensor, dtype: torch.dtype) -> Float[Tensor, ""]:

@@ -99,7 +99,7 @@ class Shares:
 
     @classmethod
     def bame(cls, density: float, read: float) -> Shares:
-        """Everything sparse but the dense weight gradient of the share `read` of the weight's blocks."""
+        """Everything sparse but the weight gradient, of which the share `read` of the pruned positions is computed, too."""
         return cls(density, density, density + read * (1 - density))
 
 
@@ -354,7 +354,7 @@ _DENSE = Shares()
 def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: int) -> float:
     """Share of the dense weight gradients that BAME reads, on average over a run: an upper bound.
 
-    Frozen blocks are not read, so a real run reads less; that designated blocks are rounded up to whole ones is left out.
+    Frozen blocks are not read, so a real run reads less; that contenders are rounded up in each row is left out.
 
     Args:
         schedule: When masks adapt.
@@ -362,11 +362,11 @@ def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: in
         steps: Optimizer steps of the run.
 
     Returns:
-        A share of all blocks in all steps.
+        A share of all pruned positions in all steps.
 
     Example:
-        >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/10 + 9/10 0.3)
-        0.333
+        >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/20 + 19/20 0.05)
+        0.0878
     """
     window = schedule.window(steps)
     readings = (evidence.reading(step, window) for step in range(steps))
@@ -374,4 +374,4 @@ def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: in
 
 
 def _read_share(evidence: Evidence | OneBatch, everywhere: bool) -> float:
-    return 1.0 if everywhere else getattr(evidence, "share", 0.0)
+    return 1.0 if everywhere else getattr(evidence, "contenders", 0.0)

@@ -7,7 +7,7 @@ import math
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bame_lightning.designation import blocks_in_share
+from bame_lightning.contenders import count_in_share
 
 
 def drop_and_grow(
@@ -29,7 +29,7 @@ def drop_and_grow(
     """
     smallest, drop = weight.abs().masked_fill(~mask, math.inf).min(-1)
     grow = gradient.abs().masked_fill(mask, -1).argmax(-1)
-    chosen = smallest.argsort(stable=True)[: blocks_in_share(share, len(mask))]
+    chosen = smallest.argsort(stable=True)[: count_in_share(share, len(mask))]
     new = mask.clone()
     new[chosen, drop[chosen]] = False
     new[chosen, grow[chosen]] = True

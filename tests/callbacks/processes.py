@@ -27,7 +27,11 @@ BATCH = 8
 SPARSE = (2, 4, 6)
 METHODS: dict[str, Callable[..., Any]] = {
     "bame": lambda **kwargs: BAMECallback(
-        "2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=3), freeze_after=2, **kwargs
+        "2:4",
+        schedule=Schedule(every=2),
+        evidence=Evidence(read_every=3, contenders=0.5, step_size=4.0),
+        freeze_after=2,
+        **kwargs,
     ),
     "bame_one_batch": lambda **kwargs: BAMECallback("2:4", schedule=Schedule(every=3), evidence=OneBatch(), **kwargs),
     "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), **kwargs),

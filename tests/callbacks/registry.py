@@ -11,7 +11,11 @@ from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedu
 
 METHODS: dict[str, Callable[..., Any]] = {
     "bame": lambda **kwargs: BAMECallback(
-        "2:4", schedule=Schedule(every=3), evidence=Evidence(read_every=4), verify=True, **kwargs
+        "2:4",
+        schedule=Schedule(every=3),
+        evidence=Evidence(read_every=4, contenders=0.5, step_size=4.0),
+        verify=True,
+        **kwargs,
     ),
     "bame_one_batch": lambda **kwargs: BAMECallback(
         "2:4", schedule=Schedule(every=3), evidence=OneBatch(), verify=True, **kwargs

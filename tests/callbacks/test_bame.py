@@ -36,7 +36,7 @@ def test_training_equals_the_specification_written_out_in_loops(
     ).double()
     twin = copy.deepcopy(model)
     settings = reference.Settings(
-        n=n, m=m, start=3, stop=70, every=2, read_every=7, share=0.25, step_size=3.5, margin=0.1,
+        n=n, m=m, start=3, stop=70, every=2, read_every=7, contenders=0.25, step_size=3.5, margin=0.1,
         averaging=averaging, one_per_row=one_per_row, freeze_after=freeze_after, lr=0.2, momentum=0.8, weight_decay=1e-3,
     )  # fmt: skip
     callback = BAMECallback(
@@ -104,7 +104,7 @@ def test_looking_at_the_evidence_changes_nothing() -> None:
     saved = [layer["evidence"] for layer in state["layers"].values()]
     again = [layer["evidence"] for layer in callback.state_dict()["layers"].values()]
     assert all(map(torch.equal, saved, again))
-    # Evidence moves in every step of the window, in designated blocks at least.
+    # Evidence moves in every step of the window, that of contenders at least.
     assert all(not torch.equal(before[0], after[0]) for before, after in pairwise(looks[:20]))
 
 
@@ -112,7 +112,7 @@ def test_default_arguments_are_the_contract() -> None:
     callback = BAMECallback("1:16")
     assert (callback.schedule, callback.freeze_after, callback.init) == (Schedule(0.0, 0.9, 2), None, "magnitude")
     assert callback.evidence == Evidence(
-        read_every=10, share=0.3, step_size=1.0, momentum=0.9, init="weights", margin=0.2
+        read_every=20, contenders=0.05, step_size=1.5, momentum=0.97, init="weights", margin=0.2
     )
     assert (callback.rescale, callback.verify, callback.rules) == (True, False, {})
 

@@ -18,8 +18,16 @@ from bame_lightning import BAMECallback, Evidence, Schedule, StaticMask
 from tests.training import Spy, Task, blocks_over, tiny_model, trainer
 
 
+def lively(read_every: int) -> Evidence:
+    """Evidence by which masks change in runs of a few steps."""
+    return Evidence(read_every=read_every, contenders=0.5, step_size=4.0)
+
+
 def bame(**kwargs: Any) -> BAMECallback:
-    return BAMECallback("2:4", **({"schedule": Schedule(every=2), "evidence": Evidence(read_every=2)} | kwargs))
+    return BAMECallback(
+        "2:4",
+        **({"schedule": Schedule(every=2), "evidence": lively(2)} | kwargs),
+    )
 
 
 def save(callback: L.Callback | None, path: Path, task: Task | None = None) -> Path:
@@ -229,7 +237,7 @@ class TestCheckpoints:
     )
     @pytest.mark.parametrize("cut", [1, 2, 3])
     def test_resuming_at_the_end_of_an_epoch_changes_nothing(self, tmp_path: Path, optimizer: Any, cut: int) -> None:
-        whole, first, second = (bame(schedule=Schedule(every=3), evidence=Evidence(read_every=4)) for _ in range(3))
+        whole, first, second = (bame(schedule=Schedule(every=3), evidence=lively(4)) for _ in range(3))
         one, two, three = Task(optimizer=optimizer), Task(optimizer=optimizer), Task(optimizer=optimizer)
         masks = []
         look = Spy(lambda *_: masks.append(torch.cat([s.pruned.flatten() for s in whole.weights])))
@@ -304,7 +312,7 @@ class TestCheckpoints:
             trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
 
     def test_state_of_another_version_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="version 7, this release reads 4"):
+        with pytest.raises(ValueError, match="version 7, this release reads 5"):
             bame().load_state_dict({"nm_sparsity_version": 7})
 
     def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:

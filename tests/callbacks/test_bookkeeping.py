@@ -53,13 +53,13 @@ def test_rigl_reads_all_dense_gradients_when_it_swaps() -> None:
     assert flops["flops/train_total"] == 2 * (8 * 3 * (SPARSE / 2 + LAST) + 2 * SPARSE / 2)
 
 
-def test_bame_reads_designated_blocks_and_skips_frozen_ones() -> None:
+def test_bame_reads_contenders_and_skips_frozen_blocks() -> None:
     callback = BAMECallback(
-        "2:4", schedule=Schedule(0, 40, 2), evidence=Evidence(read_every=4, share=0.25), freeze_after=0
+        "2:4", schedule=Schedule(0, 40, 2), evidence=Evidence(read_every=4, contenders=0.25), freeze_after=0
     )
     expected = 0.0
     frozen = {"model.1.weight": 0, "model.3.weight": 0}
-    designated: dict[str, int] = {}
+    contenders: dict[str, int] = {}
     blocks = {"model.1.weight": 384, "model.3.weight": 128}
     macs = {"model.1.weight": FIRST, "model.3.weight": SECOND}
 
@@ -68,11 +68,14 @@ def test_bame_reads_designated_blocks_and_skips_frozen_ones() -> None:
         step = callback.steps - 1
         expected += 3 * (SPARSE / 2 + LAST)
         for name in macs if step < 40 else ():
-            read = blocks[name] - frozen[name] if step % 4 == 0 else designated[name]
-            expected += macs[name] / 2 * read / blocks[name]
+            # Two positions of each block are pruned.
+            read = 2 * (blocks[name] - frozen[name]) if step % 4 == 0 else contenders[name]
+            expected += macs[name] / 2 * read / (2 * blocks[name])
         for weight in callback.evolving:
-            frozen[weight.sparse.name] = int((weight.history.oscillations > 0).sum())
-            designated[weight.sparse.name] = len(weight.designated)
+            oscillations = weight.history.oscillations.tolist()
+            frozen[weight.sparse.name] = sum(count > 0 for count in oscillations)
+            places = weight.contenders.flatten().tolist()
+            contenders[weight.sparse.name] = sum(not oscillations[place // 4] for place in places)
 
     flops = fit(callback, Spy(look), max_epochs=6)
     assert sum(frozen.values()) > 0

@@ -36,7 +36,9 @@ def loss(module: Any, batch: Any) -> torch.Tensor:
 
 
 def bame() -> BAMECallback:
-    return BAMECallback("2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2, share=0.5))
+    return BAMECallback(
+        "2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2, contenders=0.5, step_size=4.0)
+    )
 
 
 def test_realised_is_the_loss_before_less_the_loss_after_the_swaps() -> None:

@@ -16,7 +16,8 @@ from tests.training import Spy, Task, trainer
 
 
 def bame(**kwargs: Any) -> BAMECallback:
-    evidence = Evidence(read_every=2, share=0.5)
+    # A large step and no margin, so that blocks oscillate.
+    evidence = Evidence(read_every=2, contenders=0.5, step_size=4.0, margin=0.0)
     return BAMECallback("2:4", **{"schedule": Schedule(every=2), "evidence": evidence, "freeze_after": 0} | kwargs)
 
 

@@ -34,7 +34,7 @@ def nearest_rank(values: list[float], percent: int) -> float:
 
 def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> None:
     callback = BAMECallback(
-        "2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=4, share=0.5), freeze_after=0
+        "2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=4, contenders=0.5), freeze_after=0
     )
     history: list[dict[str, Any]] = []
 

@@ -172,10 +172,10 @@ def test_bame_is_configured_as_in_python(config: Any) -> None:
 
 def test_values_that_users_sweep_need_no_plus(config: Any) -> None:
     callback = instantiate(
-        config("method.schedule.every=20", "method.schedule.stop=500", "method.evidence.share=0.1").method
+        config("method.schedule.every=20", "method.schedule.stop=500", "method.evidence.contenders=0.1").method
     )
     assert callback.schedule == Schedule(stop=500, every=20)
-    assert callback.evidence == Evidence(share=0.1)
+    assert callback.evidence == Evidence(contenders=0.1)
 
 
 def planned(cfg: DictConfig) -> dict[str, str]:

@@ -79,13 +79,13 @@ def test_resnet50_at_1_16_is_what_is_published(report: Any) -> None:
 def test_bame_and_the_run_are_counted_as_by_hand(report: Any) -> None:
     # hidden layers 784 x 16 and 16 x 16 at 1:4, classifier 16 x 10
     small = ("model=mlp", "model.hidden=[16,16]", "pattern=1:4", "steps=40", "batch_size=5")
-    found = report(*small, "schedule.stop=20", "evidence.share=0.5", "rigl_schedule.every=10")
+    found = report(*small, "schedule.stop=20", "evidence.contenders=0.5", "rigl_schedule.every=10")
     sparse, dense = 784 * 16 + 16 * 16, 160
     forward = sparse + dense
     f = (sparse / 4 + dense) / forward
     assert found["dense_forward_macs"] == forward
     assert found["f"] == pytest.approx(f)
-    read = (2 * 1 + 18 * 0.5) / 40
+    read = (1 + 19 * 0.5) / 40
     assert found["read_share"] == {"bame": pytest.approx(read), "rigl": pytest.approx(3 / 40)}
     bame = found["methods"]["bame"]
     assert bame["algorithmic"]["step_in_dense_forwards"] == pytest.approx(3 * f + read * (1 - f))

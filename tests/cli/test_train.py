@@ -248,7 +248,7 @@ def test_a_mistyped_command_leaves_the_results_of_a_finished_run(run: Run, capsy
     capsys.readouterr()
     for wrong in (
         "method.schedule.start=0.95",
-        "method.evidence.share=2.0",
+        "method.evidence.contenders=2.0",
         "data.batch_size=0",
         "trainer.precision=odd",
     ):
@@ -401,7 +401,10 @@ def test_wandb_is_offline_unless_logged_in(
         ("threads=0", "`threads` must be at least 1"),
         ("data.batch_size=0", "`batch_size` must be at least 1"),
         ("method.schedule.every=0", "`schedule.every` must be a whole number of optimizer steps, at least 1; got 0"),
-        ("method.evidence.share=2.0", "`evidence.share` is a share of blocks in [0, 1]; got 2.0"),
+        (
+            "method.evidence.contenders=2.0",
+            "`evidence.contenders` is a share of a row's pruned positions in (0, 1]; got 2.0",
+        ),
         ("pattern=1:7", "No layer is eligible for `pattern` 1:7"),
         ("scheduler.warmup_steps=1000", "`warmup_steps` must lie in [0, 19)"),
         ("+method.nonsense=1", "nonsense"),

@@ -30,8 +30,8 @@ class BAMECallback(MaskedCallback):
 
     Forward, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Now and then masks
     adapt: in blocks that are not frozen, pruned weights whose evidence outgrew the weakest kept weight take its place.
-    Dense gradients are used in designated blocks only. See `docs/algorithm.md` for the method, and for what is the
-    paper's and what is ours.
+    Between readings of all, gradients of contenders only are used: the pruned positions that are closest to a swap. See
+    `docs/algorithm.md` for the method, and for what is the paper's and what is ours.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
@@ -78,7 +78,7 @@ class BAMECallback(MaskedCallback):
             raise ValueError(f"`schedule` must be a `Schedule`, as in Schedule(stop=0.8); got {schedule!r}.")
         if not isinstance(evidence, Evidence | OneBatch):
             raise ValueError(
-                f"`evidence` must be an `Evidence` or a `OneBatch`, as in Evidence(share=0.1); got {evidence!r}."
+                f"`evidence` must be an `Evidence` or a `OneBatch`, as in Evidence(contenders=0.1); got {evidence!r}."
             )
         self.schedule = schedule
         self.evidence = evidence
@@ -149,7 +149,7 @@ class BAMECallback(MaskedCallback):
             if reading is None:
                 weight.read_share = 0.0
             else:
-                weight.read(reading.everywhere)
+                weight.read(reading.everywhere, self.adapts)
 
     @override
     def evolve(self, optimizer: Optimizer) -> bool:
@@ -163,7 +163,7 @@ class BAMECallback(MaskedCallback):
             for weight in self.evolving:
                 weight.accumulate(optimizer, reading, finite, len(self._window))
                 if reading.everywhere and isinstance(self.evidence, Evidence):
-                    weight.designate(self.evidence.share)
+                    weight.contend(self.evidence.contenders)
         adapts = self.adapts
         if adapts:
             with self.around_adaptation():
@@ -181,17 +181,20 @@ class BAMECallback(MaskedCallback):
     @override
     def method_statistics(self) -> dict[str, Tensor]:
         positions = sum(weight.mask.numel() for weight in self.evolving)
-        blocks = sum(len(weight.mask) for weight in self.evolving)
         frequencies = [oscillation_frequency(w.history.oscillations, self.adaptations) for w in self.evolving]
-        urgencies = [weight.urgency() for weight in self.evolving]
+        urgencies = [weight.closeness().amax(-1).clamp_min(0) for weight in self.evolving]
         # A sum over rows, written so that its mean over ranks is right.
         predicted = [weight.predicted * weight.sparse.rows.parts for weight in self.evolving]
-        designated = sum(len(weight.designated) for weight in self.evolving) if self.steps in self._window else 0
+        # Nothing contends any more once the window is over.
+        inside = float(self.steps in self._window)
+        pruned = sum(len(weight.mask) * (weight.sparse.pattern.m - weight.sparse.pattern.n) for weight in self.evolving)
+        contenders = sum(weight.contenders.numel() for weight in self.evolving)
         statistics = {
             "bame/flip_rate": torch.stack([weight.last_flips for weight in self.evolving]).sum() / positions,
             "bame/oscillation_frequency": pooled_mean(frequencies),
             "bame/frozen_fraction": pooled_mean(weight.frozen for weight in self.evolving),
-            "bame/designated_fraction": torch.tensor(designated / blocks),
+            "bame/designated_fraction": inside * pooled_mean(weight.designated for weight in self.evolving),
+            "bame/contender_fraction": torch.tensor(inside * contenders / max(1, pruned)),
             "bame/predicted_loss_reduction": torch.stack(predicted).sum(),
             "bame/discarded_readings": self.discarded.float(),
             "bame/mask_age": pooled_mean(weight.ages for weight in self.evolving),
@@ -219,6 +222,7 @@ class BAMECallback(MaskedCallback):
             yield Copy("size of gradients", weight.sparse.label, weight.noise)
             if weight.sparse.rows.whole:
                 yield Copy("evidence", weight.sparse.label, weight.evidence)
+                yield Copy("contenders", weight.sparse.label, weight.contenders)
                 if weight.mean_gradient is not None:
                     yield Copy("mean gradient", weight.sparse.label, weight.mean_gradient)
                 yield Copy("flip history", weight.sparse.label, weight.history.oscillations)

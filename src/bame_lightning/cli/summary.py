@@ -23,7 +23,7 @@ from bame_lightning.runs import strict_json
 _NEVER_FLIPPED = (
     "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: the run is too short, or its "
     "schedule leaves no room for adaptations (compare method.schedule.start, stop and every with the number of steps); "
-    "evidence moves too little (method.evidence.step_size, share, read_every), or its margin is too large; under "
+    "evidence moves too little (method.evidence.step_size, contenders, read_every), or its margin is too large; under "
     "method=bame_one_batch the learning rate is 0 or tiny."
 )
 _NOTHING_PRUNED = (

@@ -34,8 +34,8 @@ class Fit(NamedTuple):
     """Of every step."""
 
 
-CYCLE = 10
-"""Steps after which BAME's default has done everything: it reads all blocks at every tenth step, and adapts at every other."""
+CYCLE = 20
+"""Steps after which BAME's default has done everything: it reads all blocks at every 20th step, and adapts at every other."""
 FOREVER = Schedule(0, 10**6)
 
 # Threads of one process would share its allocator and the interpreter's lock, and slow each other down between turns.
