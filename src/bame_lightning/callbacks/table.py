@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from io import StringIO
 
 from rich.console import Console
-from rich.table import Table
 
 from bame_lightning.layers import LayerPlan
+from bame_lightning.narrow import Table
 
 
 def layer_table(plans: Sequence[LayerPlan]) -> str:
@@ -18,16 +18,18 @@ def layer_table(plans: Sequence[LayerPlan]) -> str:
         plans: What becomes of each weight.
 
     Returns:
-        The table as text of at most 100 columns, with a line of totals below.
+        The table as text as wide as the terminal, 80 columns where there is none, with a line of totals below.
     """
-    table = Table("Layer", "Type", "Shape", "Pattern", "Blocks", "Why dense")
+    table = Table("Layer", "Type", "Shape", "Blocks", "Pattern")
     for plan in plans:
         shape = " x ".join(map(str, plan.weight.shape))
         blocks = f"{plan.blocks:,}" if plan.pattern else ""
         name = plan.name.removesuffix(".weight")
-        table.add_row(name, plan.kind, shape, str(plan.pattern or "dense"), blocks, plan.reason)
+        table.add_row(
+            name, plan.kind, shape, blocks, str(plan.pattern or f"dense: {plan.reason.removeprefix('dense ')}")
+        )
     with StringIO() as text:
-        Console(file=text, width=100).print(table)
+        Console(file=text, width=min(100, Console(stderr=True).width), markup=False, highlight=False).print(table)
         return f"{text.getvalue()}{_totals(plans)}"
 
 

@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from bame_lightning.cli.models import Build, build_model, input_of
@@ -21,6 +20,7 @@ from bame_lightning.cli.questions import layer_rules
 from bame_lightning.evidence import OneBatch
 from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
 from bame_lightning.layers import plan_layers
+from bame_lightning.narrow import Table
 from bame_lightning.pattern import NMPattern
 
 CONVENTION = (

@@ -13,7 +13,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bame_lightning.callbacks import SRSTE, BAMECallback, StaticMask
@@ -21,6 +20,7 @@ from bame_lightning.cli.models import build_model, input_of
 from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
 from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
+from bame_lightning.narrow import Table
 from bame_lightning.tasks import Classifier
 
 METHODS = ("dense", "sr_ste", "static", "bame")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from bame_lightning.compare import Comparison
 from bame_lightning.compare.tables import WORDS, cells, explanation, tasks
+from bame_lightning.narrow import Table
 
 
 def show(comparison: Comparison) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from lightning import Trainer
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 
 from bame_lightning.audit import audit_checkpoint
 from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.flops import LABEL
+from bame_lightning.narrow import Table
 from bame_lightning.pattern import NMPattern
 from bame_lightning.runs import strict_json
 
@@ -152,7 +152,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("layer", "pattern")
     for title in ("blocks", "violations"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for layer in layers:
         table.add_row(layer["name"], layer["pattern"], f"{layer['blocks']:,}", f"{layer['violations']:,}")
     return table

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from bame_lightning.audit import AuditReport
 from bame_lightning.cli.checkpoints import printable
+from bame_lightning.narrow import Table
 
 
 def show(report: AuditReport) -> None:
