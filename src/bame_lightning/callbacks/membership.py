@@ -192,6 +192,7 @@ class Membership:
         method = self._method
         joined = set(weights) - set(method.weights)
         method.weights = weights
+        method.refollow(trainer)
         method.regroup()
         method._averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
         idle = {plan.name for plan in self._plans if plan.untrained}
