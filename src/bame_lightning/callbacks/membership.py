@@ -192,8 +192,8 @@ class Membership:
         method = self._method
         joined = set(weights) - set(method.weights)
         method.weights = weights
-        method.refollow(trainer)
         method.regroup()
+        method.refollow(trainer)
         method._averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
         idle = {plan.name for plan in self._plans if plan.untrained}
         method.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
