@@ -153,6 +153,7 @@ class Sharp(Manual):
         optimizer.optimizer.second_step()
 
 
+@pytest.mark.filterwarnings("ignore:Optimizer Halves is unknown")
 def test_a_step_in_two_halves_counts_once() -> None:
     callback = BAMECallback("2:4", schedule=Schedule(every=2), verify=True)
     over: list[int] = []
