@@ -233,8 +233,8 @@ class SparseCallback(KeepsBooks):
         if stage != "fit":
             return
         self._come_home()
-        self._home.leave(trainer.strategy)
         refuse_strategy(trainer)
+        self._home.leave(trainer.strategy)
         # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
         self._restored, self._blank = None, False
         here = {id(parameter) for parameter in pl_module.parameters()}
