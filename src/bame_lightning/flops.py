@@ -9,7 +9,7 @@ first layer too, although nobody needs the gradient of the images. Only matrix p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from bame_lightning.schedule import Schedule
 
 LABEL = "counted, not executed"
 """Belongs beside every number of a ledger, unless a sparse kernel ran."""
+OTHER = ""
+"""Products without a weight, among the parts of a ledger."""
 
 _aten = torch.ops.aten
 # Matrix products, and where among their arguments the left factor stands; the right one follows.
@@ -292,25 +294,37 @@ class Ledger:
         """Sparse weights that no counted product multiplies with; they are missing in the ledger."""
         self._weights = dict(weights)
         self._other = other
-        self._dense = self._macs({})
-        self._sr_ste = self._macs({name: Shares.sr_ste(density) for name, density in densities.items()})
+        self._sr_ste = {name: Shares.sr_ste(density) for name, density in densities.items()}
         self._booked = dict.fromkeys(("algorithmic", "hardware", "dense", "sr_ste"), 0.0)
 
-    def book(self, shares: Mapping[str, Shares], *, batches: int = 1, mask_search: float = 0.0) -> None:
+    @property
+    def parts(self) -> Set[str]:
+        """What may be booked: names of weights, and `OTHER`."""
+        return self._weights.keys() | {OTHER}
+
+    def book(
+        self,
+        shares: Mapping[str, Shares],
+        *,
+        batches: int = 1,
+        mask_search: float = 0.0,
+        only: Set[str] | None = None,
+    ) -> None:
         """Book one optimizer step.
 
         Args:
             shares: What the step needs of each weight's dense cost; weights left out are dense.
             batches: Batches whose gradients the step accumulates.
             mask_search: Multiply-accumulates of the search for masks in this step, if it has any.
+            only: Which `parts` to book; all of them unless given.
         """
         rows = {name: Shares(share.forward, 1.0, share.weight_gradient) for name, share in shares.items()}
-        algorithmic = self._macs(shares)
-        hardware = algorithmic if self.transposable else self._macs(rows)
+        algorithmic = self._macs(shares, only)
+        hardware = algorithmic if self.transposable else self._macs(rows, only)
         self._booked["algorithmic"] += batches * algorithmic + mask_search
         self._booked["hardware"] += batches * hardware + mask_search
-        self._booked["dense"] += batches * self._dense
-        self._booked["sr_ste"] += batches * self._sr_ste
+        self._booked["dense"] += batches * self._macs({}, only)
+        self._booked["sr_ste"] += batches * self._macs(self._sr_ste, only)
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged: FLOPs (2 x MACs) since the run began, and ratios to dense and to SR-STE.
@@ -337,10 +351,12 @@ class Ledger:
         """Go on from what `state_dict` returned; the costs of the model are counted anew."""
         self._booked = {column: float(state[column]) for column in self._booked}
 
-    def _macs(self, shares: Mapping[str, Shares]) -> float:
-        """MACs of one batch."""
-        total = float(self._other.total)
+    def _macs(self, shares: Mapping[str, Shares], only: Set[str] | None) -> float:
+        """MACs of one batch, of all parts or of some."""
+        total = float(self._other.total) if only is None or OTHER in only else 0.0
         for name, macs in self._weights.items():
+            if only is not None and name not in only:
+                continue
             share = shares.get(name, _DENSE)
             total += share.forward * macs.forward
             total += share.input_gradient * macs.input_gradient

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 from jaxtyping import Bool
 from torch import Tensor
-from torch.optim import Optimizer
 
 from bame_lightning.layers import SparseWeight
-from bame_lightning.optimizer_state import elementwise_state
+from bame_lightning.weight_state import WeightState
 
 
 class InvariantError(AssertionError):
@@ -46,19 +45,19 @@ def check_gradients(weights: Iterable[SparseWeight], step: int) -> None:
             _check_zero(sparse, sparse.gradient, "gradient", cause, step)
 
 
-def check_optimizer_state(weights: Iterable[SparseWeight], optimizer: Optimizer, step: int) -> None:
+def check_optimizer_state(weights: Iterable[SparseWeight], state: WeightState, step: int) -> None:
     """Check that element-wise optimizer state is exactly zero where weights are pruned.
 
     Args:
         weights: Weights under masks.
-        optimizer: The optimizer that holds them.
+        state: Of the optimizer that holds them.
         step: Optimizer steps done, for the message.
 
     Raises:
         InvariantError: If one is not.
     """
     for sparse in weights:
-        for key, value in elementwise_state(optimizer, sparse.weight, sparse.name):
+        for key, value in state.elementwise(sparse.weight, sparse.name):
             cause = "something changed the optimizer's state after its step"
             _check_zero(sparse, sparse.oriented(value), f"optimizer state '{key}'", cause, step)
 

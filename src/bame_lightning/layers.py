@@ -128,7 +128,12 @@ class SparseWeight:
     @property
     def gradient(self) -> Float[Tensor, "out inp *kernel"] | None:
         """Their gradient, in the memory of the parameter's; None if it has none."""
-        return None if self.weight.grad is None else self.oriented(local(self.weight.grad))
+        return None if self.weight.grad is None else self.oriented(local(self.weight.grad.detach()))
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether somebody may differentiate the gradient, made by `backward(create_graph=True)`."""
+        return self.weight.grad is not None and self.weight.grad.requires_grad
 
     @property
     def pruned(self) -> Bool[Tensor, "out inp *kernel"]:

@@ -1,4 +1,4 @@
-"""What an optimizer keeps of a weight: zero it where pruned, and read the step it takes off it."""
+"""What an optimizer holds, under which names, and the step that it takes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bame_lightning.sharding import local
-
-# State of torch's optimizers that holds one value per weight, and of others that use the same names.
-ELEMENTWISE = set(
-    {
-        "acc_delta",  # Adadelta
-        "ax",  # ASGD
-        "exp_avg",  # Adam, AdamW, NAdam, RAdam, Adamax
-        "exp_avg_sq",
-        "exp_inf",  # Adamax
-        "grad_avg",  # RMSprop, centered
-        "max_exp_avg_sq",  # Adam, amsgrad
-        "momentum_buffer",  # SGD, RMSprop
-        "prev",  # Rprop
-        "square_avg",  # RMSprop, Adadelta
-        "sum",  # Adagrad
-    }
-)
-# One value per weight as well, but zero would stop it for good.
-STEP_SIZES = frozenset({"step_size"})  # Rprop
+from bame_lightning.nested_optimizers import held_by, nested_optimizers
+from bame_lightning.weight_state import ELEMENTWISE as ELEMENTWISE
+from bame_lightning.weight_state import STEP_SIZES as STEP_SIZES
+from bame_lightning.weight_state import WeightState
 
 
 class UpdateRule(NamedTuple):
@@ -69,12 +53,15 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
     Raises:
         ValueError: If the optimizer maximizes.
     """
-    group = next(group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+    # The one that updates the weight is the innermost that holds it.
+    inside = [inner for inner in nested_optimizers(optimizer) if id(weight) in held_by(inner)]
+    holder = inside[-1] if inside else optimizer
+    group = next(group for group in holder.param_groups if any(p is weight for p in group["params"]))
     if group.get("maximize", False):
         raise ValueError(
             "BAME follows gradients downhill; the optimizer has `maximize=True`. Minimize the negated loss instead."
         )
-    state: dict[str, Any] = optimizer.state.get(weight, {})
+    state: dict[str, Any] = holder.state.get(weight, {})
     momentum = group.get("momentum", 0.0)
     rate = group["lr"] * (1 - group.get("dampening", 0.0) * (momentum > 0)) / (1 - momentum)
     # Adadelta keeps a `square_avg`, too, but steps by a ratio of two means.
@@ -126,7 +113,7 @@ def block_rates(
 
 
 def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimizer state that holds one value per weight.
+    """Yield the optimizer state that holds one value per weight: `WeightState.elementwise`, for a single look.
 
     Args:
         optimizer: An optimizer that holds `weight`.
@@ -135,34 +122,5 @@ def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> 
 
     Yields:
         Key and tensor, shaped like the weight, or like the part of it that this process holds.
-
-    Raises:
-        ValueError: If state has the shape of the weight, but a zero in it may mean something else: codes of a quantised
-            optimizer, or, under an unknown key of a square weight, a factor that mixes inputs or outputs (as Shampoo's).
     """
-    for key, value in optimizer.state.get(weight, {}).items():
-        if not isinstance(value, Tensor) or value.shape != weight.shape or key in STEP_SIZES:
-            continue
-        if not value.is_floating_point():
-            raise ValueError(
-                f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as {value.dtype}; a zero there may not be "
-                "the value zero. Use an optimizer with floating-point state."
-            )
-        if key not in ELEMENTWISE:
-            _check_unknown(optimizer, weight, name, key)
-        yield key, local(value)
-
-
-def _check_unknown(optimizer: Optimizer, weight: nn.Parameter, name: str, key: str) -> None:
-    kind = type(optimizer).__name__
-    if weight.dim() == 2 and weight.shape[0] == weight.shape[1]:
-        raise ValueError(
-            f"`optimizer` {kind} keeps '{key}' for `{name}`, of the same square shape {tuple(weight.shape)}: one value per "
-            f"weight and a matrix factor look alike there. Keep the layer dense with layers={{'{name}': 'dense'}}, use an "
-            "optimizer of torch.optim, or add the key to `bame_lightning.optimizer_state.ELEMENTWISE` if it is elementwise."
-        )
-    warn(
-        f"Optimizer {kind} is unknown; its state '{key}' has the shape of the weights and is taken to hold one value per "
-        "weight: it is zeroed where weights are pruned.",
-        stacklevel=2,
-    )
+    return WeightState(optimizer).elementwise(weight, name)

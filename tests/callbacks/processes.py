@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
 from bame_lightning.invariants import InvariantError
+from tests.callbacks.gan import EPOCHS, Gan
 from tests.training import Spy, Task, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,23 @@ def ddp(folder: Path, ranks: int) -> None:
 def sharded(folder: Path, ranks: int) -> None:
     for name, make in METHODS.items():
         save(train(make(verify=True), Sharded(), devices=ranks, strategy=fsdp(ranks)), folder, name)
+
+
+def train_gan(ranks: int) -> dict[str, Any]:
+    """Train two networks with an optimizer each, and record weights after every batch."""
+    callback, task = METHODS["bame"](verify=True), Gan()
+    weights: list[Any] = []
+    spy = Spy(lambda *_: weights.append([sparse.weight.detach().clone() for sparse in callback.weights]))
+    strategy = "ddp_find_unused_parameters_true" if ranks > 1 else "auto"
+    fit = trainer(callback, spy, max_epochs=EPOCHS, devices=ranks, strategy=strategy)
+    fit.fit(task)
+    clocks = {clock["layers"][0].partition(".")[0]: clock["steps"] for clock in callback.state_dict()["clocks"]}
+    flops = callback.summary()["flops"]
+    return {"weights": weights, "clocks": clocks, "flops": flops, "rank": fit.global_rank}
+
+
+def several_optimizers(folder: Path, ranks: int) -> None:
+    save(train_gan(ranks), folder, "gan")
 
 
 def corrupted(folder: Path, ranks: int) -> None:

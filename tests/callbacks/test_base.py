@@ -453,15 +453,6 @@ class TestBadInput:
         ):
             trainer(bame()).fit(Task(model, lambda p: Whitening(p, lr=0.1)))
 
-    def test_two_optimizers_that_hold_sparse_weights(self) -> None:
-        class Two(Task):
-            def configure_optimizers(self) -> Any:
-                self.automatic_optimization = False
-                return [torch.optim.SGD(self.model[i].parameters(), lr=0.1) for i in (2, 4)]
-
-        with pytest.raises(ValueError, match="2 optimizers hold sparse weights"):
-            trainer(bame()).fit(Two())
-
     def test_fused_optimizers_and_manual_optimization_under_a_loss_scaler(self) -> None:
         def plugins() -> list[Any]:
             return [MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu"))]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch import callbacks
 from torch import Tensor, nn
 
+from bame_lightning.callbacks.packages import averaging_callbacks
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import zero_pruned_
-
-# WeightAveraging came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
 
 
 class Averages:
@@ -31,7 +27,9 @@ class Averages:
     """
 
     def __init__(self, trained_with: Iterable[L.Callback], weights: Sequence[SparseWeight]) -> None:
-        self._averaging = [callback for callback in trained_with if isinstance(callback, _AVERAGING)]
+        self._averaging: list[Any] = [
+            callback for callback in trained_with if isinstance(callback, averaging_callbacks())
+        ]
         self._weights = weights
         self._kept = [sparse.kept.clone() for sparse in weights] if self._averaging else []
         self._zero_pruned()

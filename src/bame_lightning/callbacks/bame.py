@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.callbacks.base import Init, resolve_window
+from bame_lightning.callbacks.base import Init
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.callbacks.ranks import Copy
+from bame_lightning.callbacks.run_length import resolve_window
 from bame_lightning.evidence import Evidence, OneBatch, Reading
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.flops import Shares
 from bame_lightning.layers import SparseWeight
 from bame_lightning.oscillation import oscillation_frequency
 from bame_lightning.pattern import NMPattern
-from bame_lightning.schedule import Schedule, Window
+from bame_lightning.schedule import Schedule
 from bame_lightning.statistics import percentiles, pooled_mean
 
 
@@ -59,6 +60,8 @@ class BAMECallback(MaskedCallback):
     weight_type: type[EvolvingWeight] = EvolvingWeight
     """What holds the state of a weight; an experiment with the evolution derives from it."""
 
+    schedule: Schedule
+
     def __init__(
         self,
         pattern: str | NMPattern,
@@ -86,19 +89,18 @@ class BAMECallback(MaskedCallback):
         self.adaptations = 0
         self.evolving: list[EvolvingWeight] = []
         self.discarded = torch.zeros((), dtype=torch.int64)
-        self._window = Window(0, 0, 1)
         self.around_adaptation: Callable[[], AbstractContextManager[None]] = nullcontext
         """What to do before and after masks change, for those who want to compare."""
 
     @property
     def adapts(self) -> bool:
-        """Whether masks adapt after the optimizer step that comes next."""
-        return self._window.adapts(self.steps)
+        """Whether masks adapt after the optimizer step of some optimizer that comes next."""
+        return any((followed.window or self._window).adapts(followed.steps) for followed in self._followed)
 
     @property
     def _reading(self) -> Reading | None:
         """What to read of the gradients of the step that is going on."""
-        return self.evidence.reading(self.steps, self._window)
+        return self.evidence.reading(self.now.steps, self.window)
 
     @override
     def plan(self, trainer: L.Trainer) -> None:
@@ -145,38 +147,38 @@ class BAMECallback(MaskedCallback):
     @override
     def read_gradients(self) -> None:
         reading = self._reading
-        for weight in self.evolving:
+        for weight in self.moving(self.evolving):
             if reading is None:
                 weight.read_share = 0.0
             else:
-                weight.read(reading.everywhere, self.adapts)
+                weight.read(reading.everywhere, self.window.adapts(self.now.steps))
 
     @override
     def evolve(self, optimizer: Optimizer) -> bool:
-        reading = self._reading
+        reading, evolving = self._reading, self.moving(self.evolving)
         if reading is not None:
             # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
-            extremes = [bound for weight in self.evolving for bound in weight.extremes()]
+            extremes = [bound for weight in evolving for bound in weight.extremes()]
             finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones_like(self.discarded) > 0
             finite = self._ranks.all(finite)
             self.discarded += ~finite
-            for weight in self.evolving:
-                weight.accumulate(optimizer, reading, finite, len(self._window))
+            for weight in evolving:
+                weight.accumulate(optimizer, reading, finite, len(self.window))
                 if reading.everywhere and isinstance(self.evidence, Evidence):
                     weight.contend(self.evidence.contenders)
-        adapts = self.adapts
+        adapts = self.window.adapts(self.now.steps)
         if adapts:
             with self.around_adaptation():
-                for weight in self.evolving:
-                    weight.adapt(self.evidence.adaptable_share(self.steps, self._window))
+                for weight in evolving:
+                    weight.adapt(self.evidence.adaptable_share(self.now.steps, self.window))
             self.adaptations += 1
-        for weight in self.evolving:
+        for weight in evolving:
             weight.reading = None
         return adapts
 
     @override
     def shares(self) -> dict[str, Shares]:
-        return {w.sparse.name: Shares.bame(w.sparse.pattern.density, w.read_share) for w in self.evolving}
+        return {w.sparse.name: Shares.bame(w.sparse.pattern.density, w.read_share) for w in self.moving(self.evolving)}
 
     @override
     def method_statistics(self) -> dict[str, Tensor]:
@@ -239,14 +241,14 @@ class BAMECallback(MaskedCallback):
         self.evolving = []
 
     @override
-    def summary(self) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         """What the run did, in plain types.
 
         Returns:
             The summary of `SparseCallback`, and adaptations, mask positions flipped, final share of frozen blocks, mean
             oscillation frequency, discarded readings.
         """
-        summary = super().summary()
+        summary = super()._summary()
         totals = {
             "adaptations": self.adaptations,
             "flips": sum(int(weight.sparse.rows.total(weight.flips)) for weight in self.evolving),

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from bame_lightning import invariants, statistics
 from bame_lightning.blocks import oriented, to_blocks
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
+from bame_lightning.callbacks.following import Followed, find_holders
+from bame_lightning.callbacks.home import Home
 from bame_lightning.callbacks.intruders import Intruders
 from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.membership import Membership
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
+from bame_lightning.callbacks.run_length import progress, window_at_pace
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.flops import Shares
 from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight
@@ -32,6 +33,15 @@ from bame_lightning.pattern import NMPattern
 from bame_lightning.schedule import Schedule, Window
 
 Init = Literal["magnitude", "random", "nonzero"]
+
+
+@runtime_checkable
+class _OfAWeight(Protocol):
+    sparse: SparseWeight
+
+
+_Evolving = TypeVar("_Evolving", bound=_OfAWeight)
+
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
 """Metrics that the progress bar shows."""
 FEW = 4
@@ -60,6 +70,8 @@ class SparseCallback(KeepsBooks):
         ValueError: If an argument is malformed.
     """
 
+    schedule: Schedule | None = None
+    """When masks change, for methods that change them now and then."""
     transposable = False
     """Whether masks are N:M along the output dimension, too."""
 
@@ -74,19 +86,23 @@ class SparseCallback(KeepsBooks):
     ) -> None:
         if init not in ("magnitude", "random", "nonzero"):
             raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
+        self._steps = 0
+        self._home = Home()
+        self._brought: dict[str, Any] | None = None
         super().__init__(pattern, layers)
         self.init = init
         self.rescale = rescale
         self.verify = verify
         self.weights: list[SparseWeight] = []
-        self._optimizer: Optimizer | None = None
+        self._followed: list[Followed] = []
+        self._now: Followed | None = None
+        self._optimizers: list[Optimizer] = []
+        self._following = False
+        self._window = Window(0, 0, 1)
         self._averages = Averages((), ())
         self._restored: dict[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
         self._rescaling: set[str] = set()
         self._blank = False
-        self._stepping = False
-        self._backward = False
         self._ranks = Ranks()
         self._intruders = Intruders(self._ranks)
         self._started = self._sound = self._raw = self._told = False
@@ -109,11 +125,13 @@ class SparseCallback(KeepsBooks):
 
     def forget(self) -> None:
         """Forget the weights, and what evolves in them."""
-        self.weights, self.steps = [], 0
+        for followed in self._followed:
+            followed.detach()
+        self.weights, self.steps, self._followed = [], 0, []
 
     @abstractmethod
     def enforce(self, optimizer: Optimizer) -> None:
-        """Make weights and optimizer state fit the masks; state may come from a checkpoint of dense training."""
+        """Make weights and state of an optimizer fit the masks; state may come from a checkpoint of dense training."""
 
     def handle_gradients(self) -> None:
         """Change gradients once they are whole and before they are clipped (automatic optimization)."""
@@ -143,7 +161,7 @@ class SparseCallback(KeepsBooks):
 
     @abstractmethod
     def shares(self) -> dict[str, Shares]:
-        """Share of each sparse weight's dense cost that the last step needed, by name."""
+        """Share of the dense cost of each weight that the last step has moved, by name."""
 
     def method_statistics(self) -> dict[str, Tensor]:
         """Metrics of the method, on the weights' device; of one's own rows where weights are sharded."""
@@ -156,6 +174,57 @@ class SparseCallback(KeepsBooks):
                 yield Copy("mask", sparse.label, sparse.kept)
                 yield Copy("weight", sparse.label, sparse.values)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, of all optimizers that hold sparse weights."""
+        self._come_home()
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = steps
+
+    def _take_up_brought(self, pl_module: L.LightningModule) -> None:
+        """Go on under the masks of a fit that ran in a child process, where the model still fits them."""
+        brought, self._brought = self._brought, None
+        if brought is None:
+            return
+        layers, parameters = brought["state"]["layers"], dict(pl_module.named_parameters())
+        for name, layer in layers.items():
+            weight = parameters.get(name)
+            if weight is not None and list(weight.shape) == list(layer["shape"]):
+                plan = LayerPlan(name, "", weight, NMPattern.parse(layer["pattern"]), "", layer["transposed"])
+                self.weights += _restore_masks({name: layer}, [plan], type(self).__name__)
+
+    def _come_home(self) -> None:
+        """Take up what a child process has learned in a fit that ran there."""
+        told = self._home.fetch()
+        if told is not None:
+            self.forget()
+            self._brought, self._steps = told, told["state"]["steps"]
+
+    # What a method may ask: several optimizers may hold sparse weights, each with steps of its own.
+
+    @property
+    def now(self) -> Followed:
+        """The optimizer whose step is going on, or whose gradients are looked at, with the sparse weights that it holds."""
+        assert self._now is not None
+        return self._now
+
+    @property
+    def window(self) -> Window:
+        """The window of mask evolution, in steps of that optimizer."""
+        return self.now.window or self._window
+
+    def held(self, optimizer: Optimizer) -> list[SparseWeight]:
+        """The sparse weights that an optimizer holds."""
+        return [sparse for f in self._followed if f.optimizer is optimizer for sparse in f.weights]
+
+    def moving(self, found: Sequence[_Evolving]) -> list[_Evolving]:
+        """Of what a method keeps beside its weights, that of the weights which that optimizer holds."""
+        here = {id(sparse) for sparse in self.now.weights}
+        return [evolving for evolving in found if id(evolving.sparse) in here]
+
     # Lightning's hooks, in the order in which they are called.
 
     @override
@@ -163,7 +232,9 @@ class SparseCallback(KeepsBooks):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._come_home()
         refuse_strategy(trainer)
+        self._home.leave(trainer.strategy)
         # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
         self._restored, self._blank = None, False
         here = {id(parameter) for parameter in pl_module.parameters()}
@@ -211,11 +282,12 @@ class SparseCallback(KeepsBooks):
         self._members.begin(restored)
         # A second fit of the same model keeps the masks it has: a revived weight may be zero, and prune itself otherwise.
         # Unless somebody has loaded other weights since.
+        self._take_up_brought(pl_module)
         known = [sparse for sparse in self.weights if sparse.obeys] if not restored else []
         saved = restored["layers"] if restored else {}
         masked = [id(weight) for name, weight in pl_module.named_parameters(remove_duplicate=False) if name in saved]
         plans = self._members.plan(trainer, pl_module, masked)
-        self._optimizer = _find_optimizer(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
+        holders = find_holders(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         if restored:
             self._rescaling = set(restored["rescaling"])
             self.weights = _restore_masks(restored["layers"], plans, type(self).__name__)
@@ -226,6 +298,8 @@ class SparseCallback(KeepsBooks):
         self._members.try_masks(known, restored)
         self._ranks = Ranks(trainer.world_size, self.weights)
         self._intruders = Intruders(self._ranks)
+        clocks = restored.get("clocks", []) if restored else [followed.clock() for followed in self._followed]
+        self._follow(trainer, holders, clocks if self.steps else [])
         self.start(restored)
         self._averages = Averages(trainer.callbacks, self.weights)  # type: ignore[attr-defined]
         # What a step costs is counted anew: layers may have been unfrozen, and batches changed.
@@ -243,18 +317,70 @@ class SparseCallback(KeepsBooks):
             self.plan(trainer)
         if not self._started or self._restored:
             self._start(trainer, pl_module)
-        self._attach()
         if trainer.ckpt_path and not self.steps:
             self.steps = trainer.global_step  # masks were rebuilt in the middle of a run
+            self._follow(trainer, [followed.optimizer for followed in self._followed], [])
+        self._attach(trainer, pl_module)
 
-    def _attach(self) -> None:
-        """Follow the steps of the optimizer that holds the weights."""
-        assert self._optimizer is not None
-        for handle in self._handles:
-            handle.remove()
-        self.enforce(self._optimizer)
+    def _follow(self, trainer: L.Trainer, holders: Sequence[Optimizer], clocks: Sequence[Mapping[str, Any]]) -> None:
+        """Give each optimizer that holds sparse weights a clock, which goes on from those given."""
+        for followed in self._followed:
+            followed.detach()
+        self._optimizers = list(trainer.optimizers)
+        self._followed = [Followed(optimizer, self.weights) for optimizer in holders]
+        for followed in self._followed:
+            followed.steps = self.steps // len(self._followed)  # unless a clock tells
+            followed.take_over(clocks)
+        self._now = next(iter(self._followed), None)
+
+    def refollow(self, trainer: L.Trainer) -> None:
+        """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
+        module = trainer.lightning_module
+        clocks, known = [f.clock() for f in self._followed], {id(f.optimizer): f for f in self._followed}
+        holders = find_holders(trainer, module, {id(sparse.weight) for sparse in self.weights})
+        for followed in self._followed:
+            if all(followed.optimizer is not optimizer for optimizer in holders):
+                followed.detach()
+        self._optimizers, self._followed = list(trainer.optimizers), []
+        for optimizer in holders:
+            followed = known.get(id(optimizer)) or Followed(optimizer, self.weights)
+            self._followed.append(followed)
+            followed.hold(self.weights)
+            if id(optimizer) not in known:
+                followed.take_over(clocks)
+                if self._following:
+                    self._attach_one(trainer, module, followed)
+        self._now = next((f for f in self._followed if f is self._now), next(iter(self._followed), None))
+
+    def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See the steps of the optimizers that hold the weights."""
+        self._following = True
+        for followed in self._followed:
+            self._attach_one(trainer, pl_module, followed)
+
+    def _attach_one(self, trainer: L.Trainer, pl_module: L.LightningModule, followed: Followed) -> None:
+        def before_inner(followed: Followed) -> None:
+            self._before_step(pl_module, followed)
+
+        self._now = followed
+        self.enforce(followed.optimizer)
         # No hook of Lightning follows the update before validation and checkpoints see the weights.
-        self._handles = [self._optimizer.register_step_post_hook(self._after_step)]
+        followed.attach(before_inner, functools.partial(self._after_any_step, trainer, pl_module, followed))
+        self._keep_pace(trainer, pl_module, followed)
+
+    def _after_any_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, followed: Followed, optimizer: Optimizer, *call: Any
+    ) -> None:
+        before = followed.steps
+        self._after_step(optimizer, *call)
+        if followed.steps > before and not pl_module.automatic_optimization:
+            followed.pace.follow(before, progress(trainer))
+            self._keep_pace(trainer, pl_module, followed)
+
+    def _keep_pace(self, trainer: L.Trainer, pl_module: L.LightningModule, followed: Followed) -> None:
+        # Under automatic optimization the Trainer knows how many steps there will be.
+        if self.schedule is not None and not pl_module.automatic_optimization:
+            followed.window = window_at_pace(trainer, self.schedule, followed.pace)
 
     @override
     def on_train_batch_start(
@@ -263,7 +389,9 @@ class SparseCallback(KeepsBooks):
         if self._restored:
             # Put back in the middle of training, as by a learning-rate finder.
             self._start(trainer, pl_module)
-            self._attach()
+            self._attach(trainer, pl_module)
+        for followed in self._followed:
+            followed.start_batch()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
@@ -271,53 +399,71 @@ class SparseCallback(KeepsBooks):
         super().on_before_backward(trainer, pl_module, loss)
         if not pl_module.automatic_optimization:
             self._refuse_local_gradients(trainer)
-            self.before_backward()
+            for followed in self._followed:
+                self._now = followed
+                self.before_backward()
+                followed.before_backward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under manual optimization users clip before `on_before_optimizer_step`, so this is the last moment. Under
         # automatic optimization gradients may still be scaled here, or local to a rank.
         if not pl_module.automatic_optimization:
-            self._backward = True
-            self.after_backward()
+            for followed in self._followed:
+                self._now = followed
+                followed.after_backward()
+                self.after_backward()
         else:
             self._members.settle(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         self._members.settle(trainer, pl_module, optimizer)
-        joined = self._members.join(trainer, pl_module, optimizer)
-        if joined or self._optimizer not in trainer.optimizers:
-            # Somebody has made new optimizers in the middle of training.
-            found = _find_optimizer(trainer, pl_module, {id(sparse.weight) for sparse in self.weights})
-            if found is not None:
-                self._optimizer = found
-                self._attach()
-        if optimizer is not self._optimizer:
-            return
-        self._intruders.look(self.weights)
+        self._members.join(trainer, pl_module, optimizer)
+        if self._optimizers != list(trainer.optimizers):
+            self.refollow(trainer)  # somebody has made new optimizers in the middle of training
+        for followed in self._followed:
+            if optimizer is followed.optimizer:
+                self._before_step(pl_module, followed)
+
+    def _before_step(self, pl_module: L.LightningModule, followed: Followed) -> None:
+        self._now = followed
+        self._intruders.look(followed.weights)
         if self.verify:
             self.check()
         if pl_module.automatic_optimization:
             self.handle_gradients()
         else:
-            self._check_backward()
+            self._check_backward(followed)
             self.mask_gradients()
         self.before_update()
-        self._stepping = True
+        followed.stepping = True
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._stepping:
-            # An optimizer whose `step` calls that of its parent class comes here twice; raw steps come from nowhere.
-            self._raw = True
+        followed = next((followed for followed in self._followed if followed.optimizer is optimizer), None)
+        if followed is None:
+            return  # nothing that it holds is sparse any more
+        self._now = followed
+        if not followed.stepping:
+            self._raw = True  # it comes from nowhere
             self.enforce(optimizer)
             return
-        self._stepping = self._backward = False
+        followed.stepping = followed.backward = False
         self.after_update(optimizer)
+        followed.steps += 1
         self.steps += 1
-        self.books.book(self.shares(), self._ranks.count)
+        self._book(followed)
         self._compare(every=1 if self.verify else COMPARE_EVERY)
+
+    def _book(self, followed: Followed) -> None:
+        """Book a step: of the network, or of the layers that the optimizer holds where several hold sparse ones."""
+        if len(self._followed) == 1:
+            self.books.book(self.shares(), self._ranks.count)
+        else:
+            sparse = {weight.name for weight in self.weights}
+            self.books.book_part(self.shares(), self._ranks.count, followed.batches, sparse)
+        followed.batches = 0
 
     @override
     def on_train_batch_end(
@@ -390,6 +536,8 @@ class SparseCallback(KeepsBooks):
             # Callbacks that come later may have changed the weights when training ended.
             self._intruders.look(self.weights)
             self._intruders.tell("the trained network is not sparse")
+        if self.weights:
+            self._home.send({"state": self.state_dict(), "summary": self.summary()}, first=trainer.is_global_zero)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -401,9 +549,14 @@ class SparseCallback(KeepsBooks):
     def state_dict(self) -> dict[str, Any]:
         if self._restored:
             return self._restored  # loaded, and not yet taken up
+        self._come_home()
+        if self._brought is not None:
+            state: dict[str, Any] = self._brought["state"]
+            return state
         state = {
             VERSION_KEY: STATE_VERSION,
             "steps": self.steps,
+            "clocks": [followed.clock() for followed in self._followed],
             "layers": {sparse.name: sparse.state_dict() for sparse in self.weights},
             "rescaling": sorted(self._rescaling),
             **self._members.state_dict(),
@@ -422,8 +575,16 @@ class SparseCallback(KeepsBooks):
         Raises:
             RuntimeError: Before the first fit.
         """
+        self._come_home()
+        if self._brought is not None:
+            summary: dict[str, Any] = self._brought["summary"]
+            return summary
         if not self.weights and not self.steps:
             raise RuntimeError(f"{type(self).__name__} has not been fitted, so there is nothing to sum up.")
+        return self._summary()
+
+    def _summary(self) -> dict[str, Any]:
+        """What `summary` returns, of the fit that ended here; a method adds what it counts."""
         masks = self._mean(self._mask_statistics()) if self.weights else {"bame/density": 1.0, "bame/survival": 1.0}
         return {
             "pattern": str(self.pattern),
@@ -477,8 +638,8 @@ class SparseCallback(KeepsBooks):
                 "`accumulate_grad_batches`."
             )
 
-    def _check_backward(self) -> None:
-        if not self._backward and any(sparse.weight.grad is not None for sparse in self.weights):
+    def _check_backward(self, followed: Followed) -> None:
+        if not followed.backward and any(sparse.weight.grad is not None for sparse in followed.weights):
             raise RuntimeError(
                 "`training_step` steps the optimizer of sparse weights on gradients that no `self.manual_backward` has made, "
                 f"so {type(self).__name__} could not see them before they are clipped. Call `self.manual_backward(loss)` "
@@ -486,76 +647,9 @@ class SparseCallback(KeepsBooks):
             )
 
     def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._optimizer = None
-
-
-def resolve_window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
-    """The window of a schedule in optimizer steps; says what will `never` happen where it is too short."""
-    if trainer.limit_train_batches == 0:
-        return Window(0, 0, schedule.every)  # nothing will be trained, so nothing can be too short
-    window = schedule.window(total_steps(trainer, schedule))
-    if not window.adaptations:
-        rank_zero_warn(
-            f"{never}: its window of {len(window)} optimizer steps is shorter than `schedule.every` = {schedule.every}. The "
-            "network trains with a static mask."
-        )
-    return window
-
-
-def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
-    """Optimizer steps of the run, infinite if nobody knows or the schedule does not ask."""
-    if isinstance(schedule.start, int) and isinstance(schedule.stop, int):
-        return math.inf  # nobody asks, and counting may need the data
-    steps = trainer.estimated_stepping_batches
-    batches = trainer.num_training_batches
-    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in found:
-        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1 and math.isfinite(batches):
-            # Lightning has counted as if accumulation never changed.
-            epochs = range(trainer.max_epochs or 1)
-            counted = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in epochs)
-            steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
-    return math.inf if steps == -1 else steps
-
-
-def _find_optimizer(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> Optimizer | None:
-    """The optimizer that holds weights with these `id`s, if one does; refuses what cannot be right."""
-    holders = [
-        o for o in trainer.optimizers if any(id(p) in sparse for group in o.param_groups for p in group["params"])
-    ]
-    if not holders:
-        return None
-    if len(holders) > 1:
-        raise ValueError(
-            f"`layers` lets {len(holders)} optimizers hold sparse weights, whose steps would be counted together. Keep all "
-            "but one optimizer's layers dense with layers={'name.*': 'dense'}."
-        )
-    optimizer = holders[0]
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "`configure_optimizers` returns LBFGS, which steps along gradients of earlier steps, when other masks held. Use an "
-            "optimizer that keeps one value per weight, as SGD or AdamW."
-        )
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError(
-            "`configure_optimizers` returns an optimizer with `maximize=True`, but masks follow gradients downhill. Minimize "
-            "the negated loss instead."
-        )
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if scaled and not pl_module.automatic_optimization:
-        raise ValueError(
-            "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
-            "follow them. Use `precision='bf16-mixed'` or automatic optimization."
-        )
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            "A fused optimizer under a loss scaler (`precision='16-mixed'`) unscales gradients inside its step, after the "
-            "masks have read them. Use `fused=False`, or `precision='bf16-mixed'`."
-        )
-    return optimizer
+        for followed in self._followed:
+            followed.detach()
+        self._following = False
 
 
 def _restore_masks(saved: Mapping[str, Any], plans: list[LayerPlan], method: str) -> list[SparseWeight]:

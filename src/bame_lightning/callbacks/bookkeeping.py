@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 from typing import Any
 
 import lightning as L
@@ -102,6 +102,21 @@ class Bookkeeper:
         """Book one optimizer step with all batches since the last one, those of skipped steps too."""
         if self.ledger is not None:
             self.ledger.book(shares, batches=self._batches * ranks)
+            self._warn(self.ledger)
+        self._batches = 0
+
+    def book_part(self, shares: Mapping[str, Shares], ranks: int, batches: int, sparse: Set[str]) -> None:
+        """Book a step of one of several optimizers that hold sparse weights.
+
+        Args:
+            shares: Of the weights that it holds.
+            ranks: Processes that train.
+            batches: Batches since its last step whose gradients have reached them.
+            sparse: Names of all sparse weights. What else the network computes is booked once for each batch.
+        """
+        if self.ledger is not None:
+            self.ledger.book(shares, batches=batches * ranks, only=shares.keys())
+            self.ledger.book({}, batches=self._batches * ranks, only=self.ledger.parts - sparse)
             self._warn(self.ledger)
         self._batches = 0
 

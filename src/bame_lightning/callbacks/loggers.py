@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from bame_lightning.callbacks.packages import known
 from bame_lightning.layers import LayerPlan
 
 CONFIG = "nm_sparsity"
@@ -17,13 +17,13 @@ CONFIG = "nm_sparsity"
 _BINS = 64
 
 
-def with_pictures(loggers: Iterable[Logger]) -> list[Logger]:
+def with_pictures(loggers: Iterable[Any]) -> list[Any]:
     """Those loggers that take pictures."""
-    return [logger for logger in loggers if isinstance(logger, (WandbLogger, TensorBoardLogger))]
+    return [logger for logger in loggers if isinstance(logger, known("loggers", "WandbLogger", "TensorBoardLogger"))]
 
 
 def log_pictures(
-    logger: Logger,
+    logger: Any,
     pictures: Mapping[str, UInt8[Tensor, "height width 3"]],
     counts: Mapping[str, Int[Tensor, " blocks"]],
     step: int,
@@ -36,12 +36,12 @@ def log_pictures(
         counts: Numbers of at least 0 to make a histogram of, by key.
         step: What the logger calls the step.
     """
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, known("loggers", "TensorBoardLogger")):
         for key, picture in pictures.items():
             logger.experiment.add_image(key, picture.numpy(), step, dataformats="HWC")
         for key, values in counts.items():
             logger.experiment.add_histogram(key, values, step, bins=edges(int(values.max())))
-    elif isinstance(logger, WandbLogger):
+    elif isinstance(logger, known("loggers", "WandbLogger")):
         import wandb  # where this logger is, it is installed
 
         media: dict[str, Any] = {key: wandb.Image(picture.numpy()) for key, picture in pictures.items()}
@@ -62,7 +62,7 @@ def edges(largest: int) -> list[float]:
     return [first - 0.5 for first in range(0, largest + 1 + width, width)]
 
 
-def record_config(loggers: Iterable[Logger], method: str, pattern: str, plans: Sequence[LayerPlan]) -> None:
+def record_config(loggers: Iterable[Any], method: str, pattern: str, plans: Sequence[LayerPlan]) -> None:
     """Enter method, pattern and the table of layers into the configuration of a run at W&B.
 
     Args:
@@ -82,6 +82,6 @@ def record_config(loggers: Iterable[Logger], method: str, pattern: str, plans: S
         for plan in plans
     }
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, known("loggers", "WandbLogger")):
             config = {CONFIG: {"method": method, "pattern": pattern, "layers": layers}}
             logger.experiment.config.update(config, allow_val_change=True)

@@ -65,6 +65,6 @@ class OneShotMagnitude(MaskedCallback):
                 }
 
     @override
-    def summary(self) -> dict[str, Any]:
-        summary = super().summary()
+    def _summary(self) -> dict[str, Any]:
+        summary = super()._summary()
         return summary | {"flops": summary["flops"] | self.dense_run}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.flops import Shares
 from bame_lightning.layers import SparseWeight
 from bame_lightning.masks import zero_pruned_
-from bame_lightning.optimizer_state import elementwise_state
 from bame_lightning.scale import CHANCE, alignment
+from bame_lightning.weight_state import WeightState, restart_
 
 
 class MaskedCallback(SparseCallback):
@@ -29,6 +29,7 @@ class MaskedCallback(SparseCallback):
 
     _expected: dict[str, Bool[Tensor, "*shape"]]
     _withheld: dict[str, Tensor]
+    _states: dict[int, WeightState]
 
     # What a method overrides.
 
@@ -53,7 +54,7 @@ class MaskedCallback(SparseCallback):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        self._withheld = {}
+        self._withheld, self._states = {}, {}
         self.start_method(restored)
         self.enforce()
         self._remember_masks()
@@ -74,7 +75,7 @@ class MaskedCallback(SparseCallback):
     @torch.no_grad()
     def before_backward(self) -> None:
         # Users may have zeroed gradients since the last pass: what was withheld of them is void, too.
-        for sparse in self.weights:
+        for sparse in self.now.weights:
             if sparse.gradient is None:
                 self._withheld.pop(sparse.name, None)
             elif sparse.name in self._withheld:
@@ -84,12 +85,12 @@ class MaskedCallback(SparseCallback):
     @torch.no_grad()
     def after_backward(self) -> None:
         # The last pass of a step is not known to be the last one, so each look is at the whole gradient so far.
-        for sparse in self.weights:
+        for sparse in self.now.weights:
             if sparse.gradient is not None and sparse.name in self._withheld:
                 sparse.gradient.add_(self._withheld[sparse.name])
         self.read_gradients()
         if self.reads_gradients():
-            for sparse in self.weights:
+            for sparse in self.now.weights:
                 if sparse.gradient is not None:
                     self._withheld[sparse.name] = sparse.gradient.clone()
                     zero_pruned_(self._withheld[sparse.name], sparse.pruned)
@@ -97,18 +98,24 @@ class MaskedCallback(SparseCallback):
 
     @override
     def mask_gradients(self) -> None:
-        for sparse in self.weights:
-            if sparse.gradient is not None:
+        for sparse in self.now.weights:
+            if sparse.has_graph:
+                # The optimizer will differentiate the gradient, so that it must not change in place.
+                kept = sparse.oriented(sparse.kept)
+                assert sparse.weight.grad is not None
+                sparse.weight.grad = torch.where(kept, sparse.weight.grad, 0)
+            elif sparse.gradient is not None:
                 zero_pruned_(sparse.gradient, sparse.kept)
 
     @override
     def before_update(self) -> None:
-        # Not earlier: under manual optimization another backward pass may need the weights as they were.
+        # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
+        # the optimizer is about to differentiate the gradient.
         if self._rescaling:
-            self._rescale()
+            self._rescale([sparse for sparse in self.now.weights if not sparse.has_graph])
 
-    def _rescale(self) -> None:
-        for sparse in self.weights:
+    def _rescale(self, weights: Iterable[SparseWeight]) -> None:
+        for sparse in weights:
             if sparse.name not in self._rescaling or sparse.gradient is None:
                 continue
             weight = sparse.values
@@ -123,34 +130,53 @@ class MaskedCallback(SparseCallback):
 
     @override
     def after_update(self, optimizer: Optimizer) -> None:
+        if self._rescaling:
+            self._rescale([sparse for sparse in self.now.weights if sparse.has_graph])
         if self.verify:
-            invariants.check_gradients(self.weights, self.steps)
+            invariants.check_gradients(self.now.weights, self.steps)
+        state = self._state(optimizer)
+        copies = {s.name: found for s in self.now.weights if (found := state.copies(s.weight, s.name))}
+        before = {sparse.name: sparse.kept.clone() for sparse in self.now.weights if sparse.name in copies}
         evolved = self.evolve(optimizer)
-        self._withheld = {}
+        for sparse in self.now.weights:
+            self._withheld.pop(sparse.name, None)
+            for copy in copies.get(sparse.name, ()):
+                restart_(sparse.oriented(copy), sparse.values, sparse.kept & ~before[sparse.name])
         # State was zero wherever weights were pruned, so a revived weight starts without history, too.
         self.enforce(optimizer)
+        state.check_shown((sparse.name, sparse.weight) for sparse in self.now.weights)
         if evolved:
             self._remember_masks()
 
     @override
     def shares(self) -> dict[str, Shares]:
-        return {sparse.name: Shares.static(sparse.pattern.density) for sparse in self.weights}
+        return {sparse.name: Shares.static(sparse.pattern.density) for sparse in self.now.weights}
 
     @override
     def check(self) -> None:
-        assert self._optimizer is not None
         invariants.check_counts(self.weights, self.steps)
         invariants.check_masks(self.weights, self._expected, self.steps)
         invariants.check_weights(self.weights, self.steps)
-        invariants.check_optimizer_state(self.weights, self._optimizer, self.steps)
+        for followed in self._followed:
+            invariants.check_optimizer_state(followed.weights, self._state(followed.optimizer), self.steps)
 
     @override
     def enforce(self, optimizer: Optimizer | None = None) -> None:
-        for sparse in self.weights:
+        for sparse in self.weights if optimizer is None else self.held(optimizer):
             zero_pruned_(sparse.values, sparse.kept)
             if optimizer is not None:
-                for _, value in elementwise_state(optimizer, sparse.weight, sparse.name):
+                for _, value in self._state(optimizer).elementwise(sparse.weight, sparse.name):
                     zero_pruned_(sparse.oriented(value), sparse.kept)
+
+    def _state(self, optimizer: Optimizer) -> WeightState:
+        if id(optimizer) not in self._states:
+            self._states[id(optimizer)] = WeightState(optimizer)
+        return self._states[id(optimizer)]
+
+    @override
+    def _remove_hooks(self) -> None:
+        super()._remove_hooks()
+        self._states = {}
 
     def _remember_masks(self) -> None:
         if self.verify:

@@ -193,6 +193,7 @@ class Membership:
         joined = set(weights) - set(method.weights)
         method.weights = weights
         method.regroup()
+        method.refollow(trainer)
         method._averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
         idle = {plan.name for plan in self._plans if plan.untrained}
         method.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch import callbacks
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from bame_lightning.callbacks.packages import averaging_callbacks, known
 from bame_lightning.checksum import checksum
 from bame_lightning.invariants import InvariantError
 from bame_lightning.layers import SparseWeight
@@ -25,17 +24,13 @@ _REMEDY = (
     "`fully_shard` in the module's `configure_model`."
 )
 _REFUSED = {
-    FSDPStrategy: (
+    "FSDPStrategy": (
         "FSDP1 flattens weights and cuts them anywhere, in the middle of blocks too, so that no process can keep N of M"
     ),
-    DeepSpeedStrategy: (
+    "DeepSpeedStrategy": (
         "DeepSpeed updates flat copies of the weights in an optimizer of its own, which masks do not reach"
     ),
 }
-# WeightAveraging came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
 
 
 def refuse_strategy(trainer: L.Trainer) -> None:
@@ -48,18 +43,19 @@ def refuse_strategy(trainer: L.Trainer) -> None:
         ValueError: If masks could not hold.
     """
     name = type(trainer.strategy).__name__
+    strategy: Any = trainer.strategy
     for refused, why in _REFUSED.items():
-        if isinstance(trainer.strategy, refused):
+        if isinstance(strategy, known("strategies", refused)):
             raise ValueError(f"`strategy` {name} cannot train N:M sparse weights: {why}. {_REMEDY}")
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        tensor_parallel = trainer.strategy.device_mesh["tensor_parallel"].size()
+    if isinstance(strategy, known("strategies", "ModelParallelStrategy")):
+        tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
         if tensor_parallel > 1:
             raise ValueError(
                 f"`strategy` {name} has `tensor_parallel_size` {tensor_parallel}, and tensor parallelism may cut blocks of "
                 f"weights along the input dimension. {_REMEDY}"
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, _AVERAGING):
+            if isinstance(callback, averaging_callbacks()):
                 raise ValueError(
                     f"`callbacks` holds {type(callback).__name__}, whose average of the weights is not sharded as `strategy` "
                     f"{name} shards them, so masks cannot follow it. Leave it out, or use `strategy='ddp'`."

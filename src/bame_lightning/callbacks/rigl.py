@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.blocks import from_blocks, to_blocks
-from bame_lightning.callbacks.base import Init, resolve_window
+from bame_lightning.callbacks.base import Init
 from bame_lightning.callbacks.masked import MaskedCallback
+from bame_lightning.callbacks.run_length import resolve_window
 from bame_lightning.flops import Shares
 from bame_lightning.layers import SparseWeight
 from bame_lightning.pattern import NMPattern
 from bame_lightning.regrowth import drop_and_grow
-from bame_lightning.schedule import Schedule, Window
+from bame_lightning.schedule import Schedule
 from bame_lightning.statistics import flipped_positions
 
 
@@ -43,6 +44,8 @@ class RigL(MaskedCallback):
         ValueError: If an argument is malformed.
     """
 
+    schedule: Schedule
+
     def __init__(
         self,
         pattern: str | NMPattern,
@@ -60,7 +63,6 @@ class RigL(MaskedCallback):
         self.schedule = schedule
         self.share = share
         self.flips: dict[str, Tensor] = {}
-        self._window = Window(0, 0, 1)
         self.last_flips: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
@@ -91,28 +93,27 @@ class RigL(MaskedCallback):
 
     @override
     def reads_gradients(self) -> bool:
-        return self._window.adapts(self.steps)
+        return self.window.adapts(self.now.steps)
 
     @override
     def read_gradients(self) -> None:
-        self._gradients = {}
-        if self.reads_gradients():
-            self._gradients = {
-                sparse.name: to_blocks(sparse.gradient, sparse.pattern.m).clone()
-                for sparse in self.weights
-                if sparse.gradient is not None
-            }
+        for sparse in self.now.weights:
+            self._gradients.pop(sparse.name, None)
+            if self.reads_gradients() and sparse.gradient is not None:
+                self._gradients[sparse.name] = to_blocks(sparse.gradient, sparse.pattern.m).clone()
 
     @override
     def evolve(self, optimizer: Optimizer) -> bool:
-        if not self._gradients:
+        read = {sparse.name: self._gradients.pop(sparse.name, None) for sparse in self.now.weights}
+        found = [gradient for gradient in read.values() if gradient is not None]
+        if not found:
             return False
         self.enforce(optimizer)  # what is grown starts at zero
-        share = self._window.annealed(self.share, self.steps)
-        finite = torch.stack([gradient.isfinite().all() for gradient in self._gradients.values()]).all()
+        share = self.window.annealed(self.share, self.now.steps)
+        finite = torch.stack([gradient.isfinite().all() for gradient in found]).all()
         finite = self._ranks.all(finite)
-        for sparse in self.weights:
-            gradient = self._gradients.get(sparse.name)
+        for sparse in self.now.weights:
+            gradient = read[sparse.name]
             if gradient is None or sparse.pattern.n == sparse.pattern.m:
                 continue
             old = sparse.mask()
@@ -124,13 +125,12 @@ class RigL(MaskedCallback):
             self.last_flips[sparse.name] = flipped_positions(old, new)
             self.flips[sparse.name] += self.last_flips[sparse.name]
             sparse.kept.copy_(from_blocks(new, sparse.kept.shape))
-        self._gradients = {}
         return True
 
     @override
     def shares(self) -> dict[str, Shares]:
-        read = float(self._window.adapts(self.steps - 1))
-        return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in self.weights}
+        read = float(self.window.adapts(self.now.steps - 1))
+        return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in self.now.weights}
 
     @override
     def method_statistics(self) -> dict[str, Tensor]:
@@ -150,8 +150,8 @@ class RigL(MaskedCallback):
         self.flips = {}
 
     @override
-    def summary(self) -> dict[str, Any]:
-        return super().summary() | {"flips": sum(int(flips) for flips in self._total_flips().values())}
+    def _summary(self) -> dict[str, Any]:
+        return super()._summary() | {"flips": sum(int(flips) for flips in self._total_flips().values())}
 
     def _total_flips(self) -> dict[str, Tensor]:
         return {sparse.name: sparse.rows.total(self.flips[sparse.name]) for sparse in self.weights if self.flips}

@@ -99,14 +99,21 @@ class SRSTE(SparseCallback):
                 f"The optimizer calls its closure more than once in a step (as SAM does), and {type(self).__name__} has put "
                 "dense weights into the model for the update by then. Use an optimizer of one evaluation per step, or BAME."
             )
-        for latent in self.latents:
+        if any(sparse.has_graph for sparse in self.now.weights):
+            optimizer = type(self.now.optimizer).__name__
+            raise ValueError(
+                f"{type(self).__name__} puts dense weights into the model for the update, so {optimizer} could not "
+                "differentiate gradients (`create_graph=True`) of the sparse ones. Use an optimizer without second "
+                "derivatives, or BAME."
+            )
+        for latent in self.moving(self.latents):
             latent.add_decay(self.decay)
             latent.expose()
         self._exposed = True
 
     @override
     def after_update(self, optimizer: Optimizer) -> None:
-        for latent in self.latents:
+        for latent in self.moving(self.latents):
             latent.take_back()
             mask = self.choose_mask(latent)
             if mask is not None:
@@ -122,7 +129,7 @@ class SRSTE(SparseCallback):
 
     @override
     def shares(self) -> dict[str, Shares]:
-        return {sparse.name: Shares.sr_ste(sparse.pattern.density) for sparse in self.weights}
+        return {sparse.name: Shares.sr_ste(sparse.pattern.density) for sparse in self.now.weights}
 
     @override
     def check(self) -> None:
@@ -154,8 +161,8 @@ class SRSTE(SparseCallback):
         self.latents = []
 
     @override
-    def summary(self) -> dict[str, Any]:
-        return super().summary() | {
+    def _summary(self) -> dict[str, Any]:
+        return super()._summary() | {
             "flips": sum(int(latent.sparse.rows.total(latent.flips)) for latent in self.latents)
         }
 
@@ -195,7 +202,7 @@ class TransposableSTE(SRSTE):
 
     @override
     def choose_mask(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"] | None:
-        if (self.steps + 1) % self.refresh_every:
+        if (self.now.steps + 1) % self.refresh_every:
             return None
         return self._transposable(latent)
 
@@ -236,7 +243,7 @@ class TransposableSTE(SRSTE):
 
     @override
     def shares(self) -> dict[str, Shares]:
-        return {sparse.name: Shares.bi_mask(sparse.pattern.density) for sparse in self.weights}
+        return {sparse.name: Shares.bi_mask(sparse.pattern.density) for sparse in self.now.weights}
 
     def _transposable(self, latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"]:
         pattern = latent.sparse.pattern

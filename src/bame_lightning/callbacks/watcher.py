@@ -10,7 +10,8 @@ import lightning as L
 from typing_extensions import override
 
 from bame_lightning.callbacks.bame import BAMECallback
-from bame_lightning.callbacks.base import SparseCallback, total_steps
+from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.run_length import total_steps
 from bame_lightning.evolution import EvolvingWeight
 from bame_lightning.layers import SparseWeight
 from bame_lightning.schedule import Schedule, Window

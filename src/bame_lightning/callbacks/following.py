@@ -1,0 +1,227 @@
+"""Follow the steps of the optimizers that hold sparse weights, each with a clock of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from bame_lightning.callbacks.run_length import Pace
+from bame_lightning.layers import SparseWeight
+from bame_lightning.nested_optimizers import held_by, nested_optimizers
+from bame_lightning.schedule import Window
+
+AfterStep = Callable[[Optimizer, Any, Any], None]
+
+
+class Followed:
+    """An optimizer that holds sparse weights: which ones, and how many steps it has taken.
+
+    Args:
+        optimizer: The optimizer.
+        weights: The sparse weights that it holds.
+
+    Attributes:
+        steps: Optimizer steps so far.
+        pace: How its steps go with the batches of the run.
+        window: When masks of its weights adapt; None as planned for a step a batch.
+        stepping: Whether gradients were handled for a step that is not over.
+        backward: Whether a backward pass came since its last step (manual optimization).
+        batches: Batches since its last step whose gradients have reached one of its weights (manual optimization).
+    """
+
+    def __init__(self, optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
+        self.optimizer = optimizer
+        self.weights: list[SparseWeight] = []
+        self.steps = 0
+        self.pace = Pace()
+        self.window: Window | None = None
+        self.stepping = self.backward = False
+        self.batches = 0
+        self._reached = False
+        self._passes: list[Any] = []
+        self._depth = 0
+        self._inner: set[int] = set()
+        self.hold(weights)
+        self._inner_stepped = False
+        self._undo: list[Callable[[], None]] = []
+
+    def hold(self, weights: Sequence[SparseWeight]) -> None:
+        """Hold those of the weights that the optimizer holds; which are sparse may change on the way."""
+        held = held_by(self.optimizer)
+        self.weights = [sparse for sparse in weights if id(sparse.weight) in held]
+        ours = {id(sparse.weight) for sparse in self.weights}
+        self._inner = {id(inner) for inner in nested_optimizers(self.optimizer) if ours & held_by(inner)}
+        self._passes = [(None, -1)] * len(self.weights)
+
+    def take_over(self, clocks: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from the first of some clocks that counted the steps of one of these weights."""
+        names = {sparse.name for sparse in self.weights}
+        for clock in clocks:
+            if names & set(clock["layers"]):
+                self.steps, self.pace = int(clock["steps"]), Pace.restored(clock["pace"])
+                return
+
+    def clock(self) -> dict[str, Any]:
+        """Steps so far, and of which layers, in plain types."""
+        return {
+            "layers": [sparse.name for sparse in self.weights],
+            "steps": self.steps,
+            "pace": self.pace.state_dict(),
+        }
+
+    def attach(self, before_inner: Callable[[Followed], None], after: AfterStep) -> None:
+        """See every step from now on.
+
+        Torch's hooks see the steps of an optimizer whose class they are in. Where `step` was patched or compiled, or
+        `Optimizer.__init__` never ran, `step` of the object itself is wrapped.
+
+        Args:
+            before_inner: Called before an optimizer inside this one steps on its own, outside of a step of this one, as
+                that of SAM does in its `second_step`.
+            after: Called when a step is over, with this optimizer.
+
+        Raises:
+            ValueError: If the steps of the optimizer cannot be seen.
+        """
+        self.detach()
+        nested = nested_optimizers(self.optimizer)
+
+        # Optimizers may be compiled, hooks included; what is done here never is.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def enter(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not self._depth:
+                self._inner_stepped = False
+                if id(optimizer) in self._inner and not self.stepping:
+                    before_inner(self)
+            self._depth += 1
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def leave(optimizer: Any, args: Any, kwargs: Any) -> None:
+            # Not below 0: a step that was going on when hooks were attached comes out only.
+            self._depth = max(0, self._depth - 1)
+            self._inner_stepped |= id(optimizer) in self._inner
+            if not self._depth:
+                # A wrapper that did not let the optimizer inside it step has only gathered gradients.
+                self.stepping &= self._inner_stepped or not self._inner
+                after(self.optimizer, args, kwargs)
+
+        for optimizer in (self.optimizer, *nested):
+            self._undo += _see_steps(optimizer, enter, leave)
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was found."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        self._depth = 0
+        self.stepping = False
+
+    def start_batch(self) -> None:
+        """Call before each batch: a step that an exception has ended is none."""
+        self._depth = 0
+        self._reached = False
+
+    def before_backward(self) -> None:
+        """Call before each backward pass of manual optimization."""
+        self._passes = [_version(sparse.weight.grad) for sparse in self.weights]
+
+    def after_backward(self) -> None:
+        """Call after it: the batch counts for this optimizer if the pass has reached one of its weights."""
+        found = [_version(sparse.weight.grad) for sparse in self.weights]
+        reached = any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(self._passes, found, strict=True))
+        self._passes, self.backward = [], True
+        self.batches += reached and not self._reached
+        self._reached |= reached
+
+
+def _version(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    return gradient, -1 if gradient is None else gradient._version
+
+
+def _see_steps(optimizer: Any, enter: AfterStep, leave: AfterStep) -> list[Callable[[], None]]:
+    """Call `enter` and `leave` around every step of an optimizer; returns what undoes it."""
+    patched = vars(optimizer).get("step")
+    # Learning-rate schedulers patch `step`, too, but call the class's.
+    hooked = getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_post_hooks")
+    if hooked and (patched is None or hasattr(patched, "_wrapped_by_lr_sched")):
+        handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(enter),
+            optimizer.register_step_post_hook(leave),
+        ]
+        return [handle.remove for handle in handles]
+    step, active = optimizer.step, [True]
+
+    @functools.wraps(step)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if active:
+            enter(optimizer, args, kwargs)
+        result = step(*args, **kwargs)
+        if active:
+            leave(optimizer, args, kwargs)
+        return result
+
+    def undo() -> None:
+        active.clear()  # somebody may have wrapped this wrapper since
+        if vars(optimizer).get("step") is seen:
+            if patched is None:
+                del optimizer.step
+            else:
+                optimizer.step = patched
+
+    try:
+        optimizer.step = seen
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`configure_optimizers` returns {type(optimizer).__name__}, whose steps cannot be seen: it calls neither "
+            f"`Optimizer.__init__` nor lets its `step` be wrapped ({error}). Call `super().__init__`, or use another optimizer."
+        ) from None
+    return [undo]
+
+
+def find_holders(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> list[Optimizer]:
+    """The optimizers that hold weights with these `id`s.
+
+    Raises:
+        ValueError: If one of them cannot be right.
+    """
+    holders = [optimizer for optimizer in trainer.optimizers if sparse & held_by(optimizer)]
+    for optimizer in holders:
+        _refuse(trainer, pl_module, optimizer)
+    for weight in sparse:
+        both = [type(optimizer).__name__ for optimizer in holders if weight in held_by(optimizer)]
+        if len(both) > 1:
+            raise ValueError(
+                f"`configure_optimizers` returns {' and '.join(both)} with a sparse weight in common, whose mask cannot follow "
+                "the steps of both. Give every weight to one optimizer, or keep the layer dense with layers={'name': 'dense'}."
+            )
+    return holders
+
+
+def _refuse(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    if any(isinstance(found, torch.optim.LBFGS) for found in (optimizer, *nested_optimizers(optimizer))):
+        raise ValueError(
+            "`configure_optimizers` returns LBFGS, which steps along gradients of earlier steps, when other masks held. Use an "
+            "optimizer that keeps one value per weight, as SGD or AdamW."
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            "`configure_optimizers` returns an optimizer with `maximize=True`, but masks follow gradients downhill. Minimize "
+            "the negated loss instead."
+        )
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and not pl_module.automatic_optimization:
+        raise ValueError(
+            "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
+            "follow them. Use `precision='bf16-mixed'` or automatic optimization."
+        )
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "A fused optimizer under a loss scaler (`precision='16-mixed'`) unscales gradients inside its step, after the "
+            "masks have read them. Use `fused=False`, or `precision='bf16-mixed'`."
+        )
