@@ -92,6 +92,20 @@ def test_stopping_early_stops(tmp_path: Path) -> None:
         (["method.rescale=no"], "`method.rescale` must be true or false; got no"),
         (["data.batch_size=6.5"], "`data.batch_size` must be a whole number, such as 64; got 6.5"),
         (["optimizer.lrr=2"], "`optimizer.lrr` does not exist. Did you mean `optimizer.lr`"),
+        (["trainer.gradient_clip_val=abc"], "`trainer.gradient_clip_val` must be a number, or null; got abc"),
+        (["trainer.limit_train_batches=yes"], "`trainer.limit_train_batches` must be a number, or null; got yes"),
+        (["trainer.accumulate_grad_batches=0"], "`trainer.accumulate_grad_batches` must be at least 1; got 0"),
+        (["trainer.devices=abc"], "`trainer` cannot be made of its values: `devices` selected with"),
+        (["task.label_smoothing=7"], "`label_smoothing` is a share in [0, 1]; got 7"),
+        (["scheduler.warmup_steps=abc"], "`warmup_steps` must be a number of steps, or a fraction of them; got abc"),
+        (
+            ["callbacks=[default,early_stopping]", "data.val_size=0"],
+            "`callbacks.early_stopping.monitor` val/loss needs samples",
+        ),
+        (
+            ["callbacks=[default,early_stopping]", "callbacks.early_stopping.monitor=val/acc"],
+            "`callbacks.early_stopping.monitor`: Early stopping conditioned on metric `val/acc` which is not available",
+        ),
         (["ckpt_path=epoch=3 für alle.ckpt"], "epoch=3 für alle.ckpt does not exist"),
         (["method.schedule=5"], "`method.schedule` must be set by one of its values (method.schedule._target_=, "),
     ],
@@ -104,10 +118,14 @@ def test_what_is_wrong_ends_in_one_line_that_names_the_key(words: list[str], mes
     assert not (folder / "run/summary.json").exists()
 
 
-def test_values_with_dashes_get_a_hint(tmp_path: Path) -> None:
-    done = train(tmp_path, "--optimizer.lr=0.1")
+@pytest.mark.parametrize(
+    ("words", "example"), [(["--optimizer.lr=0.1"], "optimizer.lr=0.1"), (["--pattern", "2:4"], "pattern=VALUE")]
+)
+def test_values_with_dashes_get_a_hint(words: list[str], example: str, tmp_path: Path) -> None:
+    done = train(tmp_path, *words)
     assert done.status == 2
-    assert "values are set without dashes, optimizer.lr=0.1" in done.err
+    assert len(done.err.splitlines()) == 1
+    assert f"values are set without dashes, {example}." in done.err
     assert "${args_no_hyphens}" in done.err
 
 

@@ -135,7 +135,7 @@ def _keys(target: Any) -> set[str] | None:
     return {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_POSITIONAL}
 
 
-def call(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any:
+def call(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
     """Make a part of what the configuration does not hold.
 
     Args:
@@ -143,6 +143,7 @@ def call(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any
         make: Makes it.
         *arguments: What of.
         what: How to call these in a message.
+        **options: Further arguments, by name.
 
     Returns:
         The part.
@@ -151,17 +152,17 @@ def call(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any
         ValueError: If it wants other arguments.
     """
     try:
-        inspect.signature(make).bind(*arguments)
+        inspect.signature(make).bind(*arguments, **options)
     except TypeError as error:
         target = getattr(make, "func", make)
         path = f"{target.__module__}.{getattr(target, '__qualname__', target)}"
         raise ValueError(
             f"`{name}` {path} is called with ({what}), but {error}. A key of `{name}` can give it."
         ) from None
-    return make(*arguments)
+    return make(*arguments, **options)
 
 
-def made(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any:
+def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
     """Make a part as `call` does, and name the group whose values it cannot do with.
 
     Args:
@@ -169,6 +170,7 @@ def made(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any
         make: Makes it.
         *arguments: What of.
         what: How to call these in a message.
+        **options: Further arguments, by name.
 
     Returns:
         The part.
@@ -177,7 +179,7 @@ def made(name: str, make: Callable[..., Any], *arguments: Any, what: str) -> Any
         ValueError: If it cannot be made.
     """
     try:
-        return call(name, make, *arguments, what=what)
+        return call(name, make, *arguments, what=what, **options)
     except TypeError as error:
         raise ValueError(f"`{name}` cannot be made of its values: {' '.join(str(error).split())}.") from None
 

@@ -58,7 +58,7 @@ def summarize(
     saved = trainer.checkpoint_callback is not None and checkpoint.is_file()  # else it may be of an earlier run
     summary: dict[str, Any] = {
         **{name: config["choices"].get(name) for name in ("recipe", "data", "model", "method", "sparsity")},
-        "pattern": None if isinstance(method, Dense) else config["pattern"],
+        "pattern": None if isinstance(method, Dense) else str(NMPattern.parse(config["pattern"])),
         "seed": config["seed"],
         **{
             f"{stage}_{name}": float(metrics[f"{stage}/{name}"]) if f"{stage}/{name}" in metrics else None

@@ -80,6 +80,9 @@ def _check(cfg: DictConfig) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if cfg.trainer.get(name) == 0:
             raise ValueError(f"`trainer.{name}` = 0 leaves nothing to train. Choose more, or leave it out.")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if (count := cfg.trainer.get(name)) is not None and count < 1:
+            raise ValueError(f"`trainer.{name}` must be at least 1; got {count}.")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(
             f"`ckpt_path` must be a checkpoint file to resume from; {cfg.ckpt_path} does not exist."

@@ -141,7 +141,10 @@ def _trainer(run: _Run, loggers: list[Logger], replaces: ReplacesResults) -> Tra
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeCheckpoints()]
-    trainer: Trainer = build(
+    trainer: Trainer = made(
+        "trainer",
+        build,
+        what="callbacks, logger and other keys",
         callbacks=callbacks,
         logger=loggers,
         plugins=plugins,

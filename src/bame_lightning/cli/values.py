@@ -23,6 +23,8 @@ _OTHER_KINDS = {
     "trainer.precision",  # also 16, 32 and 64
     "pattern",  # has its own messages
 }
+_NUMBERS = ("trainer.gradient_clip_val", "trainer.limit_train_batches")
+"""What may be null, and is else a number."""
 _TEXTS = ("ckpt", "ckpt_path", "data.data_dir", "data.folder")
 """What may be null, and is else text."""
 
@@ -102,6 +104,8 @@ def _wanted(key: str, default: Any, value: Any) -> str | None:
         return None
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
+    if key in _NUMBERS:
+        return None if type(value) in (int, float) else "a number, or null"
     if isinstance(default, int | float):
         whole = isinstance(default, int)
         fits = not isinstance(value, bool) and isinstance(value, int if whole else (int, float))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -13,8 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.values import close_keys
-
-_FLAGS = ("--cfg", "--package", "--info", "--config-path", "--config-name", "--config-dir", "--experimental-rerun")
 
 
 def readable(words: Iterable[str]) -> list[str]:
@@ -57,10 +56,13 @@ def check_dashes(command: str, words: Iterable[str]) -> None:
         command: Its name.
         words: What follows it.
     """
+    flags = get_args_parser()._option_string_actions
     for word in words:
-        if word.startswith("--") and "=" in word and word.partition("=")[0] not in _FLAGS:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--") and not any(known.startswith(flag) for known in flags):
+            example = word.lstrip("-") + ("" if equals else "=VALUE")
             print(
-                f"{command}: error: {word}: values are set without dashes, {word.lstrip('-')}. In the `command` of a W&B sweep "
+                f"{command}: error: {word}: values are set without dashes, {example}. In the `command` of a W&B sweep "
                 "write ${args_no_hyphens} for ${args}.",
                 file=sys.stderr,
             )

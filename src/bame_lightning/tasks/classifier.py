@@ -47,6 +47,8 @@ class Classifier(LightningModule):
         decay_vectors: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"`label_smoothing` is a share in [0, 1]; got {label_smoothing}.")
         self.model = model
         self.train_accuracy, self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self._make_optimizer, self._make_scheduler = optimizer, scheduler

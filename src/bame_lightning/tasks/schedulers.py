@@ -39,6 +39,8 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int | float 
 
 
 def _count(warmup_steps: int | float, total_steps: int) -> int:
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int | float):
+        raise ValueError(f"`warmup_steps` must be a number of steps, or a fraction of them; got {warmup_steps}.")
     if not 0 <= warmup_steps < (1 if isinstance(warmup_steps, float) else total_steps):
         raise ValueError(
             f"`warmup_steps` must lie in [0, {total_steps}) for {total_steps} steps, or in [0.0, 1.0) as a fraction of "
