@@ -47,6 +47,18 @@ def test_the_environment_wins_over_our_defaults_and_the_command_line_over_it(
     assert tuple(made.get(name) for name in ("project", "name", "entity", "group")) == expected
 
 
+@pytest.mark.parametrize(("configured", "expected"), [([], ("a", "b")), (["c"], ("c",))])
+@pytest.mark.usefixtures("logged_out")
+def test_tags_of_the_environment_count_where_none_are_configured(
+    configured: list[str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = wandb_logger(silent=True, save_dir=str(tmp_path), tags=configured)
+    assert logger.experiment.tags == expected
+    logger.experiment.finish()
+
+
 def test_names_of_the_environment_win_in_a_sweep_too(tmp_path: Path) -> None:
     environment = {"WANDB_RUN_GROUP": "mine", "WANDB_MODE": "offline", "WANDB_NAME": "called"}
     (tmp_path / "spy.py").write_text(
@@ -72,6 +84,10 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path: Path) -> None:
     assert len(numbers) == 2
     assert len(set(numbers)) == 1
     assert torch.load(tmp_path / last, weights_only=True)["wandb_run_id"] == numbers[0]
+    branches = ("-m", *SAME, *longer, "hydra.sweep.dir=s", "trainer.max_epochs=2,3")
+    assert train(tmp_path, *branches, environment=offline).status == 0
+    apart = {path.name.rpartition("-")[2] for path in tmp_path.glob("s/*/wandb/offline-run-*")}
+    assert len(apart - {numbers[0]}) == 2, "jobs that begin with one checkpoint are runs of their own"
 
 
 class _Refuses(BaseHTTPRequestHandler):

@@ -29,7 +29,8 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
 
     Args:
         silent: Whether W&B prints nothing.
-        resumed_from: Checkpoint whose W&B run goes on; None for a new one.
+        resumed_from: Checkpoint whose W&B run goes on, but for jobs of a sweep that begin with another run's; None for a
+            new one.
         **kwargs: Arguments of `WandbLogger` and `wandb.init`.
 
     Returns:
@@ -46,7 +47,12 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
     for key, value in ours.items():
         variable = variables.get(key, f"WANDB_{key.upper()}")
         kwargs[key] = kwargs.get(key) or os.environ.get(variable) or value
-    if resumed_from is not None and "WANDB_RUN_ID" not in os.environ:
+    kwargs["tags"] = list(kwargs.get("tags") or []) or None  # an empty list would hide WANDB_TAGS
+    if (
+        resumed_from is not None
+        and "WANDB_RUN_ID" not in os.environ
+        and not _branches(resumed_from, kwargs["save_dir"])
+    ):
         kwargs["id"] = kwargs.get("id") or load_untrusted(Path(resumed_from)).get(_RUN)
     settings = wandb.Settings(silent=silent)
     if "WANDB_INIT_TIMEOUT" not in os.environ:
@@ -54,6 +60,11 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
     logger = WandbLogger(settings=settings, **kwargs)
     logger._wandb_init.pop("anonymous", None)  # has had no effect for long, and W&B warns of it even where it is None
     return logger
+
+
+def _branches(checkpoint: str, folder: str) -> bool:
+    """Whether other jobs may go on from the checkpoint, too: they would all write into its run."""
+    return in_sweep() and not Path(checkpoint).resolve().is_relative_to(Path(folder).resolve())
 
 
 class NamesWandbRun(Callback):
