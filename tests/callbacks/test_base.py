@@ -447,7 +447,8 @@ class TestBadInput:
                         self.state[p]["whitening"] = torch.ones_like(p)
                 return loss
 
-        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 48), nn.Linear(48, 5))
+        # Nothing but square weights, so that a value per weight and a matrix factor look alike.
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 48), nn.Linear(48, 48))
         with pytest.raises(
             ValueError, match=r"Whitening keeps 'whitening' for `model\.1\.weight`.*square shape \(48, 48\)"
         ):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from bame_lightning import BAMECallback, Schedule, StaticMask
+from bame_lightning import BAMECallback, Evidence, Schedule, StaticMask
 from tests.callbacks.scenarios import Manual
 from tests.training import Spy, Task, blocks_over, trainer
 
@@ -96,7 +96,8 @@ OPTIMIZERS: dict[str, Callable[[Parameters], Any]] = {
 def test_every_step_is_counted_once_and_enforced(name: str, manual: bool) -> None:
     if manual and name == "hybrid":
         pytest.skip("it needs a closure")
-    callback = BAMECallback("2:4", schedule=Schedule(every=2), verify=True)
+    evidence = Evidence(read_every=2, contenders=0.5, step_size=4.0)
+    callback = BAMECallback("2:4", schedule=Schedule(every=2), evidence=evidence, verify=True)
     seen = []
 
     def look(*_: Any) -> None:

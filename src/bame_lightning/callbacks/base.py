@@ -337,7 +337,10 @@ class SparseCallback(KeepsBooks):
         """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
         module = trainer.lightning_module
         clocks, known = [f.clock() for f in self._followed], {id(f.optimizer): f for f in self._followed}
-        holders = find_holders(trainer, module, {id(sparse.weight) for sparse in self.weights})
+        # Steps are booked even if nothing is sparse any more.
+        holders = [f.optimizer for f in self._followed]
+        if self.weights:
+            holders = find_holders(trainer, module, {id(sparse.weight) for sparse in self.weights})
         for followed in self._followed:
             if all(followed.optimizer is not optimizer for optimizer in holders):
                 followed.detach()

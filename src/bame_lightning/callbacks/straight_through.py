@@ -208,7 +208,7 @@ class TransposableSTE(SRSTE):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        known = {latent.sparse for latent in self.latents} if self.steps else set()
+        known = {latent.sparse for latent in self.latents}  # a second fit keeps the masks of the first
         super().start(restored)
         if not restored:
             self._begin(known)
