@@ -135,9 +135,16 @@ def test_the_table_names_every_weight_and_why_it_stays_dense(caplog: pytest.LogC
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trainer(BAMECallback("2:4", layers={"*.4": "dense"})).fit(Task())
     table = next(record.getMessage() for record in caplog.records if "BAMECallback(2:4)" in record.getMessage())
-    lines = {cells[1]: cells for line in table.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 5}
-    assert lines["model.0"][4:7] == ["dense", "", "input dimension 3 is not divisible by 4"]
-    assert lines["model.2"][2:7] == ["Conv2d", "8 x 4 x 3 x 3", "2:4", "72", ""]
-    assert lines["model.4"][4:7] == ["dense", "", "dense by the rule '*.4'"]
-    assert lines["model.6"][4:6] == ["2:4", "512"]
-    assert lines["model.8"][6] == "classifier (last linear layer)"
+    rows: list[list[str]] = []
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("│")][1:-1]
+        if cells and not cells[0]:  # the cells above go on
+            cells = [" ".join(filter(None, parts)) for parts in zip(rows.pop(), cells, strict=True)]
+        if cells:
+            rows.append(cells)
+    lines = {row[0]: row[1:] for row in rows}
+    assert lines["model.0"][3] == "dense: input dimension 3 is not divisible by 4"
+    assert lines["model.2"] == ["Conv2d", "8 x 4 x 3 x 3", "72", "2:4"]
+    assert lines["model.4"][3] == "dense: by the rule '*.4'"
+    assert lines["model.6"][2:] == ["512", "2:4"]
+    assert lines["model.8"][3] == "dense: classifier (last linear layer)"

@@ -216,12 +216,14 @@ def _largest() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors that an object of this package holds, but for parameters."""
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors that an object of this package holds, but for parameters; objects may hold each other."""
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-    elif type(value).__module__.startswith("bame_lightning") and hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+            yield from _tensors(item, seen)
+    elif type(value).__module__.startswith("bame_lightning") and hasattr(value, "__dict__") and id(value) not in seen:
+        seen.add(id(value))
+        yield from _tensors(vars(value), seen)
