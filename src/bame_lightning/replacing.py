@@ -33,7 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         part.replace(path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody looks for the draft
+        if error.errno is not None:  # a library's own message is all there is; a name would hide it
+            error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody looks for the draft
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -519,5 +519,6 @@ def test_the_bar_counts_epochs_from_1_and_shows_a_flip_rate_that_can_be_read(
     assert not re.search(r"flops: 0|0 +total flops|epoch 0", shown.out + shown.err, re.IGNORECASE)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_pattern_as_a_mapping_is_summed_up_as_text(run: Run) -> None:
     assert read_summary(run("pattern={n:1,m:4}", "method=static", "quiet=true"))["pattern"] == "1:4"
