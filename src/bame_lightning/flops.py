@@ -382,7 +382,7 @@ def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: in
 
     Example:
         >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/20 + 19/20 0.05)
-        0.0878
+        0.0877
     """
     window = schedule.window(steps)
     readings = (evidence.reading(step, window) for step in range(steps))
