@@ -175,6 +175,11 @@ class EvolvingWeight:
         return frozen_blocks(self.history.oscillations, self.freeze_after)
 
     @property
+    def pruned_positions(self) -> int:
+        """Number of positions that are pruned, the same at all times."""
+        return len(self.mask) * (self.sparse.pattern.m - self.sparse.pattern.n)
+
+    @property
     def designated(self) -> Bool[Tensor, " blocks"]:
         """Blocks that hold a contender, and are not frozen."""
         chosen = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
@@ -309,12 +314,11 @@ class EvolvingWeight:
         Args:
             share: Share of a row's pruned positions, rounded up.
         """
-        rows, pattern = len(self.sparse.kept), self.sparse.pattern
+        rows = len(self.sparse.kept)
         ratios = self.closeness()
         if self.freeze_after is not None:
             ratios.masked_fill_(self.frozen[:, None], -1)
-        count = count_in_share(share, self.mask.numel() // rows // pattern.m * (pattern.m - pattern.n))
-        self.contenders = choose(ratios.view(rows, -1), count)
+        self.contenders = choose(ratios.view(rows, -1), count_in_share(share, self.pruned_positions // rows))
 
     def adapt(self, share: float) -> None:
         """Adapt masks by swapping weights in place: a pruned one that outgrew the block's weakest kept one takes its place."""
@@ -326,7 +330,8 @@ class EvolvingWeight:
         index, latent, adaptable, slots = self._challenges()
         mask, evidence = _rows(self.mask, index).clone(), _rows(self.evidence, index)
         old = zeroed(latent, mask)
-        worth = self.config.worth(latent, self._gradient(index, slots))
+        gradient = self._gradient(index, slots)
+        worth = self.config.worth(latent, gradient)
         new = adapt(
             latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin, rows=self.sparse.rows
         )
@@ -347,7 +352,10 @@ class EvolvingWeight:
         _put_rows(self.ages, index, ages)
         self.last_flips = flipped_positions(mask, new.mask)
         self.flips += self.last_flips
-        self.predicted = self._first_order(index, slots, new.weight - old)
+        # To first order, -<g, change of w>.
+        self.predicted = torch.zeros_like(self.predicted)
+        if gradient is not None:
+            self.predicted -= torch.dot(gradient.flatten(), (new.weight - old).flatten())
 
     @property
     def _may_adapt(self) -> bool:
@@ -396,8 +404,8 @@ class EvolvingWeight:
         return ~self.frozen[places // self.sparse.pattern.m]
 
     def _share_read(self, everywhere: bool) -> float:
-        pattern, places = self.sparse.pattern, self.contenders.flatten()
-        read = 1.0 if everywhere else len(places) / max(1, len(self.mask) * (pattern.m - pattern.n))
+        places = self.contenders.flatten()
+        read = 1.0 if everywhere else len(places) / max(1, self.pruned_positions)
         if self.freeze_after is None or not read:
             return read
         unfrozen = ~self.frozen if everywhere else self._unfrozen(places)
@@ -410,15 +418,6 @@ class EvolvingWeight:
         if self.reading.everywhere is not None:
             return _rows(self.reading.everywhere, index)
         return None if self.reading.around is None or slots is None else self.reading.around[slots]
-
-    def _first_order(
-        self, index: Tensor | slice, slots: Tensor | None, change: Float[Tensor, "chosen m"]
-    ) -> Float[Tensor, ""]:
-        r"""Loss reduction that the gradient of this step predicts for a change of weights: $-\langle g, \Delta w \rangle$."""
-        gradient = self._gradient(index, slots)
-        return (
-            torch.zeros_like(self.predicted) if gradient is None else -torch.dot(gradient.flatten(), change.flatten())
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that evolves beside the mask, of all rows: evidence of pruned positions only, a bit per mask position."""

@@ -10,9 +10,9 @@ _NO_OPTIMIZERS = ("state", "param_groups", "defaults")
 """Attributes in which nobody looks for optimizers: as large as the model, or without any."""
 
 
-def held_by(optimizer: Any) -> set[int]:
-    """`id`s of the parameters that an optimizer holds."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def held_by(*optimizers: Any) -> set[int]:
+    """`id`s of the parameters that optimizers hold."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def nested_optimizers(optimizer: Any) -> list[Any]:

@@ -189,7 +189,7 @@ class BAMECallback(MaskedCallback):
         predicted = [weight.predicted * weight.sparse.rows.parts for weight in self.evolving]
         # Nothing contends any more once the window is over.
         inside = float(self.steps in self._window)
-        pruned = sum(len(weight.mask) * (weight.sparse.pattern.m - weight.sparse.pattern.n) for weight in self.evolving)
+        pruned = sum(weight.pruned_positions for weight in self.evolving)
         contenders = sum(weight.contenders.numel() for weight in self.evolving)
         statistics = {
             "bame/flip_rate": torch.stack([weight.last_flips for weight in self.evolving]).sum() / positions,

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
-from bame_lightning.callbacks.membership import held_parameters
 from bame_lightning.layers import LayerPlan, plan_layers
+from bame_lightning.nested_optimizers import held_by
 from bame_lightning.pattern import NMPattern
 from bame_lightning.reasons import COMPUTED, UNREACHED
 
@@ -60,7 +60,7 @@ class Dense(KeepsBooks):
 
     def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Leave out of the comparison what SR-STE would leave dense, by an optimizer's first step."""
-        held = held_parameters([optimizer])
+        held = held_by(optimizer)
         judged = [plan for plan in self._waiting if id(plan.weight) in held]
         if judged:
             self._waiting = [plan for plan in self._waiting if id(plan.weight) not in held]
@@ -70,7 +70,7 @@ class Dense(KeepsBooks):
                 self.books.follow(_densities(self._plan(trainer, pl_module, self._found)), unreached)
 
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, found: Mapping[str, str]) -> list[LayerPlan]:
-        return plan_layers(pl_module, self.pattern, self.rules, held_parameters(trainer.optimizers), found=found)
+        return plan_layers(pl_module, self.pattern, self.rules, held_by(*trainer.optimizers), found=found)
 
     @override
     def on_train_batch_end(

@@ -15,6 +15,7 @@ from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.layers import LayerPlan, SparseWeight, plan_layers
+from bame_lightning.nested_optimizers import held_by
 from bame_lightning.reasons import COMPUTED, UNHELD, UNREACHED, advice
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Membership:
             pl_module: The model.
             masked: `id`s of the weights whose masks are not on trial.
         """
-        self._held = held = held_parameters(trainer.optimizers)
+        self._held = held = held_by(*trainer.optimizers)
         method = self._method
         self._plans = plan_layers(pl_module, method.pattern, method.rules, held, found=self._found, masked=set(masked))
         return self._plans
@@ -105,12 +106,12 @@ class Membership:
             pl_module: The model.
             optimizer: The optimizer that is about to step.
         """
-        if self._held != held_parameters(trainer.optimizers):
+        if self._held != held_by(*trainer.optimizers):
             self._replan(trainer, pl_module)
         settled = {id(sparse.weight) for sparse in self._method.weights}
         outside = [plan for plan in self._plans if plan.untrained or (plan.pattern and id(plan.weight) not in settled)]
         reached = [plan for plan in outside if plan.weight.requires_grad and plan.weight.grad is not None]
-        mine = held_parameters([optimizer]) if reached else set()
+        mine = held_by(optimizer) if reached else set()
         late = {id(plan.weight): plan for plan in reached if id(plan.weight) in mine}
         if not late:
             return False
@@ -211,8 +212,3 @@ class Membership:
             f"{self._method.steps + 1} on ({len(fresh)} layers): it is pruned now, to {first.pattern}. To train it dense, say "
             f"layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
         )
-
-
-def held_parameters(optimizers: Iterable[Optimizer]) -> set[int]:
-    """`id`s of the parameters that optimizers hold."""
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -163,17 +163,7 @@ def call(name: str, make: Callable[..., Any], *arguments: Any, what: str, **opti
 
 
 def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
-    """Make a part as `call` does, and name the group whose values it cannot do with.
-
-    Args:
-        name: Group that names the part.
-        make: Makes it.
-        *arguments: What of.
-        what: How to call these in a message.
-        **options: Further arguments, by name.
-
-    Returns:
-        The part.
+    """Make a part as `call` does, and name the group whose values it cannot do with. Takes the arguments of `call`.
 
     Raises:
         ValueError: If it cannot be made.
