@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from bame_lightning.weight_state import WeightState
+from bame_lightning.weights.weight_state import WeightState
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "optimizers.md"
 LIBRARIES = {

@@ -33,19 +33,19 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from bame_lightning import BAMECallback, Evidence, StaticMask
-from bame_lightning.blocks import from_blocks, to_blocks
+from bame_lightning.bame.evidence import Reading
+from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.blocks.masks import top_n_mask, zero_pruned_
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.measuring import random_batch
 from bame_lightning.cli.models import build_model
 from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
-from bame_lightning.evidence import Reading
-from bame_lightning.evolution import EvolvingWeight
-from bame_lightning.layers import SparseWeight, plan_layers
-from bame_lightning.masks import top_n_mask, zero_pruned_
-from bame_lightning.pattern import NMPattern
 from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.gpt import gpt
 from bame_lightning.tasks.models import mlp, resnet18, resnet50
 from bame_lightning.tasks.vision_transformers import vit
+from bame_lightning.weights.layers import SparseWeight, plan_layers
 from benchmarks.accuracy.study import processor
 from benchmarks.documents import fill
 

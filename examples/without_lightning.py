@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from bame_lightning import Evidence, NMPattern, Schedule
-from bame_lightning.blocks import to_blocks
-from bame_lightning.evolution import EvolvingWeight
-from bame_lightning.layers import SparseWeight, plan_layers
-from bame_lightning.masks import top_n_mask, zero_pruned_
-from bame_lightning.optimizer_state import elementwise_state
+from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.blocks.layout import to_blocks
+from bame_lightning.blocks.masks import top_n_mask, zero_pruned_
+from bame_lightning.weights.layers import SparseWeight, plan_layers
+from bame_lightning.weights.optimizer_step import elementwise_state
 
 STEPS = 100
 

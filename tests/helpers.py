@@ -10,10 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bame_lightning.evidence import OneBatch, Reading
-from bame_lightning.evolution import EvolvingWeight
-from bame_lightning.layers import SparseWeight
-from bame_lightning.pattern import NMPattern
+from bame_lightning.bame.evidence import OneBatch, Reading
+from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.weights.layers import SparseWeight
 
 WINDOW = 50
 """Steps of the window of mask evolution."""

@@ -28,7 +28,7 @@ def train(kind: type[BAMECallback]) -> torch.Tensor:
 def in_pieces() -> Iterator[None]:
     """As large layers are worked on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bame_lightning.masks.CHUNK", 64)
+        patch.setattr("bame_lightning.blocks.masks.CHUNK", 64)
         yield
 
 

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning import BAMECallback
-from bame_lightning.contenders import choose
-from bame_lightning.evidence import Evidence
-from bame_lightning.evolution import ALL, EvolvingWeight
+from bame_lightning.bame.contenders import choose
+from bame_lightning.bame.evidence import Evidence
+from bame_lightning.bame.evolution import ALL, EvolvingWeight
 
 
 class BlockContendersWeight(EvolvingWeight):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from bame_lightning.evolution import EvolvingWeight
+from bame_lightning.bame.evolution import EvolvingWeight
 from bame_lightning.tasks import Classifier, FashionMNIST
 from bame_lightning.tasks.models import mlp
 from bame_lightning.tasks.schedulers import cosine

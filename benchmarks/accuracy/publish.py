@@ -20,8 +20,8 @@ from matplotlib.ticker import NullFormatter
 from scipy.stats import t as student  # type: ignore[import-untyped]
 
 from bame_lightning import Evidence, Schedule
-from bame_lightning.flops import Shares
-from bame_lightning.pattern import NMPattern
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.ledger.flops import Shares
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
     AS_COSTLY,

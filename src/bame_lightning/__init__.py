@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from bame_lightning.lazy import on_demand
 
 if TYPE_CHECKING:
+    from bame_lightning.bame.evidence import Evidence, OneBatch
+    from bame_lightning.bame.schedule import Schedule
+    from bame_lightning.blocks.pattern import NMPattern
     from bame_lightning.callbacks import (
         SRSTE,
         BAMECallback,
@@ -14,9 +17,6 @@ if TYPE_CHECKING:
         StaticMask,
         TransposableSTE,
     )
-    from bame_lightning.evidence import Evidence, OneBatch
-    from bame_lightning.pattern import NMPattern
-    from bame_lightning.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,12 @@ __all__ = [
     "TransposableSTE",
 ]
 
-_CORE = {"Evidence": "evidence", "OneBatch": "evidence", "NMPattern": "pattern", "Schedule": "schedule"}
+_CORE = {
+    "Evidence": "bame.evidence",
+    "OneBatch": "bame.evidence",
+    "NMPattern": "blocks.pattern",
+    "Schedule": "bame.schedule",
+}
 
 # Lightning takes seconds to import, and nothing of the core, nor commands such as bame-audit, needs it.
 __getattr__ = on_demand(__name__, {name: _CORE.get(name, "callbacks") for name in __all__})

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
-from bame_lightning.invariants import InvariantError
+from bame_lightning.weights.invariants import InvariantError
 from tests.callbacks.gan import EPOCHS, Gan
 from tests.training import Spy, Task, trainer
 

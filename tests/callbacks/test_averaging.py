@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import callbacks
 from torch import nn
 
-from bame_lightning.audit import audit_checkpoint
+from bame_lightning.checkpoints.audit import audit_checkpoint
 from tests.callbacks.test_methods import METHODS, assert_sparse, every_method
 from tests.training import Spy, Task, blocks_over, tiny_model, trainer
 

@@ -29,7 +29,7 @@ from tests.training import Spy, Task, blocks_over, trainer
 def test_training_equals_the_specification_written_out_in_loops(
     n: int, m: int, freeze_after: int | None, one_per_row: bool, averaging: float, piece: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr("bame_lightning.masks.CHUNK", piece)
+    monkeypatch.setattr("bame_lightning.blocks.masks.CHUNK", piece)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)

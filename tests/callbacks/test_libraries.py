@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from bame_lightning import BAMECallback, Schedule
 from bame_lightning.cli import audit, export
-from tests.export import reader
+from tests.checkpoints.export import reader
 from tests.training import trainer
 
 CLASSES, VOCABULARY, LENGTH = 3, 64, 16

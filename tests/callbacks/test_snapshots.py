@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bame_lightning import SRSTE, BAMECallback, Dense, Evidence, RigL, Schedule, StaticMask
 from bame_lightning.callbacks.snapshots import MaskSnapshots
-from bame_lightning.snapshots import FILE, Snapshots, read_snapshots
+from bame_lightning.show.mask_file import FILE, Snapshots, read_snapshots
 from tests.training import Spy, Task, trainer
 
 

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.pytorch_utils import Conv1D
 
 from bame_lightning import BAMECallback, Schedule
-from bame_lightning.layers import plan_layers
-from bame_lightning.pattern import NMPattern
-from bame_lightning.sharding import Rows
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.weights.layers import plan_layers
+from bame_lightning.weights.sharding import Rows
 from tests.callbacks.registry import METHODS, every_method
 from tests.training import Task, trainer
 

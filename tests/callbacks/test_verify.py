@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from bame_lightning.invariants import InvariantError
+from bame_lightning.weights.invariants import InvariantError
 from tests.training import Task, trainer
 
 

@@ -27,11 +27,11 @@ from bame_lightning import (
     StaticMask,
     TransposableSTE,
 )
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli import conf
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.models import build_model
-from bame_lightning.layers import plan_layers
-from bame_lightning.pattern import NMPattern
+from bame_lightning.weights.layers import plan_layers
 from tests.tasks.fake_data import write_cifar, write_imagenet
 
 CONF = conf_dir()

@@ -122,7 +122,7 @@ def test_without_the_package_it_says_how_to_install_it(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    monkeypatch.delitem(sys.modules, "bame_lightning.dashboard", raising=False)
+    monkeypatch.delitem(sys.modules, "bame_lightning.show.dashboard", raising=False)
     for name in [name for name in sys.modules if name.startswith("wandb_workspaces.")]:
         monkeypatch.delitem(sys.modules, name)
     assert main(ARGUMENTS) == 1

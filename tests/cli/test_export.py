@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bame_lightning.checkpoints.export.onnx_model import Inputs
 from bame_lightning.cli import exporting as command
 from bame_lightning.cli.export import main
-from bame_lightning.export.onnx_model import Inputs
 from bame_lightning.tasks.models import mlp
-from tests.export import reader
-from tests.export.models import entry, mask, save, weight
+from tests.checkpoints.export import reader
+from tests.checkpoints.export.models import entry, mask, save, weight
 
 Run = Callable[..., Path]
 

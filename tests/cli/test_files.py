@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bame_lightning.cli.audit import main as audit
 from bame_lightning.cli.export import main as export
-from tests.export.models import entry
+from tests.checkpoints.export.models import entry
 
 SPARSE = {"fc.weight": torch.eye(8), "fc.bias": torch.ones(8)}
 DENSE = {"fc.weight": torch.ones(8, 8), "fc.bias": torch.ones(8)}

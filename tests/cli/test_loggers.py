@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bame_lightning.dashboard import workspace
-from bame_lightning.map_pictures import mask_picture
-from bame_lightning.snapshots import read_snapshots
+from bame_lightning.show.dashboard import workspace
+from bame_lightning.show.map_pictures import mask_picture
+from bame_lightning.show.mask_file import read_snapshots
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = re.findall(r"^\| `((?:bame|flops)/[^`]*)` \|", (ROOT / "docs/dashboards.md").read_text(), re.MULTILINE)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.cli import audit, flops
-from bame_lightning.layers import plan_layers
-from bame_lightning.pattern import NMPattern
+from bame_lightning.weights.layers import plan_layers
 from tests.cli.conftest import Answer, Run
-from tests.test_narrow import by_columns
+from tests.show.test_narrow import by_columns
 
 LONG = "network.encoder.layers.11.attention.output.dense"
 

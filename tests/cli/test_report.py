@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bame_lightning.cli.report import main
-from bame_lightning.snapshots import FILE, Layer, LayerMaps, Snapshots, read_snapshots
+from bame_lightning.show.mask_file import FILE, Layer, LayerMaps, Snapshots, read_snapshots
 from tests.cli.conftest import Run
 
 REPORTED = (

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bame_lightning.layers import plan_layers
-from bame_lightning.pattern import NMPattern
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.tasks.gpt import GPT, gpt
+from bame_lightning.weights.layers import plan_layers
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from bame_lightning.blocks.masks import zero_pruned_
 from bame_lightning.callbacks.packages import averaging_callbacks
-from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import zero_pruned_
+from bame_lightning.weights.layers import SparseWeight
 
 
 class Averages:

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from bame_lightning.bame.evidence import Evidence, OneBatch, Reading
+from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.oscillation import oscillation_frequency
+from bame_lightning.bame.schedule import Schedule
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.blocks.statistics import percentiles, pooled_mean
 from bame_lightning.callbacks.base import Init
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.callbacks.ranks import Copy
 from bame_lightning.callbacks.run_length import resolve_window
-from bame_lightning.evidence import Evidence, OneBatch, Reading
-from bame_lightning.evolution import EvolvingWeight
-from bame_lightning.flops import Shares
-from bame_lightning.layers import SparseWeight
-from bame_lightning.oscillation import oscillation_frequency
-from bame_lightning.pattern import NMPattern
-from bame_lightning.schedule import Schedule
-from bame_lightning.statistics import percentiles, pooled_mean
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.weights.layers import SparseWeight
 
 
 class BAMECallback(MaskedCallback):

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning import invariants, statistics
-from bame_lightning.blocks import oriented, to_blocks
+from bame_lightning.bame.schedule import Schedule, Window
+from bame_lightning.blocks import statistics
+from bame_lightning.blocks.layout import oriented, to_blocks
+from bame_lightning.blocks.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
 from bame_lightning.callbacks.following import Followed, find_holders
@@ -26,11 +29,9 @@ from bame_lightning.callbacks.membership import Membership
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Copy, Ranks, refuse_strategy, restores_late
 from bame_lightning.callbacks.run_length import progress, window_at_pace
 from bame_lightning.callbacks.table import layer_table
-from bame_lightning.flops import Shares
-from bame_lightning.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight
-from bame_lightning.masks import nonzero_mask, random_mask, top_n_mask, unpack_mask
-from bame_lightning.pattern import NMPattern
-from bame_lightning.schedule import Schedule, Window
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.weights import invariants
+from bame_lightning.weights.layers import STATE_VERSION, VERSION_KEY, LayerPlan, SparseWeight
 
 Init = Literal["magnitude", "random", "nonzero"]
 

@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.counting import CountedStep
-from bame_lightning.flops import Ledger, Macs, Shares
-from bame_lightning.layers import parse_rules
-from bame_lightning.pattern import NMPattern
+from bame_lightning.ledger.flops import Ledger, Macs, Shares
+from bame_lightning.weights.layers import parse_rules
 
 
 class Bookkeeper:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bame_lightning.flops import MacCounter
+from bame_lightning.ledger.flops import MacCounter
 
 
 class CountedStep:

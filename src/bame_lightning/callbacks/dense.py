@@ -9,11 +9,11 @@ import lightning as L
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
-from bame_lightning.layers import LayerPlan, plan_layers
-from bame_lightning.nested_optimizers import held_by
-from bame_lightning.pattern import NMPattern
-from bame_lightning.reasons import COMPUTED, UNREACHED
+from bame_lightning.weights.layers import LayerPlan, plan_layers
+from bame_lightning.weights.nested_optimizers import held_by
+from bame_lightning.weights.reasons import COMPUTED, UNREACHED
 
 
 class Dense(KeepsBooks):

@@ -11,10 +11,10 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from bame_lightning.bame.schedule import Window
 from bame_lightning.callbacks.run_length import Pace
-from bame_lightning.layers import SparseWeight
-from bame_lightning.nested_optimizers import held_by, nested_optimizers
-from bame_lightning.schedule import Window
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
 
 AfterStep = Callable[[Optimizer, Any, Any], None]
 

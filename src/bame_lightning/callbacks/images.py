@@ -11,10 +11,10 @@ from typing_extensions import override
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.loggers import log_pictures, with_pictures
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
-from bame_lightning.layers import SparseWeight
-from bame_lightning.map_pictures import block_picture, mask_picture
-from bame_lightning.maps import block_title, changes, mask_map, mask_title
-from bame_lightning.snapshots import LayerMaps
+from bame_lightning.show.map_pictures import block_picture, mask_picture
+from bame_lightning.show.maps import block_title, changes, mask_map, mask_title
+from bame_lightning.show.mask_file import LayerMaps
+from bame_lightning.weights.layers import SparseWeight
 
 KEY = "bame/maps"
 """Pictures are called bame/maps/<layer>/mask, /oscillations and /frozen."""

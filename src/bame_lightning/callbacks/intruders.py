@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from bame_lightning.blocks.masks import pieces
 from bame_lightning.callbacks.ranks import Ranks
-from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import pieces
+from bame_lightning.weights.layers import SparseWeight
 
 
 class Intruders:

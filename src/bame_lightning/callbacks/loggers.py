@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from bame_lightning.callbacks.packages import known
-from bame_lightning.layers import LayerPlan
+from bame_lightning.weights.layers import LayerPlan
 
 CONFIG = "nm_sparsity"
 """Where a run's configuration at W&B holds method, pattern and layers."""

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.masked import MaskedCallback
-from bame_lightning.files import load_weights
-from bame_lightning.layers import VERSION_KEY
-from bame_lightning.pattern import NMPattern
+from bame_lightning.checkpoints.files import load_weights
+from bame_lightning.weights.layers import VERSION_KEY
 
 
 class OneShotMagnitude(MaskedCallback):

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning import invariants
+from bame_lightning.blocks.masks import zero_pruned_
 from bame_lightning.callbacks.base import SparseCallback
-from bame_lightning.flops import Shares
-from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import zero_pruned_
-from bame_lightning.scale import CHANCE, alignment
-from bame_lightning.weight_state import WeightState, restart_
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.weights import invariants
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.scale import CHANCE, alignment
+from bame_lightning.weights.weight_state import WeightState, restart_
 
 
 class MaskedCallback(SparseCallback):

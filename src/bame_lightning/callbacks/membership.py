@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.table import layer_table
-from bame_lightning.layers import LayerPlan, SparseWeight, plan_layers
-from bame_lightning.nested_optimizers import held_by
-from bame_lightning.reasons import COMPUTED, UNHELD, UNREACHED, advice
+from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
+from bame_lightning.weights.nested_optimizers import held_by
+from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
 
 if TYPE_CHECKING:
     from bame_lightning.callbacks.base import SparseCallback

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bame_lightning.blocks.checksum import checksum
 from bame_lightning.callbacks.packages import averaging_callbacks, known
-from bame_lightning.checksum import checksum
-from bame_lightning.invariants import InvariantError
-from bame_lightning.layers import SparseWeight
+from bame_lightning.weights.invariants import InvariantError
+from bame_lightning.weights.layers import SparseWeight
 
 COMPARE_EVERY = 50
 """Optimizer steps between two comparisons of ranks, the first after step 1; each costs a host synchronisation."""

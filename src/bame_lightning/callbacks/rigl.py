@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.blocks import from_blocks, to_blocks
+from bame_lightning.bame.schedule import Schedule
+from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.blocks.statistics import flipped_positions
 from bame_lightning.callbacks.base import Init
 from bame_lightning.callbacks.masked import MaskedCallback
 from bame_lightning.callbacks.run_length import resolve_window
-from bame_lightning.flops import Shares
-from bame_lightning.layers import SparseWeight
-from bame_lightning.pattern import NMPattern
-from bame_lightning.regrowth import drop_and_grow
-from bame_lightning.schedule import Schedule
-from bame_lightning.statistics import flipped_positions
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.regrowth import drop_and_grow
+from bame_lightning.weights.layers import SparseWeight
 
 
 class RigL(MaskedCallback):

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.callbacks.packages import accumulation_schedulers
-from bame_lightning.schedule import Schedule, Window
 
 
 def resolve_window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from bame_lightning.bame.schedule import Window
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
-from bame_lightning.schedule import Window
-from bame_lightning.snapshots import FILE, Snapshots, layer_of, write_snapshots
+from bame_lightning.show.mask_file import FILE, Snapshots, layer_of, write_snapshots
 
 
 class MaskSnapshots(MaskWatcher):

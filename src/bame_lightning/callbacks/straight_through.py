@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning import invariants
-from bame_lightning.blocks import from_blocks
+from bame_lightning.blocks.layout import from_blocks
+from bame_lightning.blocks.masks import top_n_mask
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.blocks.transposable import transposable_mask
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.ranks import Copy
-from bame_lightning.flops import Shares
-from bame_lightning.latent import LatentWeight
-from bame_lightning.layers import SparseWeight
-from bame_lightning.masks import top_n_mask
-from bame_lightning.pattern import NMPattern
-from bame_lightning.transposable import transposable_mask
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.latent import LatentWeight
+from bame_lightning.weights import invariants
+from bame_lightning.weights.layers import SparseWeight
 
 
 class SRSTE(SparseCallback):

@@ -7,8 +7,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from bame_lightning.layers import LayerPlan
-from bame_lightning.narrow import Table
+from bame_lightning.show.narrow import Table
+from bame_lightning.weights.layers import LayerPlan
 
 
 def layer_table(plans: Sequence[LayerPlan]) -> str:

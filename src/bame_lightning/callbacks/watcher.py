@@ -9,13 +9,13 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
+from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.base import SparseCallback
 from bame_lightning.callbacks.run_length import total_steps
-from bame_lightning.evolution import EvolvingWeight
-from bame_lightning.layers import SparseWeight
-from bame_lightning.schedule import Schedule, Window
-from bame_lightning.snapshots import LayerMaps, layer_maps
+from bame_lightning.show.mask_file import LayerMaps, layer_maps
+from bame_lightning.weights.layers import SparseWeight
 
 
 class MaskWatcher(L.Callback):

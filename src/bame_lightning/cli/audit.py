@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     loading("bame-audit", "PyTorch")
-    from bame_lightning.audit import AuditError, audit_checkpoint
+    from bame_lightning.checkpoints.audit import AuditError, audit_checkpoint
     from bame_lightning.cli.verdict import show
 
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.questions import fill_counts, tell
 from bame_lightning.cli.values import check_values, standard_values
-from bame_lightning.pattern import NMPattern
 
 
 @hydra_command("bame-bench", "bench")

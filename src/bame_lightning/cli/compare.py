@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     loading("bame-compare", "SciPy and Matplotlib")
     from bame_lightning.cli.side_by_side import show
-    from bame_lightning.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
-    from bame_lightning.compare.figure import draw
+    from bame_lightning.show.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
+    from bame_lightning.show.compare.figure import draw
 
     try:
         runs, missing = find_runs(args.sweep_dir)

@@ -14,14 +14,14 @@ from rich import box
 from rich.console import Console
 from torch import nn
 
+from bame_lightning.bame.evidence import OneBatch
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.models import Build, build_model, input_of
 from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
-from bame_lightning.evidence import OneBatch
-from bame_lightning.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
-from bame_lightning.layers import plan_layers
-from bame_lightning.narrow import Table
-from bame_lightning.pattern import NMPattern
+from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
+from bame_lightning.show.narrow import Table
+from bame_lightning.weights.layers import plan_layers
 
 CONVENTION = (
     "MACs of matrix products and convolutions; forward, input gradient and weight gradient of a layer cost the same, the "

@@ -73,7 +73,7 @@ def build(entity: str, project: str, layers: Sequence[str] = ()) -> str:
             "runs with `bame-report RUN_DIR` or `wandb leet RUN_DIR/wandb`."
         )
     try:
-        from bame_lightning.dashboard import workspace
+        from bame_lightning.show.dashboard import workspace
     except ImportError as error:
         raise DashboardError(f"{error}. Install it with: pip install 'bame-lightning[dashboard]'") from None
     try:

@@ -20,7 +20,7 @@ from bame_lightning.cli.claims import TakenError
 from bame_lightning.cli.jobs import record
 from bame_lightning.cli.sweeps import in_sweep, unescaped
 from bame_lightning.cli.words import unknown_key
-from bame_lightning.runs import ERROR
+from bame_lightning.show.find_runs import ERROR
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the system says of a disk that takes no more, in numbers of `OSError`."""

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.cli.checkpoints import add_arguments, printable
 from bame_lightning.cli.command import command_parser, loading
-from bame_lightning.export.errors import ExportError
 
 _FORMATS = ("dense", "packed", "semi_structured", "onnx")
 _DTYPES = ("float32", "float16", "bfloat16")

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from bame_lightning.audit import AuditError
-from bame_lightning.cli.export import shape_of
-from bame_lightning.cli.networks import network_of_function, network_of_run
-from bame_lightning.export import (
+from bame_lightning.checkpoints.audit import AuditError
+from bame_lightning.checkpoints.export import (
     ExportError,
     Trained,
     load_trained,
@@ -19,11 +17,13 @@ from bame_lightning.export import (
     read_packed,
     semi_structured_tensors,
 )
-from bame_lightning.export.files import replacing, same_bits, same_values, write_safetensors
-from bame_lightning.export.onnx_model import Inputs, load_weights, write_onnx
-from bame_lightning.export.semi_structured import read_dense
-from bame_lightning.export.trained import layers_of
-from bame_lightning.files.exported import LAYERS
+from bame_lightning.checkpoints.export.files import replacing, same_bits, same_values, write_safetensors
+from bame_lightning.checkpoints.export.onnx_model import Inputs, load_weights, write_onnx
+from bame_lightning.checkpoints.export.semi_structured import read_dense
+from bame_lightning.checkpoints.export.trained import layers_of
+from bame_lightning.checkpoints.files.exported import LAYERS
+from bame_lightning.cli.export import shape_of
+from bame_lightning.cli.networks import network_of_function, network_of_run
 
 
 def export(args: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from bame_lightning.runs import SUMMARY, flatten, read_summary, strict_json
+from bame_lightning.show.find_runs import SUMMARY, flatten, read_summary, strict_json
 
 REFUSED = "`skip_finished` found in"  # how the error begins that running again does not help against
 _NO_MATTER = ("logger", "quiet", "run_dir", "skip_finished")

@@ -12,9 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from typing_extensions import override
 
+from bame_lightning.checkpoints.untrusted import load_untrusted
 from bame_lightning.cli.account import logged_in
 from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
-from bame_lightning.untrusted import load_untrusted
 
 _PROJECT = "bame-lightning"
 _PATIENCE = 20  # seconds in which W&B must answer, unless WANDB_INIT_TIMEOUT is set; its own default is 90

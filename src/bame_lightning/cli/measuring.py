@@ -20,7 +20,7 @@ from bame_lightning.cli.models import build_model, input_of
 from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
 from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
-from bame_lightning.narrow import Table
+from bame_lightning.show.narrow import Table
 from bame_lightning.tasks import Classifier
 
 METHODS = ("dense", "sr_ste", "static", "bame")

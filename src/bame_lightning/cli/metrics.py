@@ -10,8 +10,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
-from bame_lightning.report.logs import METRICS, read_rows
-from bame_lightning.untrusted import load_untrusted
+from bame_lightning.checkpoints.untrusted import load_untrusted
+from bame_lightning.show.report.logs import METRICS, read_rows
 
 
 class ResumedCSVLogger(CSVLogger):

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from bame_lightning.checkpoints.export.errors import ExportError
+from bame_lightning.checkpoints.export.onnx_model import Inputs
 from bame_lightning.cli.models import build_model
 from bame_lightning.cli.parts import find_here
-from bame_lightning.export.errors import ExportError
-from bame_lightning.export.onnx_model import Inputs
 
 _CONFIG = Path(".hydra") / "config.yaml"
 

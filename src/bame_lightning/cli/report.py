@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder: Path = args.folder
     loading("bame-report", "PyTorch and SciPy")
-    from bame_lightning.compare import CompareError
-    from bame_lightning.report import ReportError, write_report
+    from bame_lightning.show.compare import CompareError
+    from bame_lightning.show.report import ReportError, write_report
 
     try:
         path = write_report(folder, args.baseline)

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
+from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.sweeps import unescaped
-from bame_lightning.files import load_weights
 
 _RUN_LONG = 10**9  # steps of a schedule that is made to be looked at
 _SET_BY_SCHEDULES = {"params", "initial_lr"}

@@ -12,9 +12,9 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.cli.claims import first_process
-from bame_lightning.replacing import replacing
-from bame_lightning.runs import SUMMARY, read_summary
+from bame_lightning.show.find_runs import SUMMARY, read_summary
 
 
 def describe(cfg: DictConfig, run_dir: Path) -> None:

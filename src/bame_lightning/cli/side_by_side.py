@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from bame_lightning.compare import Comparison
-from bame_lightning.compare.tables import WORDS, cells, explanation, tasks
-from bame_lightning.narrow import Table
+from bame_lightning.show.compare import Comparison
+from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
+from bame_lightning.show.narrow import Table
 
 
 def show(comparison: Comparison) -> None:

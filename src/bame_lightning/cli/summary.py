@@ -12,13 +12,13 @@ from lightning import Trainer
 from rich.console import Console
 from rich.panel import Panel
 
-from bame_lightning.audit import audit_checkpoint
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.base import SparseCallback
-from bame_lightning.flops import LABEL
-from bame_lightning.narrow import Table
-from bame_lightning.pattern import NMPattern
-from bame_lightning.runs import strict_json
+from bame_lightning.checkpoints.audit import audit_checkpoint
+from bame_lightning.ledger.flops import LABEL
+from bame_lightning.show.find_runs import strict_json
+from bame_lightning.show.narrow import Table
 
 _NEVER_FLIPPED = (
     "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: the run is too short, or its "

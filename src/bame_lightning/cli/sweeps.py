@@ -17,7 +17,7 @@ from typing_extensions import override
 from bame_lightning.cli import jobs
 from bame_lightning.cli.claims import TakenError
 from bame_lightning.cli.finished import REFUSED
-from bame_lightning.runs import ERROR
+from bame_lightning.show.find_runs import ERROR
 
 
 class ReportFailures(Callback):

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.claims import claim, first_process
 from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
@@ -20,8 +21,7 @@ from bame_lightning.cli.finished import experiment, finished
 from bame_lightning.cli.jobs import sweep_of
 from bame_lightning.cli.sweeps import in_sweep
 from bame_lightning.cli.values import check_values, standard_values
-from bame_lightning.pattern import NMPattern
-from bame_lightning.runs import ERROR, strict_json
+from bame_lightning.show.find_runs import ERROR, strict_json
 
 
 @hydra_command("bame-train", "config")

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from bame_lightning.callbacks import Dense, OneShotMagnitude
 from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain
 from bame_lightning.cli.interruption import StoppedError, check_stopped, training_stopped
@@ -34,8 +35,7 @@ from bame_lightning.cli.seeds import EpochSeeds
 from bame_lightning.cli.summary import print_summary, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.cli.values import overridden, standard_values
-from bame_lightning.files import load_weights
-from bame_lightning.runs import SUMMARY
+from bame_lightning.show.find_runs import SUMMARY
 
 # Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from bame_lightning.bame.schedule import Schedule
 from bame_lightning.callbacks.base import SparseCallback
-from bame_lightning.schedule import Schedule
 
 
 class Fit(NamedTuple):

@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from bame_lightning.audit import AuditReport
+from bame_lightning.checkpoints.audit import AuditReport
 from bame_lightning.cli.checkpoints import printable
-from bame_lightning.narrow import Table
+from bame_lightning.show.narrow import Table
 
 
 def show(report: AuditReport) -> None:

@@ -1,0 +1,183 @@
+"""What pruned weights would have become, from the dense gradients that are read.
+
+A pruned weight holds no value in the network, but something must be known of it before it can be revived. The evidence
+$v$ is that knowledge: the value the weight would have had, had descent moved it by the dense gradients that were read.
+It is ours, not the paper's (see `docs/algorithm.md`); the paper's abstract speaks of the expected loss reduction
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bame_lightning.bame.criterion import first_order_worth
+from bame_lightning.bame.schedule import Window
+
+
+class Reading(NamedTuple):
+    """Which dense gradients a step reads.
+
+    Args:
+        everywhere: Read all unfrozen blocks; otherwise the contenders only.
+        steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
+            optimizer's (`OneBatch`).
+        forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
+    """
+
+    everywhere: bool
+    steps: float
+    forgets: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Evidence accumulated over many readings, the default.
+
+    Every `read_every` steps all unfrozen blocks are read; then the *contenders* are chosen, in each output row (a filter) the
+    pruned positions that are closest to a swap. Steps in between read the contenders only. A reading everywhere stands
+    for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without a reading, and standing for all of
+    them would multiply the noise of one batch as well. How far evidence moves follows from the length of the window, the
+    weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of a layer matters. The step shrinks
+    along a cosine to 0 at the end of the window; so does what a reading forgets of the evidence before it, 1 / n at first, n
+    being the steps of the window. Evidence of contenders follows a running mean of the gradients that are read of them, which
+    starts anew with a weight's pruning: the kept weights answer a swap before it is undone.
+
+    Args:
+        read_every: Optimizer steps between two readings of all unfrozen blocks.
+        contenders: Share of an output row's pruned positions that is read at every step in between, in (0, 1]; rounded up.
+        step_size: Multiplies the step that evidence takes, k.
+        momentum: Weight of the past in the running mean of a contender's gradients, beta, in [0, 1); 0 holds no mean.
+        init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
+        margin: By how much evidence must exceed the weight that it replaces, as a share of it.
+        one_per_row: Let an adaptation swap in one block of each output row only, the most urgent: the blocks of a row make up
+            for the same error of its output, and all of them at once overshoot.
+        share: Not in use any more; whoever sets it is told what took its place.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    read_every: int = 20
+    contenders: float = 0.05
+    step_size: float = 1.5
+    momentum: float = 0.97
+    init: Literal["zero", "weights"] = "weights"
+    margin: float = 0.2
+    one_per_row: bool = True
+    share: None = None
+    remembers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.share is not None:
+            raise ValueError(
+                f"`evidence.share` = {self.share!r} was a share of blocks. Steps read single positions now: say "
+                "`evidence.contenders`, a share of a row's pruned positions, such as 0.05."
+            )
+        for name in ("contenders", "step_size", "momentum", "margin"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise ValueError(f"`evidence.{name}` must be a number; got {value!r}.")
+        if not isinstance(self.read_every, int) or self.read_every < 1:
+            raise ValueError(
+                f"`evidence.read_every` must be a whole number of optimizer steps, at least 1; got {self.read_every!r}."
+            )
+        if not 0 < self.contenders <= 1:
+            raise ValueError(
+                f"`evidence.contenders` is a share of a row's pruned positions in (0, 1]; got {self.contenders}."
+            )
+        if not self.step_size > 0:
+            raise ValueError(f"`evidence.step_size` must be positive; got {self.step_size}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"`evidence.momentum` is the weight of the past in a mean, in [0, 1); got {self.momentum}."
+            )
+        if self.init not in ("zero", "weights"):
+            raise ValueError(f"`evidence.init` must be 'zero' or 'weights'; got {self.init!r}.")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"`evidence.margin` must be a share of a weight, at least 0; got {self.margin}.")
+
+    def reading(self, step: int, window: Window) -> Reading | None:
+        """What to read of the dense gradient of `step`."""
+        if step not in window:
+            return None
+        rest = window.annealed(1.0, step)
+        length = self.step_size * rest
+        if (step - window.start) % self.read_every == 0:
+            return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length, forgets=rest)
+        return Reading(everywhere=False, steps=length, forgets=rest)
+
+    def adaptable_share(self, step: int, window: Window) -> float:
+        """Share of a layer's blocks that may adapt after `step`: all of them."""
+        return 1.0
+
+    def worth(
+        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
+    ) -> Float[Tensor, "blocks m"]:
+        """Value latent weights by their size."""
+        return latent.abs()
+
+
+@dataclass(frozen=True)
+class OneBatch:
+    r"""Evidence of a single batch, forgotten after every adaptation: the literal reading of the paper's abstract.
+
+    All unfrozen blocks are read at adaptation steps only, and swaps are confined to the blocks of a layer that promise
+    the largest loss reduction: a share of them, annealed by a cosine from `share` at the window's start to 0 at its end.
+
+    Args:
+        share: Share of a layer's blocks that may adapt at the start, rho.
+
+    Raises:
+        ValueError: If `share` is outside (0, 1].
+    """
+
+    share: float = 0.3
+    momentum: ClassVar[float] = 0.0
+    init: ClassVar[str] = "zero"
+    margin: ClassVar[None] = None
+    one_per_row: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"`evidence.share` of a one-batch criterion is a share of blocks in (0, 1]; got {self.share}."
+            )
+
+    def reading(self, step: int, window: Window) -> Reading | None:
+        """What to read of the dense gradient of `step`."""
+        return Reading(everywhere=True, steps=1) if window.adapts(step) else None
+
+    def adaptable_share(self, step: int, window: Window) -> float:
+        """Share of blocks that may adapt, annealed from `share` to 0."""
+        return window.annealed(self.share, step)
+
+    def worth(
+        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
+    ) -> Float[Tensor, "blocks m"]:
+        """Value latent weights by `criterion.first_order_worth`; nothing is worth anything without a gradient."""
+        return torch.zeros_like(latent) if gradient is None else first_order_worth(latent, gradient)
+
+
+def noise_step(steps: int, m: int) -> float:
+    r"""Step of evidence at which noise alone does not swap weights, relative to the weights, tau (ours).
+
+    Moved along n gradients that are nothing but noise, by steps of tau times the root mean square of the weights each,
+    evidence is a random walk of deviation $\tau \sqrt{n}$, in weights; the largest of M such values is about
+    $\tau \sqrt{n} \sqrt{2 \ln M}$. It just reaches a typical weight by the end of the window if
+    $\tau = 1 / \sqrt{2 n \ln M}$. Where gradients persist, evidence gets there in $1 / \tau$ steps.
+
+    Args:
+        steps: Steps of the window, n.
+        m: Weights in a block, M.
+
+    Returns:
+        tau.
+    """
+    return 1 / math.sqrt(2 * steps * math.log(max(m, 2)))  # nothing is pruned in blocks of 1

@@ -1,0 +1,1 @@
+"""What training costs: count one forward pass, book every step."""

@@ -1,0 +1,1 @@
+"""What a method does in a step, without Lightning."""

@@ -1,0 +1,1 @@
+"""Show runs: maps of masks, comparisons, pages and workspaces."""

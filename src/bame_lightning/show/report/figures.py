@@ -1,0 +1,250 @@
+"""Figures as plotly takes them, made of plain lists: what is on the page can be read from it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bame_lightning.show.report.logs import Log, Series, thinned_together
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK, BROWN = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#8C6D1F"),
+)
+COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK, BROWN)
+POINTS = 1000
+"""Points of a line at most."""
+_LINES = 6
+"""Layers that are drawn as lines; more become rows of a heat map."""
+_CELLS = 300
+"""Columns of a heat map at most."""
+
+Trace = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot of the page.
+
+    Args:
+        name: Short name, unique on the page.
+        title: For people.
+        note: What it shows, and how to read it.
+        data: Plotly's traces.
+        layout: Plotly's layout, over that of the page.
+        wide: Whether it takes the whole width of the page.
+    """
+
+    name: str
+    title: str
+    note: str
+    data: Sequence[Trace]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    wide: bool = False
+
+
+def line(name: str, series: Series, colour: str, **more: Any) -> Trace:
+    """Draw a metric over time.
+
+    Args:
+        name: What the legend calls it.
+        series: The metric.
+        colour: Colour of the line.
+        **more: Anything else of a plotly trace.
+
+    Returns:
+        A trace; x are optimizer steps.
+    """
+    shown = series.thinned(POINTS)
+    # A line needs two points.
+    mode = "lines" if len(shown.steps) > 1 else "markers"
+    style = {"color": colour, "width": 2, **more.pop("line", {})}
+    marker = {"color": colour, "size": 7}
+    return {"type": "scatter", "name": name, "x": shown.steps, "y": shown.values, "mode": mode} | {
+        "line": style,
+        "marker": marker,
+        **more,
+    }
+
+
+def axis(title: str, *, share: bool = False, **more: Any) -> dict[str, Any]:
+    """Describe an axis; a share is shown in percent."""
+    return {"title": {"text": title, "standoff": 8}, **({"tickformat": ",.4~%"} if share else {}), **more}
+
+
+def quality(log: Log) -> Iterator[Figure]:
+    """Loss, and accuracy or bits per byte, over training."""
+    notes = {
+        "loss": "Mean over an epoch of training, over the validation set at its end; the star is the final test.",
+        "accuracy": "Share of right answers: over an epoch of training, in validation at its end, in the final test (star).",
+        "bits_per_byte": "Of text; fewer are better.",
+    }
+    for metric, note in notes.items():
+        traces = [
+            line(name, log[f"{stage}/{metric}"], colour)
+            for stage, name, colour in (("train", "training", BLUE), ("val", "validation", ORANGE))
+            if log[f"{stage}/{metric}"]
+        ]
+        if test := log[f"test/{metric}"]:
+            star = {"color": BLACK, "size": 12, "symbol": "star"}
+            traces.append(line("test", test, BLACK, mode="markers", marker=star))
+        if traces:
+            title = metric.replace("_", " ")
+            yield Figure(metric, title.capitalize(), note, traces, {"yaxis": axis(title, share=metric == "accuracy")})
+
+
+def evolution(log: Log) -> Iterator[Figure]:
+    """What happens to masks, over all layers and by layer."""
+    if flips := log["bame/flip_rate"]:
+        note = "Share of mask positions that the latest adaptation changed; a swap changes two."
+        yield _by_layer("flip_rate", "Mask changes", note, flips, log.layers("flip_rate"), "positions changed")
+    if frequency := log["bame/oscillation_frequency"]:
+        layers = log.layers("oscillation_frequency")
+        note = (
+            "A block oscillates when an adaptation revives a weight that an earlier one pruned. Frequency: oscillations so "
+            "far / adaptations so far, mean over blocks."
+        )
+        yield _by_layer("oscillation", "Oscillation over time", note, frequency, layers, "oscillation frequency")
+        if layers:
+            yield _final_bars(layers)
+    if frozen := log["bame/frozen_fraction"]:
+        note = "Share of blocks whose mask is final because they oscillated too often."
+        if not any(frozen.values):
+            note += (
+                " None froze in this run: freezing is off (method.freeze_after=null), or no block oscillated enough."
+            )
+        yield _by_layer("frozen", "Frozen blocks", note, frozen, log.layers("frozen_fraction"), "frozen blocks")
+    if survival := log["bame/survival"]:
+        note = "Share of the positions kept by the first mask that are kept now."
+        layout = {"yaxis": axis("still kept", share=True)}
+        yield Figure("survival", "What is left of the first mask", note, [line("all layers", survival, BLACK)], layout)
+    if ages := log["bame/mask_age"]:
+        note = "Adaptations since the mask of a block last changed, or all so far: mean over blocks."
+        layout = {"yaxis": axis("adaptations", rangemode="tozero")}
+        yield Figure("mask_age", "Age of masks", note, [line("all layers", ages, BLACK)], layout)
+
+
+def cost(log: Log) -> Iterator[Figure]:
+    """Training FLOPs so far, against what dense training and SR-STE would have cost until then."""
+    total = log["flops/train_total"]
+    if not total:
+        return
+    traces = [line("this run", total, BLUE, line={"width": 3})]
+    for key, name, colour, dash in (("dense", "dense", BLACK, "dash"), ("sr_ste", "SR-STE", ORANGE, "dot")):
+        reference = referred(total, log[f"flops/train_vs_{key}"])
+        if reference:
+            traces.append(line(name, reference, colour, line={"dash": dash}))
+    note = (
+        "Counted, not executed: two per multiply-add that the method needs. Dense and SR-STE: the same network for as many "
+        "steps."
+    )
+    layout = {"yaxis": axis("FLOPs so far", tickformat=".3~e", rangemode="tozero")}
+    yield Figure("flops", "Training FLOPs", note, traces, layout)
+
+
+def referred(total: Series, ratio: Series) -> Series:
+    """Recover what a ratio refers to.
+
+    Args:
+        total: FLOPs of the run so far.
+        ratio: The same / those of the reference, where known.
+
+    Returns:
+        FLOPs of the reference.
+
+    Example:
+        >>> referred(Series([9, 19], [10.0, 20.0]), Series([19], [0.5]))
+        Series(steps=[19], values=[40.0])
+    """
+    ratios = dict(zip(ratio.steps, ratio.values, strict=True))
+    found = [
+        (step, value / share)
+        for step, value in zip(total.steps, total.values, strict=True)
+        if value is not None and (share := ratios.get(step))
+    ]
+    return Series([step for step, _ in found], [value for _, value in found])
+
+
+def _final_bars(layers: Mapping[str, Series]) -> Figure:
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "x": [series.last for series in layers.values()],
+        "y": list(range(len(layers))),
+        "customdata": list(layers),
+        "hovertemplate": "%{customdata}: %{x:.4~%}<extra></extra>",
+        "marker": {"color": BLUE},
+    }
+    layout = {
+        "xaxis": axis("oscillation frequency", share=True, rangemode="tozero", nticks=5),
+        "yaxis": _rows(list(layers)),
+        "height": 130 + 20 * max(5, len(layers)),
+        "bargap": 0.25 if len(layers) > 3 else 0.6,
+    }
+    note = "Oscillation frequency at the end, mean over the blocks of a layer; the network's first layer on top."
+    wide = len(layers) > _LINES
+    return Figure("oscillation_at_end", "Which layers oscillate", note, [bars], layout, wide=wide)
+
+
+def _by_layer(name: str, title: str, note: str, whole: Series, layers: Mapping[str, Series], unit: str) -> Figure:
+    """A line over all layers, and one for each where there are few; else a row of a heat map for each."""
+    everything = line("all layers", whole, BLACK, line={"width": 3})
+    layout: dict[str, Any] = {"yaxis": axis(unit, share=True, rangemode="tozero")}
+    labels = short(list(layers))
+    if len(layers) <= _LINES:
+        colours = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
+        lines = [
+            line(label, series, colour, line={"width": 1.5})
+            for label, series, colour in zip(labels, layers.values(), colours, strict=False)
+        ]
+        return Figure(name, title, note, [*lines, everything], layout)
+    steps, rows = thinned_together(layers, _CELLS)
+    heat: Trace = {
+        "type": "heatmap",
+        "x": steps,
+        "y": list(range(len(labels))),
+        "z": rows,
+        "rownames": list(layers),  # for people who point at a cell; the page puts them there
+        "colorscale": "Viridis",
+        "hovertemplate": "%{text}, step %{x}: %{z:.4~%}<extra></extra>",
+        "yaxis": "y2",
+    }
+    height = 16 * len(labels)
+    share = height / (height + 190)
+    heat["colorbar"] = {"tickformat": ",.4~%", "thickness": 12, "outlinewidth": 0, "len": share, "y": share / 2}
+    layout = {
+        "xaxis": {"anchor": "y2"},
+        "yaxis": layout["yaxis"] | {"domain": [share + 0.04, 1.0]},
+        "yaxis2": _rows(list(layers)) | {"domain": [0.0, share]},
+        "height": 110 + height + 190,
+    }
+    note = f"{note} A line over all layers, and a row for each."
+    return Figure(name, title, note, [everything, heat], layout, wide=True)
+
+
+def _rows(names: Sequence[str]) -> dict[str, Any]:
+    """An axis with a row for each layer, the first on top."""
+    return {
+        "tickvals": list(range(len(names))),
+        "ticktext": short(names),
+        "range": [len(names) - 0.5, -0.5],
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def short(labels: Sequence[str], length: int = 22) -> list[str]:
+    """Shorten names of layers for axes: without what all start with, and cut in the middle, where they differ least.
+
+    Example:
+        >>> short(["model.encoder.7.attention.in_proj_weight", "model.head"])
+        ['encoder.7.…proj_weight', 'head']
+    """
+    parts = [label.split(".") for label in labels]
+    shared = 0
+    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    names = [".".join(part[shared:]) for part in parts]
+    head = (length - 1) // 2
+    return [name if len(name) <= length else f"{name[:head]}…{name[head + 1 - length :]}" for name in names]

@@ -1,0 +1,110 @@
+"""The report on a sweep: its finished runs side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import floor, log10
+from pathlib import Path
+from typing import Any
+
+from bame_lightning.show.compare import Comparison, Row, compare_runs, find_runs
+from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
+from bame_lightning.show.report.figures import COLOURS, Figure, axis
+from bame_lightning.show.report.page import Report, Section, Table
+
+_SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
+_FLOPS = "flops/train_total"
+
+
+def sweep_report(folder: Path, baseline: str | None = None) -> Report:
+    """Compare the runs below a folder.
+
+    Args:
+        folder: The sweep's folder.
+        baseline: Method that the tables give differences to; None for none.
+
+    Returns:
+        What to show.
+
+    Raises:
+        CompareError: If there is no finished run, or none of the baseline.
+    """
+    runs, missing = find_runs(folder)
+    comparison = compare_runs(runs, baseline)
+    methods = {row.method: None for row in comparison.rows}
+    patterns = {row.pattern or "dense": None for row in comparison.rows}
+    colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(sorted(methods))}
+    symbols = {pattern: _SYMBOLS[index % len(_SYMBOLS)] for index, pattern in enumerate(patterns)}
+    sections = [
+        Section(task, (_figure(f"task_{index}", rows, colours, symbols),), (_table(rows, comparison),))
+        for index, (task, rows) in enumerate(tasks(comparison))
+    ]
+    count = len(runs)
+    return Report(
+        title=f"Sweep {folder.resolve().name}",
+        facts=(
+            ("finished runs", f"{count:,}"),
+            ("methods", ", ".join(colours)),
+            ("patterns", ", ".join(symbols)),
+        ),
+        notes=(*comparison.notes, *missing),
+        sections=tuple(sections),
+        explanation=explanation(comparison),
+    )
+
+
+def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[str, str]) -> Figure:
+    metric = rows[0].metric
+    counted = all(row.flops(_FLOPS) for row in rows)
+    lines: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        lines[row.method, row.settings_text].append(row)
+    traces = []
+    for (method, settings), line in lines.items():
+        if counted:
+            line = sorted(line, key=lambda row: row.flops(_FLOPS) or 0.0)
+        share = metric.scale == 100
+        traces.append(
+            {
+                "type": "scatter",
+                "name": f"{method} {settings}".strip(),
+                "mode": "lines+markers" if counted else "markers",
+                "x": [row.flops(_FLOPS) if counted else row.pattern or "dense" for row in line],
+                "y": [row.value[0] for row in line],
+                "error_y": {"type": "data", "array": [row.value[1] for row in line], "thickness": 1.5, "width": 5},
+                "text": [f"{row.label}, {len(row.runs)} seed{'s' * (len(row.runs) > 1)}" for row in line],
+                "hovertemplate": "%{text}: %{y:" + (".2%" if share else ".4f") + "}<extra></extra>",
+                "line": {"color": colours[method], "width": 1},
+                "marker": {"size": 10, "symbol": [symbols[row.pattern or "dense"] for row in line]},
+            }
+        )
+    x: dict[str, Any] = axis("pattern (FLOPs were not counted)", type="category")
+    note = "Mean over seeds; bars are the sample standard deviation. A colour is a method, a shape a pattern: "
+    note += ", ".join(f"{_MARKS[symbols[p]]} {p}" for p in dict.fromkeys(row.pattern or "dense" for row in rows)) + "."
+    if counted:
+        x = _log_axis("training FLOPs (counted, not executed; log scale)", [row.flops(_FLOPS) or 1.0 for row in rows])
+    layout = {"xaxis": x, "yaxis": axis(f"test {metric.title}", share=metric.scale == 100), "height": 440}
+    layout["hovermode"] = "closest"
+    return Figure(name, f"Test {metric.title} against training FLOPs", note, traces, layout, wide=True)
+
+
+def _log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis with enough ticks, and all of them labelled; plotly's own show digits without their power."""
+    low, high = min(values), max(values)
+    digits = (1, 2, 3, 4, 6) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
+    exponents = range(floor(log10(low)) - 1, floor(log10(high)) + 2)
+    margin = max(0.06 * log10(high / low), 0.08)
+    ends = [log10(low) - margin, log10(high) + margin]
+    ticks = [(digit, power) for power in exponents for digit in digits]
+    ticks = [tick for tick in ticks if ends[0] <= log10(tick[0]) + tick[1] <= ends[1]]
+    values, labels = [digit * 10.0**power for digit, power in ticks], [f"{digit}e{power}" for digit, power in ticks]
+    return axis(title, type="log", range=ends, tickvals=values, ticktext=labels)
+
+
+_MARKS = dict(zip(_SYMBOLS, "●■▲◆▼✚✖★", strict=True))
+
+
+def _table(rows: list[Row], comparison: Comparison) -> Table:
+    names, table = cells(rows, comparison.baseline)
+    return Table(tuple(names), tuple(tuple(row) for row in table), tuple(name not in WORDS for name in names))

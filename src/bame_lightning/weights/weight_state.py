@@ -1,0 +1,306 @@
+"""What an optimizer keeps of each weight, wherever it keeps it, and which of it follows a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from warnings import warn
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bame_lightning.weights.nested_optimizers import nested_optimizers
+from bame_lightning.weights.sharding import local
+
+Kind = Literal["value", "copy", "start"]
+# State of torch's optimizers that holds one value per weight, and of others that use the same names.
+ELEMENTWISE = set(
+    {
+        "acc_delta",  # Adadelta
+        "ax",  # ASGD
+        "exp_avg",  # Adam, AdamW, NAdam, RAdam, Adamax
+        "exp_avg_sq",
+        "exp_inf",  # Adamax
+        "grad_avg",  # RMSprop, centered
+        "max_exp_avg_sq",  # Adam, amsgrad
+        "momentum_buffer",  # SGD, RMSprop
+        "prev",  # Rprop
+        "square_avg",  # RMSprop, Adadelta
+        "sum",  # Adagrad
+    }
+)
+# One value per weight as well, but zero would stop it for good.
+STEP_SIZES = frozenset({"step_size"})  # Rprop
+COPIES = frozenset({"ax"})
+"""Copies and averages of the weights that may be zero at first: ASGD's."""
+_NEAR = 0.25
+"""A copy of the weights is off by less than this share of their square: no step of training is as long."""
+
+
+class WeightState:
+    """The state that an optimizer, and the optimizers inside it, keep for the weights that they hold.
+
+    Three kinds are told apart. One value per weight follows the mask. So does a copy of the weights, as Lookahead's slow
+    weights, which starts anew where a weight is revived. State in another basis or layout is left alone: a matrix
+    factor, a list with one or a projector beside it gives it away, whatever it is called (SOAP, Shampoo, GaLore). So is what
+    starts at a constant other than zero and stays there where weights are pruned, as step sizes do: zero would stop it.
+
+    Args:
+        optimizer: An optimizer; others may be nested in it. What is known of its state is remembered, so keep this object.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._holders = [optimizer, *nested_optimizers(optimizer)]
+        self._kinds: dict[str, Kind] = {}
+        self._factors: dict[tuple[int, str], bool] = {}
+        self._shown: set[int] = set()
+        self._told: set[str] = set()
+
+    def found(self, weight: nn.Parameter) -> dict[str, Any]:
+        """All that is kept for a weight, by a path of keys: tensors, and objects that are no plain values."""
+        found: dict[str, Any] = {}
+        for holder in self._holders:
+            for path, value in _kept_by(holder, weight):
+                if not any(value is other for other in found.values()):
+                    found[path if path not in found else f"{type(holder).__name__}.{path}"] = value
+        return found
+
+    def elementwise(self, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the state that is zero where the weight is pruned: values and copies.
+
+        Args:
+            weight: A parameter that the optimizer holds.
+            name: What to call it in messages.
+
+        Yields:
+            Key and tensor, shaped like the weight, or like the part of it that this process holds.
+
+        Raises:
+            ValueError: If state has the shape of the weight, but a zero in it may mean something else: codes of a quantised
+                optimizer, or, under an unknown key of a square weight, a factor that mixes inputs or outputs.
+        """
+        yield from ((key, local(value)) for key, value in self._of_its_shape(weight, name))
+
+    def copies(self, weight: nn.Parameter, name: str) -> list[Tensor]:
+        """Those that are copies of the weight."""
+        return [local(value) for key, value in self._of_its_shape(weight, name) if self._kinds.get(key) == "copy"]
+
+    def check_shown(self, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Check after a step that the state of sparse weights can be seen where other parameters have some.
+
+        Args:
+            weights: Names and parameters.
+
+        Raises:
+            ValueError: If one had a gradient and shows no state, although the optimizer keeps state.
+        """
+        for name, weight in weights:
+            if id(weight) in self._shown or weight.grad is None:
+                continue
+            if _sized(self.found(weight).values()):
+                self._shown.add(id(weight))
+            elif not self._keeps_none(weight) and self._keeps_some(weight):
+                raise ValueError(
+                    f"`configure_optimizers` returns {self._name()}, which keeps state for other parameters but shows none for "
+                    f"the sparse weight `{name}`, so it could not be zeroed where weights are pruned. Keep it in "
+                    f"`state[parameter]`, use another optimizer, or keep the layer dense with layers={{'{name}': 'dense'}}."
+                )
+
+    def _name(self) -> str:
+        names = [type(holder).__name__ for holder in self._holders]
+        return names[0] + (f" around {', '.join(names[1:])}" if names[1:] else "")
+
+    def _of_its_shape(self, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
+        found = self.found(weight)
+        shaped = {
+            key: value
+            for key, value in found.items()
+            if isinstance(value, Tensor) and value.shape == weight.shape and _last(key) not in STEP_SIZES
+        }
+        if self._has_factor(weight, found, shaped):
+            self._tell(
+                f"Optimizer {self._name()} keeps state of `{name}` in another basis or layout, beside a matrix factor: it is "
+                "left alone, so a revived weight starts with what is known of its row and column."
+            )
+            return
+        for key, value in shaped.items():
+            self._check_type(key, value, name)
+            if key not in self._kinds and _last(key) not in ELEMENTWISE:
+                self._check_square(weight, name, key)
+            if self._kind(key, weight) == "start":
+                continue
+            if self._kinds[key] == "value" and _last(key) not in ELEMENTWISE:
+                kind = type(self.optimizer).__name__
+                self._tell(
+                    f"Optimizer {kind} is unknown; its state '{key}' has the shape of the weights and is "
+                    "taken to hold one value per weight: it is zeroed where weights are pruned."
+                )
+            yield key, value
+
+    def _kind(self, key: str, weight: nn.Parameter) -> Kind:
+        """What the state under a key is, decided by all matrices when it is first seen."""
+        if _last(key) in COPIES:
+            self._kinds[key] = "copy"
+        elif _last(key) in ELEMENTWISE:
+            self._kinds[key] = "value"
+        elif key not in self._kinds:
+            off = size = 0.0
+            starts: set[float] = set()
+            for parameter, value in self._matrices(key):
+                if value.shape == parameter.shape:
+                    here, there = local(parameter.detach()).double(), local(value).double()
+                    off += float((there - here)[here != 0].square().sum())
+                    size += float(here.square().sum())
+                    if (here == 0).any():
+                        starts |= {float(bound) for bound in there[here == 0].aminmax()}
+            self._kinds[key] = "copy" if off < _NEAR * size else "value"
+            if self._kinds[key] == "value" and size and len(starts) == 1 and starts != {0.0}:
+                self._kinds[key] = "start"
+        return self._kinds[key]
+
+    def _check_type(self, key: str, value: Tensor, name: str) -> None:
+        plain = type(value) in (Tensor, nn.Parameter, DTensor)
+        if not value.is_floating_point() or not plain:
+            what = str(value.dtype) if plain else type(value).__name__
+            raise ValueError(
+                f"`optimizer` {type(self.optimizer).__name__} keeps '{key}' for `{name}` as {what}; a zero there may not be "
+                "the value zero. Use an optimizer with floating-point state."
+            )
+
+    def _check_square(self, weight: nn.Parameter, name: str, key: str) -> None:
+        if not _square(weight):
+            return
+        if not any(not _square(other) and value.shape == other.shape for other, value in self._matrices(key)):
+            raise ValueError(
+                f"`optimizer` {type(self.optimizer).__name__} keeps '{key}' for `{name}`, of the same square shape "
+                f"{tuple(weight.shape)}: one value per weight and a matrix factor look alike there. Keep the layer dense with "
+                f"layers={{'{name}': 'dense'}}, use an optimizer of torch.optim, or add the key to "
+                "`bame_lightning.weights.optimizer_step.ELEMENTWISE` if it is elementwise."
+            )
+
+    def _has_factor(self, weight: nn.Parameter, found: Mapping[str, Any], shaped: Mapping[str, Tensor]) -> bool:
+        for key in found.keys() - shaped.keys():
+            known = (id(weight), key)
+            if known not in self._factors:  # a look at values makes the host wait
+                self._factors[known] = _is_factor(found[key], weight)
+            if self._factors[known]:
+                return True
+        # In a square weight a factor has the shape of the weight; elsewhere it has not.
+        return _square(weight) and any(
+            not _square(other) and _is_factor(value, other)
+            for key in shaped
+            if _last(key) not in ELEMENTWISE and key not in self._kinds
+            for other, value in self._matrices(key)
+        )
+
+    def _matrices(self, key: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """All weights of two or more dimensions that have state under a key, with it."""
+        for parameter in _parameters(self.optimizer):
+            if parameter.dim() >= 2:
+                value = self.found(parameter).get(key)
+                if isinstance(value, Tensor):
+                    yield parameter, value
+
+    def _keeps_none(self, weight: nn.Parameter) -> bool:
+        """Whether the settings of a weight say that nothing is kept for it: gradient descent without momentum."""
+        groups = (group for holder in self._holders for group in holder.param_groups)
+        held = [group for group in groups if any(weight is parameter for parameter in group["params"])]
+        return any("momentum" in group and not group["momentum"] for group in held)
+
+    def _keeps_some(self, weight: nn.Parameter) -> bool:
+        everybody = [p for holder in self._holders for p in _parameters(holder) if p is not weight]
+        return any(_sized(self.found(parameter).values()) for parameter in everybody)
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warn(message, stacklevel=2)
+
+
+@torch.no_grad()
+def restart_(copy: Tensor, weight: Tensor, revived: Bool[Tensor, "*shape"]) -> None:
+    """Start a copy of a weight anew where the weight was revived, in place."""
+    copy.copy_(torch.where(revived, weight.to(copy.dtype), copy))
+
+
+def _parameters(optimizer: Any) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _kept_by(holder: Any, weight: nn.Parameter) -> Iterator[tuple[str, Any]]:
+    """What one optimizer keeps for a weight: in its state, in tables of its own, or in lists beside its parameters."""
+    state = getattr(holder, "state", None)
+    if isinstance(state, Mapping):
+        yield from _leaves("", _entry(state, weight))
+    for name, value in vars(holder).items():
+        if name in ("state", "param_groups", "defaults"):
+            continue
+        if isinstance(value, Mapping):
+            yield from _leaves(name, _entry(value, weight))
+        elif isinstance(value, list | tuple) and value:
+            yield from ((name, found) for found in _beside(holder, weight, value))
+
+
+def _entry(table: Mapping[Any, Any], weight: nn.Parameter) -> Any:
+    """What a table by parameter, or by the `id` of parameters, holds for a weight."""
+    # Not just `in`: a parameter and its `id` have the same hash, and comparing them makes a tensor.
+    first = next(iter(table), None)
+    if isinstance(first, Tensor):
+        return table.get(weight)
+    return table.get(id(weight)) if isinstance(first, int) else None
+
+
+def _beside(holder: Any, weight: nn.Parameter, values: Sequence[Any]) -> Iterator[Tensor]:
+    """The entry of a list that lies beside the parameters, group by group or one after the other."""
+    groups = [group["params"] for group in holder.param_groups]
+    nested = all(isinstance(value, list | tuple) for value in values)
+    parallel = zip(groups, values, strict=False) if nested else [([p for group in groups for p in group], values)]
+    for parameters, found in parallel:
+        alike = len(parameters) == len(found) and all(
+            isinstance(value, Tensor) and value.shape == parameter.shape
+            for parameter, value in zip(parameters, found, strict=True)
+        )
+        if alike:
+            yield from (v for p, v in zip(parameters, found, strict=True) if p is weight and v is not weight)
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors and objects in nested containers, with the path of keys that leads to each."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), part)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _leaves(f"{path}[{index}]", part)
+    elif isinstance(value, Tensor) or hasattr(value, "__dict__"):
+        yield path, value
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _sized(values: Iterable[Any]) -> bool:
+    """Whether there is a tensor that is no mere counter, or an object that may hold one."""
+    return any(not isinstance(value, Tensor) or value.dim() > 0 for value in values)
+
+
+def _square(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+
+
+def _is_factor(value: Any, weight: Tensor) -> bool:
+    """Whether something beside a weight's state mixes its inputs or outputs: a symmetric or orthogonal matrix, a projector."""
+    if not isinstance(value, Tensor):
+        kept = getattr(value, "__dict__", {})
+        return not callable(value) and (hasattr(value, "project") or any(isinstance(v, Tensor) for v in kept.values()))
+    if not _square(value) or len(value) < 2 or value.shape == weight.shape or not value.is_floating_point():
+        return False
+    matrix = local(value.detach()).double()
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    # Not the row means of a factored second moment, which may be square where a convolution is.
+    forms = ((matrix, matrix.T), (matrix @ matrix.T, eye), (matrix, matrix.triu()), (matrix, matrix.tril()))
+    return any(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in forms)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bame_lightning.bame.contenders import choose, closeness, count_in_share, first, weakest
+
+
+def test_closeness_compares_each_pruned_with_the_weakest_kept_weight() -> None:
+    weight = torch.tensor([[2.0, -0.5, 0.0, 0.0], [0.0, 8.0, 0.0, -4.0]])
+    evidence = torch.tensor([[0.0, 0.0, 0.25, -1.0], [-1.0, 0.0, 0.5, 0.0]])
+    # Over |-0.5| and over |-4|; kept ones are no pruned ones.
+    assert closeness(weight, evidence, evidence == 0).tolist() == [[-1, -1, 0.5, 2.0], [0.25, -1, 0.125, -1]]
+
+
+def test_a_block_whose_kept_weight_is_zero_comes_first_and_stays_finite() -> None:
+    mask = torch.tensor([[True, False]] * 3)
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    evidence = torch.tensor([[0.0, 0.5], [0.0, 100.0], [0.0, 0.0]])
+    some, large, none = closeness(weight, evidence, mask)[:, 1].tolist()
+    assert math.isfinite(some)
+    assert some > large == 100
+    assert none == 0
+
+
+def test_nothing_of_a_block_that_keeps_everything_is_close_to_a_swap() -> None:
+    assert (closeness(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closeness_against_loops(dtype: torch.dtype) -> None:
+    # More than a piece, and weights that the optimizer has moved although they are pruned.
+    generator = torch.Generator().manual_seed(0)
+    weight, evidence = torch.randn(2, 60_000, 3, generator=generator, dtype=dtype)
+    mask = torch.rand(60_000, 3, generator=generator) > 0.5
+    mask[:, 1] = True
+    evidence[mask] = 0
+    smallest = [
+        min(abs(w) for w, k in zip(ws, ks, strict=True) if k)
+        for ws, ks in zip(weight.tolist(), mask.tolist(), strict=True)
+    ]
+    expected = [
+        [-1.0 if k else abs(v) / least for v, k in zip(vs, ks, strict=True)]
+        for least, vs, ks in zip(smallest, evidence.tolist(), mask.tolist(), strict=True)
+    ]
+    ratios = closeness(weight, evidence, mask)
+    assert ratios.dtype == dtype
+    torch.testing.assert_close(ratios, torch.tensor(expected, dtype=dtype))
+    torch.testing.assert_close(weakest(weight, mask), torch.tensor(smallest, dtype=dtype))
+
+
+@given(st.data())
+def test_contenders_are_the_closest_positions_of_each_row_ascending(data: st.DataObject) -> None:
+    rows, positions = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    # Kept positions and frozen blocks are at -1; many are equal.
+    ratios = [data.draw(st.lists(st.integers(-1, 3), min_size=positions, max_size=positions)) for _ in range(rows)]
+    count = data.draw(st.integers(0, positions))
+    expected = [
+        sorted(row * positions + i for i in sorted(range(positions), key=lambda i, r=ratios[row]: (-r[i], i))[:count])
+        for row in range(rows)
+    ]
+    assert choose(torch.tensor(ratios).float(), count).tolist() == expected
+
+
+def test_an_infinitely_close_position_is_chosen_before_all_others() -> None:
+    assert choose(torch.tensor([[1.0, 3e38, math.inf, -1.0]]), 1).tolist() == [[2]]
+
+
+@given(st.data())
+def test_first_against_loops(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 4))
+    contenders = data.draw(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, groups - 1)), min_size=1, max_size=12))
+    ratios, group = (torch.tensor(values) for values in zip(*contenders, strict=True))
+    slot, may_swap = first(ratios.float(), group, groups)
+    for wanted in range(groups):
+        rivals = [(-ratio, place) for place, (ratio, where) in enumerate(contenders) if where == wanted]
+        # A group without a contender has none that may swap, and names the first of all.
+        ratio, place = min(rivals) if rivals else (1, 0)
+        assert (slot[wanted], may_swap[wanted]) == (place, -ratio >= 0)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.25, 1), (0.26, 2), (1.0, 4)])
+def test_the_share_is_rounded_up(share: float, count: int) -> None:
+    assert count_in_share(share, 4) == count

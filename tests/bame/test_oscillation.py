@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks, mask_ages, oscillation_frequency, record
+from bame_lightning.blocks.pattern import NMPattern
+from tests.helpers import random_kept
+
+
+def oscillations(*masks: str) -> list[int]:
+    """Oscillations of one block after each change of its mask, given as strings of ones and zeros."""
+    kept = [torch.tensor([[bit == "1" for bit in mask]]) for mask in masks]
+    history, counts = FlipHistory.empty(kept[0]), []
+    for old, new in pairwise(kept):
+        history = record(history, old, new)
+        counts.append(int(history.oscillations))
+    return counts
+
+
+def test_reviving_what_was_pruned_earlier_counts_one() -> None:
+    assert oscillations("1000", "0100", "1000") == [0, 1]
+
+
+def test_reviving_what_was_never_kept_counts_nothing() -> None:
+    assert oscillations("1000", "0100", "0010", "0001") == [0, 0, 0]
+
+
+def test_going_back_and_forth_counts_every_return() -> None:
+    assert oscillations("1000", "0100", "1000", "0100", "1000") == [0, 1, 2, 3]
+
+
+def test_the_return_need_not_be_the_next_change() -> None:
+    assert oscillations("1000", "0100", "0010", "0010", "1000") == [0, 0, 0, 1]
+
+
+def test_two_returns_in_one_adaptation_count_once() -> None:
+    assert oscillations("1100", "0011", "1100") == [0, 1]
+
+
+def test_a_mask_that_stays_counts_nothing() -> None:
+    assert oscillations("1100", "0110", "0110", "0110") == [0, 0, 0]
+
+
+@given(st.integers(1, 4), st.integers(0, 10**6))
+def test_history_of_many_blocks_against_loops(n: int, seed: int) -> None:
+    masks = [random_kept(5, NMPattern(n, 4), seed + c) for c in range(6)]
+    history = FlipHistory.empty(masks[0])
+    for old, new in pairwise(masks):
+        history = record(history, old, new)
+    for block in range(5):
+        pruned: set[int] = set()
+        count = 0
+        for old, new in pairwise(masks):
+            before = {i for i in range(4) if old[block, i]}
+            after = {i for i in range(4) if new[block, i]}
+            count += bool((after - before) & pruned)
+            pruned |= before - after
+        assert history.oscillations[block] == count
+        assert set(history.pruned_before[block].nonzero().flatten().tolist()) == pruned
+
+
+def test_a_mask_is_as_old_as_the_adaptations_that_it_has_outlived() -> None:
+    # One block goes away and comes back, another changes once, the third never.
+    masks = [["10", "10", "10"], ["01", "10", "10"], ["10", "01", "10"], ["10", "01", "10"], ["10", "01", "10"]]
+    kept = [torch.tensor([[bit == "1" for bit in block] for block in blocks]) for blocks in masks]
+    ages, seen = torch.zeros(3, dtype=torch.int32), []
+    for old, new in pairwise(kept):
+        ages = mask_ages(ages, old, new)
+        seen.append(ages.tolist())
+    assert seen == [[0, 1, 1], [0, 0, 2], [1, 1, 3], [2, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("freeze_after", "frozen"), [(None, [0, 0, 0, 0]), (0, [0, 1, 1, 1]), (1, [0, 0, 1, 1]), (2, [0, 0, 0, 1])]
+)
+def test_more_oscillations_than_allowed_freeze_a_block(freeze_after: int | None, frozen: list[int]) -> None:
+    assert frozen_blocks(torch.tensor([0, 1, 2, 3], dtype=torch.int32), freeze_after).tolist() == frozen
+
+
+def test_frequency_is_oscillations_per_adaptation() -> None:
+    counts = torch.tensor([0, 1, 3], dtype=torch.int32)
+    assert oscillation_frequency(counts, 4).tolist() == [0, 0.25, 0.75]
+    assert oscillation_frequency(counts[:2], 1).tolist() == [0, 1]
+    assert oscillation_frequency(torch.zeros(2, dtype=torch.int32), 0).tolist() == [0, 0]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from bame_lightning.blocks.layout import from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.blocks.pattern import NMPattern
+from tests.helpers import Case, block_positions, cases
+
+
+@pytest.mark.parametrize(
+    "written", ["2:4", " 2:4 ", "2 : 4", {"n": 2, "m": 4}, OmegaConf.create({"n": 2, "m": 4}), NMPattern(2, 4)]
+)
+def test_every_way_to_write_a_pattern_means_the_same(written: Any) -> None:
+    pattern = NMPattern.parse(written)
+    assert (pattern.n, pattern.m, pattern.density, str(pattern)) == (2, 4, 0.5, "2:4")
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("16:1", r"`pattern`.*N <= M; got 16:1\. Did you mean '1:16'\?"),
+        ("0:4", r"`pattern`.*N >= 1.*got 0:4"),
+        ({"n": 5, "m": 4}, r"`pattern`.*got 5:4\. Did you mean '4:5'\?"),
+        (124, r"`pattern`.*such as '2:4', got the integer 124.*base 60\. Write it in quotes"),
+        (True, r"`pattern` must be a string 'N:M' such as '1:16'.*got True"),
+        (None, r"`pattern` must be a string 'N:M'.*got None"),
+        (0.5, r"`pattern` must be a string 'N:M'.*got 0.5"),
+        ("1-4", r"`pattern` must be a string 'N:M'.*got '1-4'"),
+        ("1:4:8", r"got '1:4:8'"),
+        ("-1:4", r"got '-1:4'"),
+        ({"n": 2}, r"mapping \{n, m\}; got \{'n': 2\}"),
+        ({"n": True, "m": 4}, r"got \{'n': True"),
+        ({"n": 2, "m": 4, "k": 1}, r"got .*'k': 1"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_refused_with_a_remedy(written: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        NMPattern.parse(written)
+
+
+@pytest.mark.parametrize(("written", "integer"), [("2:4", 124), ("1:16", 76), ("4:8", 248)])
+def test_a_pattern_without_quotes_in_yaml_is_refused(written: str, integer: int) -> None:
+    with pytest.raises(ValueError, match=f"got the integer {integer}"):
+        NMPattern.parse(yaml.safe_load(f"pattern: {written}")["pattern"])
+    assert str(NMPattern.parse(yaml.safe_load(f"pattern: '{written}'")["pattern"])) == written
+
+
+@given(cases())
+def test_a_block_is_m_consecutive_inputs_of_one_filter_at_one_kernel_position(case: Case) -> None:
+    pattern, weight = case
+    blocks = to_blocks(weight, pattern.m)
+    expected = [[weight[place].item() for place in block] for block in block_positions(weight.shape, pattern.m)]
+    assert blocks.tolist() == expected
+
+
+def test_blocks_of_a_convolution_by_hand() -> None:
+    # Two filters, four input channels, two kernel positions: value = 100 filter + 10 channel + position.
+    weight = torch.tensor([[[100 * o + 10 * c + k for k in range(2)] for c in range(4)] for o in range(2)])
+    expected = [[0, 10], [20, 30], [1, 11], [21, 31], [100, 110], [120, 130], [101, 111], [121, 131]]
+    assert to_blocks(weight, 2).tolist() == expected
+
+
+@given(cases())
+def test_blocks_take_their_places_back(case: Case) -> None:
+    pattern, weight = case
+    count = len(block_positions(weight.shape, pattern.m))
+    blocks = torch.arange(count * pattern.m).reshape(count, pattern.m)
+    restored = from_blocks(blocks, weight.shape)
+    assert restored.shape == weight.shape
+    for row, block in enumerate(block_positions(weight.shape, pattern.m)):
+        assert [int(restored[place]) for place in block] == blocks[row].tolist()
+    assert torch.equal(to_blocks(restored, pattern.m), blocks)
+    assert torch.equal(from_blocks(to_blocks(weight, pattern.m), weight.shape), weight)
+
+
+@given(cases(), st.data())
+def test_gathered_blocks_are_those_of_the_index_in_its_order(case: Case, data: st.DataObject) -> None:
+    pattern, values = case
+    weight = laid_out(values, data.draw(st.sampled_from(["contiguous", "inputs last", "transposed", "reversed"])))
+    positions = block_positions(weight.shape, pattern.m)
+    index = data.draw(st.lists(st.integers(0, len(positions) - 1), max_size=6))
+    gathered = gather_blocks(weight, pattern.m, torch.tensor(index, dtype=torch.int64))
+    assert gathered.shape == (len(index), pattern.m)
+    assert gathered.tolist() == [[weight[place].item() for place in positions[i]] for i in index]
+
+
+def test_gathered_blocks_are_a_copy() -> None:
+    for weight in (torch.zeros(2, 4), torch.zeros(2, 4, 3)):
+        gather_blocks(weight, 2, torch.tensor([0, 1])).fill_(1)
+        assert not weight.any()
+
+
+def laid_out(weight: Tensor, layout: str) -> Tensor:
+    """The same values in another order in memory."""
+    if layout == "transposed":
+        return weight.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "reversed":
+        return weight.permute(*range(weight.dim() - 1, -1, -1)).contiguous().permute(*range(weight.dim() - 1, -1, -1))
+    return weight.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "inputs last" else weight.contiguous()
+
+
+@given(cases(), st.sampled_from(["contiguous", "inputs last", "transposed", "reversed"]), st.data())
+def test_scattered_blocks_take_their_places_and_nothing_else_changes(
+    case: Case, layout: str, data: st.DataObject
+) -> None:
+    pattern, values = case
+    weight = laid_out(values, layout).clone(memory_format=torch.preserve_format)
+    assert weight.stride() == laid_out(values, layout).stride()
+    positions = block_positions(weight.shape, pattern.m)
+    index = data.draw(st.lists(st.integers(0, len(positions) - 1), max_size=6, unique=True))
+    blocks = 100.0 + torch.arange(len(index) * pattern.m).reshape(len(index), pattern.m)
+    expected = {place: weight[place].item() for block in positions for place in block}
+    for row, i in enumerate(index):
+        expected |= dict(zip(positions[i], blocks[row].tolist(), strict=True))
+    storage = weight.data_ptr()
+    scatter_blocks_(weight, torch.tensor(index, dtype=torch.int64), blocks)
+    assert weight.data_ptr() == storage
+    assert {place: weight[place].item() for place in expected} == expected
+    assert gather_blocks(weight, pattern.m, torch.tensor(index, dtype=torch.int64)).tolist() == blocks.tolist()
+
+
+def test_scattering_by_hand_keeps_the_type_of_the_weight() -> None:
+    weight = torch.zeros(2, 4, 2, dtype=torch.bool)
+    # Blocks of filter 0: position 0 inputs 01 and 23, position 1 likewise; then filter 1. Number 6 is filter 1, position 1.
+    scatter_blocks_(weight, torch.tensor([6, 1]), torch.tensor([[True, False], [False, True]]))
+    assert weight.nonzero().tolist() == [[0, 3, 0], [1, 0, 1]]
+    half = torch.zeros(1, 2, dtype=torch.bfloat16)
+    scatter_blocks_(half, torch.tensor([0]), torch.tensor([[1.0, 1.001]]))
+    assert half.tolist() == [[1.0, 1.0]]
+
+
+def test_blocks_of_a_linear_weight_are_a_view() -> None:
+    weight = torch.zeros(2, 4)
+    to_blocks(weight, 2)[3, 1] = 1
+    assert weight.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
