@@ -10,8 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bame_lightning.bame.evidence import OneBatch, Reading
-from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.evidence import Evidence, OneBatch
+from bame_lightning.bame.evolving import EvolvingBlocks
+from bame_lightning.bame.one_batch import OneBatchBlocks
+from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.weights.layers import SparseWeight
 
@@ -83,30 +85,43 @@ def sparse_linear(rows: list[list[float]], kept: list[list[int]], pattern: str) 
     return SparseWeight("layer.weight", weight, NMPattern(n, m), torch.tensor(kept) != 0)
 
 
-def sgd(weight: EvolvingWeight, **kwargs: Any) -> torch.optim.SGD:
-    return torch.optim.SGD([weight.sparse.weight], **({"lr": 1.0} | kwargs))
+def evolving(sparse: SparseWeight, rule: Evidence | OneBatch, freeze_after: int | None) -> Any:
+    """The blocks of a single weight."""
+    return rule.begin([sparse], freeze_after)
 
 
-def read(weight: EvolvingWeight, gradient: Tensor | list[Any], everywhere: bool = True) -> None:
-    weight.sparse.weight.grad = torch.as_tensor(gradient, dtype=weight.sparse.weight.dtype).clone()
-    weight.read(everywhere, adapts=True)
-    weight.sparse.weight.grad.masked_fill_(weight.sparse.pruned, 0)
+def contend_at(blocks: Any, positions: list[list[int]]) -> None:
+    """Let positions of a single weight contend, as many in each row."""
+    blocks._set_contenders([torch.tensor(positions, dtype=torch.int64).view(len(blocks.weights[0].kept), -1)])
 
 
-def reading(weight: EvolvingWeight, distance: float = 1.0, everywhere: bool = True) -> Reading:
+def sgd(blocks: EvolvingBlocks, **kwargs: Any) -> torch.optim.SGD:
+    return torch.optim.SGD([blocks.weights[0].weight], **({"lr": 1.0} | kwargs))
+
+
+def read(blocks: EvolvingBlocks, gradient: Tensor | list[Any], everywhere: bool = True) -> None:
+    """Read a gradient of a single weight, and zero it where the weight is pruned."""
+    (sparse,) = blocks.weights
+    dense = torch.as_tensor(gradient, dtype=sparse.weight.dtype)
+    sparse.weight.grad = torch.empty_like(sparse.weight).copy_(dense)
+    blocks.read([sparse.weight.grad], everywhere=everywhere, adapts=True)
+    sparse.weight.grad.masked_fill_(sparse.pruned, 0)
+
+
+def reading(blocks: EvolvingBlocks, distance: float = 1.0, everywhere: bool = True) -> Reading:
     """A reading by which evidence moves `distance` of the layer's units along the gradient, in a window of `WINDOW` steps."""
-    if isinstance(weight.config, OneBatch):
+    if isinstance(blocks, OneBatchBlocks):
         return Reading(everywhere, distance)
     # Its steps are in units of 1 / sqrt(2 n ln M).
-    return Reading(everywhere, distance * math.sqrt(2 * WINDOW * math.log(max(2, weight.sparse.pattern.m))))
+    return Reading(everywhere, distance * math.sqrt(2 * WINDOW * math.log(max(2, blocks.pattern.m))))
 
 
 def learn(
-    weight: EvolvingWeight,
+    blocks: EvolvingBlocks,
     optimizer: torch.optim.Optimizer,
     gradient: Any,
     distance: float = 1.0,
     everywhere: bool = True,
 ) -> None:
-    read(weight, gradient, everywhere)
-    weight.accumulate(optimizer, reading(weight, distance, everywhere), torch.tensor(True), WINDOW)
+    read(blocks, gradient, everywhere)
+    blocks.accumulate(optimizer, reading(blocks, distance, everywhere), torch.tensor(True), WINDOW)

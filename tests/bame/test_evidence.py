@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from bame_lightning.bame.evidence import Evidence, OneBatch, Reading, noise_step
+from bame_lightning.bame.evidence import Evidence, OneBatch
+from bame_lightning.bame.reading import Reading, noise_step
 from bame_lightning.bame.schedule import Window
 
 EVERYWHERE, CONTENDERS = True, False

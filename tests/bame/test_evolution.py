@@ -9,34 +9,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bame_lightning.bame.evidence import Evidence, OneBatch, Reading
-from bame_lightning.bame.evolution import EvolvingWeight, adapt
+from bame_lightning.bame.evidence import Evidence, OneBatch
+from bame_lightning.bame.evolving import EvolvingBlocks
+from bame_lightning.bame.one_batch import choose_masks
+from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.weights.layers import SparseWeight
-from tests.helpers import WINDOW, Case, block_positions, cases, learn, patterns, random_kept, read, sgd, sparse_linear
+from tests.helpers import (
+    WINDOW,
+    Case,
+    block_positions,
+    cases,
+    contend_at,
+    evolving,
+    learn,
+    patterns,
+    random_kept,
+    read,
+    sgd,
+    sparse_linear,
+)
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-# The pure adaptation.
+# Which masks one batch chooses.
 
 
 @given(patterns(), st.integers(0, 10**6), st.sampled_from([0.0, 0.125, 0.5, 0.75, 1.0]))
-def test_adaptation_against_loops(pattern: NMPattern, seed: int, share: float) -> None:
+def test_the_choice_of_masks_against_loops(pattern: NMPattern, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     blocks, (n, m) = 7, (pattern.n, pattern.m)
-    latent = torch.randint(-9, 10, (blocks, m), generator=generator).float()
     worth = torch.randint(0, 5, (blocks, m), generator=generator).float()
     adaptable = torch.rand(blocks, generator=generator) > 0.3
     mask = random_kept(blocks, pattern, seed)
-    new = adapt(latent, worth, mask, adaptable, n, share=share)
+    new = choose_masks(worth, mask, adaptable, n, share=share)
 
-    assert new.mask.sum(-1).tolist() == [n] * blocks
-    # Every latent value is in exactly one of the two places.
-    assert torch.equal(new.weight + new.evidence, latent)
-    assert not new.weight[~new.mask].any()
-    assert not new.evidence[new.mask].any()
-
+    assert new.sum(-1).tolist() == [n] * blocks
     # What each block could gain: the n greatest worths less those that are kept.
     gains = []
     for values, kept, may in zip(worth.tolist(), mask.tolist(), adaptable.tolist(), strict=True):
@@ -44,60 +53,20 @@ def test_adaptation_against_loops(pattern: NMPattern, seed: int, share: float) -
         gains.append((best - sum(v for v, k in zip(values, kept, strict=True) if k)) if may else 0.0)
     allowed = sorted(range(blocks), key=lambda b: (-gains[b], b))[: math.ceil(share * blocks)]
     for b in range(blocks):
-        realised = (worth[b] * new.mask[b]).sum() - (worth[b] * mask[b]).sum()
+        realised = (worth[b] * new[b]).sum() - (worth[b] * mask[b]).sum()
         assert realised == (gains[b] if b in allowed else 0)
         if not realised:
-            assert torch.equal(new.mask[b], mask[b])
+            assert torch.equal(new[b], mask[b])
 
 
 def test_the_share_counts_all_blocks_and_takes_the_largest_gains() -> None:
-    latent = torch.tensor([[1.0, 2.0], [1.0, 5.0], [1.0, 3.0], [1.0, 9.0]])
+    worth = torch.tensor([[1.0, 2.0], [1.0, 5.0], [1.0, 3.0], [1.0, 9.0]])
     mask = torch.tensor([[True, False]] * 4)
     adaptable = torch.tensor([True, True, True, False])
     # Gains 1, 4, 2, and 8 in a block that may not. A quarter of four blocks is one; 0.26 of them, rounded up, two.
     for share, changed in [(0.25, [1]), (0.26, [1, 2]), (0.75, [0, 1, 2]), (1.0, [0, 1, 2])]:
-        new = adapt(latent, latent, mask, adaptable, 1, share=share)
-        assert new.mask[:, 1].nonzero().flatten().tolist() == changed
-
-
-@given(patterns(), st.integers(0, 10**6), st.sampled_from([0.0, 0.25, 0.5, 2.0]))
-def test_a_margin_against_loops(pattern: NMPattern, seed: int, margin: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    latent = torch.randint(-9, 10, (7, pattern.m), generator=generator).float()
-    mask = random_kept(7, pattern, seed)
-    adaptable = torch.rand(7, generator=generator) > 0.3
-    new = adapt(latent, latent.abs(), mask, adaptable, pattern.n, margin=margin)
-    for b, (values, may) in enumerate(zip(latent.tolist(), adaptable.tolist(), strict=True)):
-        kept = [i for i in range(pattern.m) if mask[b, i]]
-        outside = [i for i in range(pattern.m) if not mask[b, i]]
-        # Strongest against weakest, next against next, the lower index first.
-        pairs = zip(
-            sorted(outside, key=lambda j, v=values: (-abs(v[j]), j)),
-            sorted(kept, key=lambda i, v=values: (abs(v[i]), i)),
-            strict=False,
-        )
-        swaps = [(j, i) for j, i in pairs if may and abs(values[j]) > (1 + margin) * abs(values[i])]
-        revived, dropped = {j for j, _ in swaps}, {i for _, i in swaps}
-        most = (1 + margin) * max((abs(values[i]) for i in dropped), default=0.0)
-        weight = [0.0] * pattern.m
-        for i in {*kept, *revived} - dropped:
-            weight[i] = values[i] if i in kept else math.copysign(min(abs(values[i]), most), values[i])
-        assert new.mask[b].nonzero().flatten().tolist() == sorted({*kept, *revived} - dropped)
-        assert new.weight[b].tolist() == weight
-        assert new.evidence[b].tolist() == [0.0 if new.mask[b, i] else values[i] for i in range(pattern.m)]
-
-
-def test_revived_weights_start_at_the_margin() -> None:
-    latent = torch.tensor([[0.5, 2.0, -8.0, 4.0], [1.0, 3.0, 1.5, -2.0]])
-    mask = torch.tensor([[True, True, False, False]] * 2)
-    both = torch.tensor([True, True])
-    # Block 0 prunes 0.5 and 2: revived ones start at 1.5 * 2. Block 1 prunes 1 only, and its best is revived at 1.5 * 1.
-    new = adapt(latent, latent.abs(), mask, both, 2, margin=0.5)
-    assert new.weight.tolist() == [[0, 0, -3, 3], [0, 3, 0, -1.5]]
-    assert new.evidence.tolist() == [[0.5, 2, 0, 0], [1, 0, 1.5, 0]]
-    # Without a margin nothing is held back.
-    new = adapt(latent, latent.abs(), mask, both, 2)
-    assert new.weight.tolist() == [[0, 0, -8, 4], [0, 3, 0, -2]]
+        new = choose_masks(worth, mask, adaptable, 1, share=share)
+        assert new[:, 1].nonzero().flatten().tolist() == changed
 
 
 # Readings.
@@ -105,15 +74,15 @@ def test_revived_weights_start_at_the_margin() -> None:
 
 def test_one_batch_has_nothing_to_go_by_without_a_gradient() -> None:
     sparse = sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2")
-    weight = EvolvingWeight(sparse, OneBatch(), freeze_after=1)
+    weight = evolving(sparse, OneBatch(), freeze_after=1)
     optimizer = sgd(weight)
     learn(weight, optimizer, [[0.0, 9.0]])
     sparse.weight.grad = None
-    weight.read(everywhere=True)
+    weight.read([None], everywhere=True, adapts=True)
     weight.accumulate(optimizer, Reading(True, 1), YES, WINDOW)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1.0, 0.0]]
-    assert weight.last_flips == 0
+    assert weight.masks.last_flips == 0
 
 
 @given(cases(), st.booleans(), st.integers(0, 1000))
@@ -128,20 +97,20 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         for keep, place in zip(row, block, strict=True):
             pruned[place] = not keep
     parameter = nn.Parameter(torch.ones_like(gradient) * ~pruned)
-    weight = EvolvingWeight(
+    weight = evolving(
         SparseWeight("layer.weight", parameter, pattern, ~pruned),
         Evidence(momentum=0.0, one_per_row=False),
         freeze_after=0,
     )
     generator = torch.Generator().manual_seed(seed)
     frozen = torch.rand(len(positions), generator=generator) < 0.3
-    weight.history = weight.history._replace(oscillations=frozen.int())
+    weight.history.oscillations = frozen.int()
     # As many pruned positions of each row, drawn at random, numbered through all blocks.
     flat = [place for block in positions for place in block]
     rows = [[i for i, place in enumerate(flat) if place[0] == row and pruned[place]] for row in range(len(gradient))]
     chosen = [torch.randperm(len(row), generator=generator)[: -(-len(row) // 2)].tolist() for row in rows]
     contenders = [[row[i] for i in picks] for row, picks in zip(rows, chosen, strict=True)]
-    weight.contenders = torch.tensor(contenders, dtype=torch.int64).view(len(gradient), -1)
+    contend_at(weight, contenders)
     contending = {i for row in contenders for i in row}
     read_places = {
         i
@@ -154,7 +123,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         square = sum(gradient[flat[i]].item() ** 2 for i in read_places) / max(1, len(read_places))
         unit = 1 / math.sqrt(square) if square else 0.0
     else:
-        weight.noise, weight.unit, unit = torch.tensor(1.0), torch.tensor(0.5), 0.5
+        weight.noise, weight.unit, unit = torch.tensor([1.0]), torch.tensor([0.5]), 0.5
     learn(weight, sgd(weight, lr=0.5, weight_decay=0.25), gradient, everywhere=everywhere)
     evidence = [-unit * gradient[place].item() if i in read_places else 0.0 for i, place in enumerate(flat)]
     torch.testing.assert_close(weight.evidence.flatten(), torch.tensor(evidence))
@@ -167,7 +136,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         strong = [i for row in contenders for i in row if i in inside and i in read_places and abs(evidence[i]) > 1.2]
         into = max(strong, key=lambda i: abs(evidence[i]), default=None)
         out = None if into is None else next(i for i in inside if kept[b, i - inside.start])
-        assert sum(not weight.sparse.pruned[flat[i]] for i in inside) == pattern.n
+        assert sum(not weight.weights[0].pruned[flat[i]] for i in inside) == pattern.n
         for i in inside:
             place, left = flat[i], weight.evidence.flatten()[i].item()
             if i == into:
@@ -178,14 +147,14 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
             else:
                 assert parameter[place] == before[place]
                 assert left == pytest.approx(evidence[i])
-            assert bool(weight.sparse.pruned[place]) == (parameter[place] == 0)
+            assert bool(weight.weights[0].pruned[place]) == (parameter[place] == 0)
 
 
 def test_a_reading_is_a_copy_of_the_gradient_before_it_is_masked() -> None:
     for everywhere in (True, False):
         sparse = sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2")
-        weight = EvolvingWeight(sparse, Evidence(), freeze_after=1)
-        weight.contenders = torch.tensor([[1]])
+        weight = evolving(sparse, Evidence(), freeze_after=1)
+        contend_at(weight, [[1]])
         read(weight, [[3.0, 4.0]], everywhere)
         assert sparse.weight.grad is not None
         sparse.weight.grad.fill_(0)
@@ -194,7 +163,14 @@ def test_a_reading_is_a_copy_of_the_gradient_before_it_is_masked() -> None:
             assert weight.reading.everywhere.tolist() == [[3.0, 4.0]]
         else:
             assert weight.reading.contenders.tolist() == [4.0]
-            assert weight.reading.around.tolist() == [[3.0, 4.0]]
+            assert weight.reading.kept.tolist() == [[3.0]]
+
+
+def remembered(weight: Any) -> list[Tensor]:
+    """What a discarded reading must leave alone."""
+    layer = weight.layers()[0]
+    known = (layer.evidence, layer.mean_gradient, layer.noise)
+    return [value.clone() for value in known if value is not None]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -204,30 +180,29 @@ def test_a_poisoned_reading_is_discarded_whole(bad: float, config: Any, optimize
     # The gradient of another weight is poisoned, or one value of this one; all readings of the step go.
     for gradient in ([[1.0, 2.0, 3.0, bad]], [[1.0, 2.0, 3.0, 4.0]], [[bad, 2.0, 3.0, 4.0]]):
         sparse = sparse_linear([[1.0, 0, 2.0, 0]], [[1, 0, 1, 0]], "1:2")
-        weight = EvolvingWeight(sparse, config, freeze_after=1)
+        weight = evolving(sparse, config, freeze_after=1)
         real = optimizer([sparse.weight], lr=0.5)
-        if config.remembers:
+        if isinstance(config, Evidence):
             read(weight, [[0.1, 0.2, 0.3, 0.4]])
             real.step()
             weight.accumulate(real, Reading(True, 3), YES, WINDOW)
-        before = [weight.evidence.clone(), weight.noise.clone()]
+        before = remembered(weight)
         read(weight, gradient)
         real.step()
         weight.accumulate(real, Reading(True, 3), NO, WINDOW)
-        after = [weight.evidence, weight.noise]
+        after = remembered(weight)
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         if math.isfinite(gradient[0][0]):
-            assert weight.unit.isfinite()
             weight.adapt(1.0)
             assert sparse.weight.isfinite().all()
-            if not config.remembers:
-                assert weight.last_flips == 0
+            if isinstance(config, OneBatch):
+                assert weight.masks.last_flips == 0
                 assert weight.predicted == 0
 
 
 def test_a_weight_without_a_gradient_learns_nothing() -> None:
-    weight = EvolvingWeight(sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=1)
-    weight.read(everywhere=True)
+    weight = evolving(sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=1)
+    weight.read([None], everywhere=True, adapts=True)
     weight.accumulate(sgd(weight), Reading(True, 3), YES, WINDOW)
     assert not weight.evidence.any()
     assert weight.reading is None
@@ -236,7 +211,7 @@ def test_a_weight_without_a_gradient_learns_nothing() -> None:
 def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
     # Evidence starts at the pruned initial weights, larger than the kept ones.
     sparse = sparse_linear([[1.0, 2.0, 1.0, 2.0]], [[1, 0, 1, 0]], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(init="weights", margin=0.5), freeze_after=1)
+    weight = evolving(sparse, Evidence(init="weights", margin=0.5), freeze_after=1)
     assert weight.evidence.tolist() == [[0, 2], [0, 2]]
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
     weight.adapt(1.0)  # nothing contends
@@ -244,7 +219,8 @@ def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
     weight.contend(1.0)
     weight.adapt(1.0)  # nothing was read
     assert sparse.weight.tolist() == [[1, 0, 1, 0]]
-    weight.contenders, weight.noise = torch.tensor([[3]]), torch.tensor(1.0)
+    contend_at(weight, [[3]])
+    weight.noise = torch.tensor([1.0])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
     assert weight.evidence.tolist() == [[0, 2], [1, 0]]
@@ -252,7 +228,7 @@ def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
 
 def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
     sparse = sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+    weight = evolving(sparse, Evidence(), freeze_after=None)
     learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.adapt(1.0)
     assert (weight.noise.item(), weight.unit.item()) == (0, 0)
@@ -266,8 +242,8 @@ def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
 
 
 def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
-    weight = EvolvingWeight(sparse_linear([[2.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=None)
-    weight.contenders = torch.tensor([[1]])
+    weight = evolving(sparse_linear([[2.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=None)
+    contend_at(weight, [[1]])
     noise = []
     for gradient, everywhere in [(2.0, True), (9.0, False), (-4.0, True), (0.0, True), (1.0, True), (5.0, False)]:
         learn(weight, sgd(weight), [[7.0, gradient]], everywhere=everywhere)
@@ -279,7 +255,7 @@ def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
 
 def test_evidence_starts_at_pruned_weights_unless_it_shall_start_at_zero() -> None:
     for config, start in [(Evidence(), [[0, 2]]), (Evidence(init="zero"), [[0, 0]]), (OneBatch(), [[0, 0]])]:
-        weight = EvolvingWeight(sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2"), config, freeze_after=1)
+        weight = evolving(sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2"), config, freeze_after=1)
         assert weight.evidence.tolist() == start
 
 
@@ -299,8 +275,8 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
     start = torch.randn(3, 16, generator=torch.Generator().manual_seed(gradients))
     pair = []
     for scale in (1.0, a):
-        sparse = SparseWeight("w", nn.Parameter(scale * start), NMPattern(n, m), ~kept.reshape(3, 16))
-        pair.append(EvolvingWeight(sparse, Evidence(init=init), freeze_after=1))
+        sparse = SparseWeight("w", nn.Parameter(scale * start), NMPattern(n, m), kept.reshape(3, 16))
+        pair.append(evolving(sparse, Evidence(init=init), freeze_after=1))
         sparse.weight.detach().masked_fill_(sparse.pruned, 0)
     flips = 0
     for step in range(9):
@@ -314,30 +290,30 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
                 weight.adapt(1.0)
         one, other = pair
         assert torch.equal(other.evidence, a * one.evidence)
-        assert torch.equal(other.sparse.weight.detach(), a * one.sparse.weight.detach())
-        assert torch.equal(other.sparse.pruned, one.sparse.pruned)
+        assert torch.equal(other.weights[0].weight.detach(), a * one.weights[0].weight.detach())
+        assert torch.equal(other.weights[0].pruned, one.weights[0].pruned)
         # In units of weights times gradients, as the loss is.
         assert other.predicted == a * b * one.predicted
-        flips = int(one.flips)
+        flips = int(one.masks.flips)
     assert flips > 0
 
 
 def test_only_contenders_swap_and_others_wait_for_the_next_reading_of_all() -> None:
     # Every block would swap; that of the contender does, then the closest half of them.
     sparse = sparse_linear([[1.0, 0.0] * 4], [[1, 0] * 4], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(margin=0.0, one_per_row=False), freeze_after=None)
+    weight = evolving(sparse, Evidence(margin=0.0, one_per_row=False), freeze_after=None)
     learn(weight, sgd(weight), [[0.0, 1.0] * 4], distance=0.5)
-    weight.contenders = torch.tensor([[5]])
+    contend_at(weight, [[5]])
     weight.evidence[:, 1] = torch.tensor([5.0, 4, 3, 2])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 1, 0, 0, 1, 1, 0]]
-    assert weight.contenders.tolist() == [[4]]
+    assert weight.contenders.tolist() == [4]
     weight.adapt(1.0)
-    assert int(weight.last_flips) == 0
+    assert int(weight.masks.last_flips) == 0
     weight.contend(0.5)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[0, 1, 0, 1, 0, 1, 1, 0]]
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 6)
+    assert (int(weight.masks.last_flips), int(weight.masks.flips)) == (4, 6)
 
 
 @pytest.mark.parametrize(("freeze_after", "adaptations"), [(0, 2), (1, 3), (2, 4), (None, 6)])
@@ -345,21 +321,21 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
     freeze_after: int | None, adaptations: int
 ) -> None:
     # The pruned weight is pushed ever harder, so the block swaps back and forth at every adaptation, until it is frozen.
-    weight = EvolvingWeight(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(momentum=0.0), freeze_after)
+    weight = evolving(sparse_linear([[0.5, 0.0]], [[1, 0]], "1:2"), Evidence(momentum=0.0), freeze_after)
     changes = 0
     for c in range(6):
         learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]], distance=2)
         weight.contend(1.0)
         weight.adapt(1.0)
-        changes += bool(weight.last_flips)
+        changes += bool(weight.masks.last_flips)
     assert changes == adaptations
     assert weight.frozen.tolist() == [freeze_after is not None]
     # Not even if training brings its kept weight down below the evidence that it has.
-    weight.sparse.weight.detach().mul_(1e-6)
+    weight.weights[0].weight.detach().mul_(1e-6)
     learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.contend(1.0)
     weight.adapt(1.0)
-    assert bool(weight.last_flips) == (freeze_after is None)
+    assert bool(weight.masks.last_flips) == (freeze_after is None)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +345,9 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
 def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state: torch.dtype) -> None:
     sparse = sparse_linear([[1.0, 0, 0, 0]], [[1, 0, 0, 0]], "1:4")
     sparse.weight = nn.Parameter(sparse.weight.detach().to(dtype))
-    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, margin=0.5), freeze_after=1)
-    weight.contenders, weight.noise = torch.tensor([[1, 2, 3]]), torch.tensor(1.0, dtype=state)
+    weight = evolving(sparse, Evidence(momentum=0.0, margin=0.5), freeze_after=1)
+    contend_at(weight, [[1, 2, 3]])
+    weight.noise = torch.tensor([1.0], dtype=state)
     weight.unit = weight.noise.clone()
     for _ in range(3):
         # bfloat16 cannot hold 3 + 3 / 512
@@ -393,12 +370,12 @@ def test_large_blocks_are_no_trouble() -> None:
     born = pruned.clone()
     sparse = SparseWeight("layer.weight", parameter, NMPattern(512, 1024), ~pruned)
     parameter.data.masked_fill_(pruned, 0)
-    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, one_per_row=False), freeze_after=1)
+    weight = evolving(sparse, Evidence(momentum=0.0, one_per_row=False), freeze_after=1)
     learn(weight, sgd(weight), torch.full((2, 2048), 7.0), distance=2)
     weight.contend(1.0)
     weight.adapt(1.0)
     # The first pruned weight of each of the four blocks takes the place of the first kept one.
-    assert weight.flips == 2 * 4
+    assert weight.masks.flips == 2 * 4
     expected = torch.where(born, 0.0, 1.0)
     expected[:, [0, 1024]], expected[:, [512, 1536]] = 0.0, -1.2
     torch.testing.assert_close(sparse.weight.detach(), expected)
@@ -406,8 +383,8 @@ def test_large_blocks_are_no_trouble() -> None:
 
 
 def test_a_reading_forgets_a_part_of_the_evidence_before_it() -> None:
-    weight = EvolvingWeight(sparse_linear([[1.0, 8.0, 1.0, 4.0]], [[1, 0, 1, 0]], "1:2"), Evidence(), None)
-    weight.contenders = torch.tensor([[3]])
+    weight = evolving(sparse_linear([[1.0, 8.0, 1.0, 4.0]], [[1, 0, 1, 0]], "1:2"), Evidence(), None)
+    contend_at(weight, [[3]])
     # Half of 1 / 4 is forgotten where it is read, and nothing is learned from a gradient of zero.
     read(weight, torch.zeros(1, 4), everywhere=False)
     weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), YES, 4)
@@ -420,17 +397,15 @@ def test_a_reading_forgets_a_part_of_the_evidence_before_it() -> None:
 # Saving.
 
 
-def evolved() -> tuple[EvolvingWeight, torch.optim.Optimizer]:
+def evolved() -> tuple[EvolvingBlocks, torch.optim.Optimizer]:
     kept = random_kept(24, NMPattern(2, 4), seed=3)
     pruned = ~kept.reshape(6, 16)
     parameter = nn.Parameter(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)) * ~pruned)
-    weight = EvolvingWeight(
-        SparseWeight("layer.weight", parameter, NMPattern(2, 4), ~pruned), Evidence(), freeze_after=0
-    )
+    weight = evolving(SparseWeight("layer.weight", parameter, NMPattern(2, 4), ~pruned), Evidence(), freeze_after=0)
     return weight, sgd(weight, lr=0.5, momentum=0.5)
 
 
-def evolve(weight: EvolvingWeight, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+def evolve(weight: EvolvingBlocks, optimizer: torch.optim.Optimizer, seeds: range) -> None:
     for seed in seeds:
         everywhere = seed % 3 == 0
         gradient = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
@@ -438,25 +413,25 @@ def evolve(weight: EvolvingWeight, optimizer: torch.optim.Optimizer, seeds: rang
         if everywhere:
             weight.contend(0.25)
         weight.adapt(1.0)
-        weight.reading = None
+        weight.end_step()
 
 
-def everything(weight: EvolvingWeight) -> list[Tensor]:
+def everything(weight: EvolvingBlocks) -> list[Tensor]:
     tensors = [
-        weight.sparse.weight.detach(),
-        weight.sparse.pruned,
+        weight.weights[0].weight.detach(),
+        weight.weights[0].pruned,
         weight.evidence,
         weight.mean_gradient,
         weight.noise,
         weight.unit,
-        *weight.history,
+        *vars(weight.history).values(),
     ]
     return [
         *tensors,
         weight.contenders,
         weight.designated,
-        weight.flips,
-        weight.last_flips,
+        weight.masks.flips,
+        weight.masks.last_flips,
         weight.predicted,
         weight.frozen,
     ]
@@ -465,23 +440,23 @@ def everything(weight: EvolvingWeight) -> list[Tensor]:
 def test_a_restored_weight_goes_on_bit_by_bit() -> None:
     weight, optimizer = evolved()
     evolve(weight, optimizer, range(6))
-    assert weight.flips > 0
+    assert weight.masks.flips > 0
     assert 0 < weight.frozen.sum() < 24
-    saved = {key: value.clone() for key, value in weight.state_dict().items()}
-    handed = weight.state_dict()
+    saved = {key: value.clone() for key, value in weight.state(0).items()}
+    handed = weight.state(0)
 
     twin, twin_optimizer = evolved()
-    twin.sparse.weight.data.copy_(weight.sparse.weight.data)
-    twin.sparse.kept.copy_(weight.sparse.kept)
-    twin.load_state_dict(handed)
+    twin.weights[0].weight.data.copy_(weight.weights[0].weight.data)
+    twin.weights[0].kept.copy_(weight.weights[0].kept)
+    twin.load_state(0, handed)
     assert all(torch.equal(a, b) for a, b in zip(everything(twin), everything(weight), strict=True))
-    halfway = weight.sparse.pruned.clone()
+    halfway = weight.weights[0].pruned.clone()
     evolve(weight, optimizer, range(6, 12))
     evolve(twin, twin_optimizer, range(6, 12))
     for resumed, uninterrupted in zip(everything(twin), everything(weight), strict=True):
         assert resumed.dtype == uninterrupted.dtype
         assert torch.equal(resumed, uninterrupted)
-    assert not torch.equal(weight.sparse.pruned, halfway)
+    assert not torch.equal(weight.weights[0].pruned, halfway)
     # What was handed in is left alone, and may be loaded again.
     assert all(torch.equal(handed[key], saved[key]) for key in saved)
 
@@ -489,7 +464,7 @@ def test_a_restored_weight_goes_on_bit_by_bit() -> None:
 def test_the_saved_state_is_a_compact_copy() -> None:
     weight, optimizer = evolved()
     evolve(weight, optimizer, range(4))
-    state = weight.state_dict()
+    state = weight.state(0)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "evidence": (48,),  # of pruned positions only
         "contenders": (6, 2),  # a quarter of the 8 that are pruned in each of 6 rows
@@ -506,4 +481,4 @@ def test_the_saved_state_is_a_compact_copy() -> None:
     before = {key: value.clone() for key, value in state.items()}
     evolve(weight, optimizer, range(4, 12))
     assert all(torch.equal(state[key], before[key]) for key in state)
-    assert not torch.equal(weight.state_dict()["evidence"], before["evidence"])
+    assert not torch.equal(weight.state(0)["evidence"], before["evidence"])

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from bame_lightning.bame.evidence import Evidence, OneBatch, Reading
-from bame_lightning.bame.evolution import EvolvingWeight
-from tests.helpers import WINDOW, learn, read, reading, sgd, sparse_linear
+from bame_lightning.bame.evidence import Evidence, OneBatch
+from bame_lightning.bame.reading import Reading
+from tests.helpers import WINDOW, contend_at, evolving, learn, read, reading, sgd, sparse_linear
 
 YES = torch.tensor(True)
 
@@ -21,7 +21,7 @@ def test_accumulated_evidence_by_hand() -> None:
         [[1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0, 1, 1]],
         "2:4",
     )
-    weight = EvolvingWeight(sparse, Evidence(momentum=0.0, init="zero", margin=0.25, one_per_row=False), freeze_after=1)
+    weight = evolving(sparse, Evidence(momentum=0.0, init="zero", margin=0.25, one_per_row=False), freeze_after=1)
     optimizer = sgd(weight, lr=0.1, momentum=0.9, weight_decay=0.1)
     parameter, storage = sparse.weight, sparse.weight.data_ptr()
 
@@ -38,7 +38,7 @@ def test_accumulated_evidence_by_hand() -> None:
     # Over the weakest kept weight of the block: 2.5, 3; 4, 1 in the first row, 0.4, 0.2; 0.6, 1.2 in the second. Half of the
     # four pruned positions of each row contend. They lie in three of the four blocks.
     weight.contend(0.5)
-    assert weight.contenders.tolist() == [[3, 4], [12, 13]]
+    assert weight.contenders.tolist() == [3, 4, 12, 13]
     assert weight.designated.tolist() == [True, True, False, True]
 
     # A quarter of the unit is a step of 1: v = v - g. Neither noise nor unit follow what only contenders show.
@@ -47,7 +47,7 @@ def test_accumulated_evidence_by_hand() -> None:
     v = [[0, 0, 1.25, -1.75], [-1.5, 0, -0.25, 0], [0, 0.5, 0, -0.25], [1, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
     assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
-    assert weight.read_share == 4 / 8
+    assert weight.read_shares[0] == 4 / 8
 
     # Block 0: 1.75 for 0.5, more than 1.25 times as much: it starts at 1.25 * 0.5. Block 1: 1.5 for 0.25, starting at 0.3125.
     # Block 3: 1.5 is more than 1.25, but less than 1.25 times as much.
@@ -61,14 +61,14 @@ def test_accumulated_evidence_by_hand() -> None:
     assert sparse.mask().int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
     assert (~sparse.pruned).int().tolist() == [[1, 0, 0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
     # What was pruned contends in place of what was revived.
-    assert weight.contenders.tolist() == [[1, 7], [12, 13]]
+    assert weight.contenders.tolist() == [1, 7, 12, 13]
     assert weight.history.oscillations.tolist() == [0, 0, 0, 0]
     pruned_before = [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 4)
+    assert (int(weight.masks.last_flips), int(weight.masks.flips)) == (4, 4)
     # Minus gradient times change. Block 0 changes by [0, -0.5, 0, -0.625]: 49.5 + 0.15625. Block 1 by [-0.3125, 0, 0, -0.25]:
     # 0.15625 + 24.75.
-    torch.testing.assert_close(weight.predicted, torch.tensor(49.65625 + 24.90625))
+    torch.testing.assert_close(weight.predicted[0], torch.tensor(49.65625 + 24.90625))
 
     # Block 0 revives position 1, which it has just pruned: 0.5 + 0.5 beats 1.25 * 0.625. Position 2 would as well, with 1.25,
     # but does not contend. Block 1 has 0.25 for 0.3125. Block 3: 1 + 1 beats 1.25 * 1.25, before position 13 with 1.5.
@@ -79,24 +79,24 @@ def test_accumulated_evidence_by_hand() -> None:
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     v = [[0, 0, 1.25, -0.625], [0, 0, -0.25, 0.25], [0, 0.5, 0, -0.25], [0, -1.5, 0, 1.25]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert weight.contenders.tolist() == [[3, 7], [15, 13]]
+    assert weight.contenders.tolist() == [3, 7, 15, 13]
     assert weight.history.oscillations.tolist() == [1, 0, 0, 0]
     pruned_before = [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
-    assert (int(weight.last_flips), int(weight.flips)) == (4, 8)
+    assert (int(weight.masks.last_flips), int(weight.masks.flips)) == (4, 8)
     # Block 0 changes by [0, 0.78125, 0, 0.625]: 0.390625 - 61.875. Block 3 by [1.5625, 0, 0, -1.25]: 1.5625.
-    torch.testing.assert_close(weight.predicted, torch.tensor(0.390625 - 61.875 + 1.5625))
+    torch.testing.assert_close(weight.predicted[0], torch.tensor(0.390625 - 61.875 + 1.5625))
     assert not weight.frozen.any()
 
     # Training makes all weights 1. Mean square of pruned gradients (9 + 4 + 49) / 8 = 7.75, a tenth of it and nine tenths of
     # 0.25 are 1: the unit is 1, half of it a step of 1/2.
     sparse.weight.data = torch.tensor([[1.0, 1, 0, 0, -1, 1, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
     learn(weight, optimizer, [[99, 99, 0, 3, 99, 99, 0, 0], [99, -2, 99, 0, 99, 0, 99, -7]], distance=0.5)
-    torch.testing.assert_close(torch.stack([weight.noise, weight.unit]), torch.ones(2))
+    torch.testing.assert_close(torch.cat([weight.noise, weight.unit]), torch.ones(2))
     v = [[0, 0, 1.25, -2.125], [0, 0, -0.25, 0.25], [0, 1.5, 0, -0.25], [0, -1.5, 0, 4.75]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
     weight.contend(0.25)
-    assert weight.contenders.tolist() == [[3], [15]]
+    assert weight.contenders.tolist() == [3, 15]
     # Block 0 revives position 3, its second oscillation, one more than it may make; block 3 position 15, its first one. Of
     # equal kept weights the first one goes.
     weight.adapt(1.0)
@@ -104,7 +104,7 @@ def test_accumulated_evidence_by_hand() -> None:
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     assert weight.history.oscillations.tolist() == [2, 0, 0, 1]
     assert weight.frozen.tolist() == [True, False, False, False]
-    assert weight.contenders.tolist() == [[0], [12]]
+    assert weight.contenders.tolist() == [0, 12]
     assert weight.designated.tolist() == [False, False, False, True]
 
     # It is neither read nor adapted any more, whatever comes, nor does it count as noise: nine tenths of 1, and nothing.
@@ -112,11 +112,11 @@ def test_accumulated_evidence_by_hand() -> None:
     before = [sparse.weight[0, :4].detach().clone(), weight.evidence[0].clone()]
     for everywhere, share in ((True, 3 / 4), (False, 1 / 8)):
         read(weight, [[99, 99, 99, 99, 0, 0, 0, 0], [0] * 8], everywhere)
-        assert weight.read_share == share
+        assert weight.read_shares[0] == share
         weight.accumulate(optimizer, reading(weight, everywhere=everywhere), YES, WINDOW)
-    torch.testing.assert_close(weight.noise, torch.tensor(0.9))
+    torch.testing.assert_close(weight.noise, torch.tensor([0.9]))
     weight.adapt(1.0)
-    assert weight.last_flips == 0
+    assert weight.masks.last_flips == 0
     weight.contend(1.0)
     assert weight.designated.tolist() == [False, True, True, True]
     after = [sparse.weight[0, :4].detach(), weight.evidence[0]]
@@ -131,7 +131,7 @@ def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer
         lambda p: torch.optim.RMSprop(p, lr=0.1),
     ):
         sparse = sparse_linear([[3.0, -1.0, 0.5, -5.0]], [[1, 0, 0, 1]], "2:4")
-        weight = EvolvingWeight(sparse, Evidence(momentum=0.0), freeze_after=None)
+        weight = evolving(sparse, Evidence(momentum=0.0), freeze_after=None)
         sparse.weight.detach().masked_fill_(sparse.pruned, 0)
         optimizer = make([sparse.weight])
         read(weight, [[2.0, -1.0, 4.0, 7.0]])
@@ -146,8 +146,9 @@ def test_evidence_starts_at_pruned_weights_and_moves_alike_under_every_optimizer
 def test_evidence_follows_a_mean_of_gradients_by_hand() -> None:
     # The mean forgets half at a reading. The unit stays 1 here, since only one position is read.
     sparse = sparse_linear([[1.0, 0.0, 1.0, 0.0]], [[1, 0, 1, 0]], "1:2")
-    weight = EvolvingWeight(sparse, Evidence(momentum=0.5, init="zero", margin=0.5), freeze_after=None)
-    weight.contenders, weight.noise, weight.unit = torch.tensor([[3]]), torch.tensor(1.0), torch.tensor(1.0)
+    weight = evolving(sparse, Evidence(momentum=0.5, init="zero", margin=0.5), freeze_after=None)
+    contend_at(weight, [[3]])
+    weight.noise, weight.unit = torch.tensor([1.0]), torch.tensor([1.0])
     optimizer = sgd(weight)
 
     def follow(gradient: list[float]) -> None:
@@ -184,7 +185,7 @@ def test_one_batch_by_hand() -> None:
         [[1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1, 0, 1]],
         "2:4",
     )
-    weight = EvolvingWeight(sparse, OneBatch(share=1.0), freeze_after=1)
+    weight = evolving(sparse, OneBatch(share=1.0), freeze_after=1)
     optimizer = sgd(weight, lr=0.5, weight_decay=0.5)
     gradient = [[0.5, 0.25, 2, -1, 0, 0, 4, 0], [1, 1, 0.5, 0.5, 2, 8, 3, 8]]
     learn(weight, optimizer, gradient)
@@ -192,19 +193,19 @@ def test_one_batch_by_hand() -> None:
     # Gains 0.5, 0.5; costs 1, 2: none. | Gains 2, 4.5; costs 8, 8: none.
     kept_of = copy.deepcopy(weight)
     kept_of.adapt(0.25)  # one block of four: the second
-    assert kept_of.sparse.mask().int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
+    assert kept_of.weights[0].mask().int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
     assert kept_of.predicted == 8
     weight.adapt(0.5)
     assert sparse.mask().int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
     assert sparse.weight.tolist() == [[0, 2, -1, 0, 0, 3, -2, 0], [0, 0, 2, 4, 0, 1, 0, 1]]
     # To first order the weight of cost 0.5 is pruned for a gain, since its gradient has its sign: 0.5 + 2, and 8.
     assert weight.predicted == 10.5
-    assert weight.last_flips == 4
+    assert weight.masks.last_flips == 4
     # The next reading starts from nothing.
     learn(weight, optimizer, torch.zeros(2, 8))
     assert not weight.evidence.any()
     weight.adapt(1.0)
-    assert weight.last_flips == 0
+    assert weight.masks.last_flips == 0
 
 
 def test_one_block_of_each_row_swaps_at_a_time() -> None:
@@ -215,13 +216,14 @@ def test_one_block_of_each_row_swaps_at_a_time() -> None:
         [[1, 0, 1, 0, 1, 0]] * 3,
         "1:2",
     )
-    weight = EvolvingWeight(sparse, Evidence(), freeze_after=0)
+    weight = evolving(sparse, Evidence(), freeze_after=0)
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-    weight.noise, weight.contenders = torch.tensor(1.0), torch.tensor([[1, 3, 5], [7, 9, 11], [13, 15, 17]])
+    weight.noise = torch.tensor([1.0])
+    contend_at(weight, [[1, 3, 5], [7, 9, 11], [13, 15, 17]])
     weight.adapt(1.0)
     swapped = [[1.0, 0, 0, 1.2, 2, 0], [0, 1.2, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]]
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(swapped))
-    assert weight.last_flips == 4
+    assert weight.masks.last_flips == 4
     # The others of row 0 follow, one at a time; a frozen block does not stand in their way.
     weight.history.oscillations[2] = 1
     weight.evidence[2] = torch.tensor([0, 99.0])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks, mask_ages, oscillation_frequency, record
+from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks, oscillation_frequency
 from bame_lightning.blocks.pattern import NMPattern
 from tests.helpers import random_kept
 
@@ -15,9 +15,9 @@ from tests.helpers import random_kept
 def oscillations(*masks: str) -> list[int]:
     """Oscillations of one block after each change of its mask, given as strings of ones and zeros."""
     kept = [torch.tensor([[bit == "1" for bit in mask]]) for mask in masks]
-    history, counts = FlipHistory.empty(kept[0]), []
+    history, counts = FlipHistory(1, len(masks[0])), []
     for old, new in pairwise(kept):
-        history = record(history, old, new)
+        history.record(old, new)
         counts.append(int(history.oscillations))
     return counts
 
@@ -49,9 +49,9 @@ def test_a_mask_that_stays_counts_nothing() -> None:
 @given(st.integers(1, 4), st.integers(0, 10**6))
 def test_history_of_many_blocks_against_loops(n: int, seed: int) -> None:
     masks = [random_kept(5, NMPattern(n, 4), seed + c) for c in range(6)]
-    history = FlipHistory.empty(masks[0])
+    history = FlipHistory(5, 4)
     for old, new in pairwise(masks):
-        history = record(history, old, new)
+        history.record(old, new)
     for block in range(5):
         pruned: set[int] = set()
         count = 0
@@ -68,11 +68,33 @@ def test_a_mask_is_as_old_as_the_adaptations_that_it_has_outlived() -> None:
     # One block goes away and comes back, another changes once, the third never.
     masks = [["10", "10", "10"], ["01", "10", "10"], ["10", "01", "10"], ["10", "01", "10"], ["10", "01", "10"]]
     kept = [torch.tensor([[bit == "1" for bit in block] for block in blocks]) for blocks in masks]
-    ages, seen = torch.zeros(3, dtype=torch.int32), []
+    history, seen = FlipHistory(3, 2), []
     for old, new in pairwise(kept):
-        ages = mask_ages(ages, old, new)
-        seen.append(ages.tolist())
+        history.record(old, new)
+        seen.append(history.ages.tolist())
     assert seen == [[0, 1, 1], [0, 0, 2], [1, 1, 3], [2, 2, 4]]
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 10**6))
+def test_swaps_are_recorded_as_the_masks_that_they_make(n: int, blocks: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = random_kept(blocks, NMPattern(n, 5), seed)
+    whole, single = FlipHistory(blocks, 5), FlipHistory(blocks, 5)
+    for _ in range(8):
+        # A pair in some of the blocks, of which some are swapped.
+        chosen = torch.randperm(blocks, generator=generator)[:2]
+        places = [[torch.nonzero(mask[b] == kept)[0].item() for b in chosen] for kept in (False, True)]
+        revived, pruned = (chosen * 5 + torch.tensor(place) for place in places)
+        swapped = torch.rand(2, generator=generator) > 0.3
+        new = mask.clone()
+        for b, up, down, swap in zip(chosen.tolist(), *places, swapped.tolist(), strict=True):
+            if swap:
+                new[b, up], new[b, down] = True, False
+        single.record_swaps(chosen, revived, pruned, swapped)
+        whole.record(mask, new)
+        mask = new
+        for one, other in zip(vars(single).values(), vars(whole).values(), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -9,30 +9,16 @@ only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from bame_lightning.bame.criterion import first_order_worth
+from bame_lightning.bame.evolution import ContendingBlocks
+from bame_lightning.bame.evolving import EvolvingBlocks
+from bame_lightning.bame.one_batch import OneBatchBlocks
+from bame_lightning.bame.reading import Reading
 from bame_lightning.bame.schedule import Window
-
-
-class Reading(NamedTuple):
-    """Which dense gradients a step reads.
-
-    Args:
-        everywhere: Read all unfrozen blocks; otherwise the contenders only.
-        steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
-            optimizer's (`OneBatch`).
-        forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
-    """
-
-    everywhere: bool
-    steps: float
-    forgets: float = 0.0
+from bame_lightning.weights.layers import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,6 @@ class Evidence:
     margin: float = 0.2
     one_per_row: bool = True
     share: None = None
-    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.share is not None:
@@ -116,11 +101,9 @@ class Evidence:
         """Share of a layer's blocks that may adapt after `step`: all of them."""
         return 1.0
 
-    def worth(
-        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
-    ) -> Float[Tensor, "blocks m"]:
-        """Value latent weights by their size."""
-        return latent.abs()
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        """Make what evolves in the blocks of some weights of one pattern and type, which are still dense."""
+        return ContendingBlocks(weights, self, freeze_after)
 
 
 @dataclass(frozen=True)
@@ -138,11 +121,6 @@ class OneBatch:
     """
 
     share: float = 0.3
-    momentum: ClassVar[float] = 0.0
-    init: ClassVar[str] = "zero"
-    margin: ClassVar[None] = None
-    one_per_row: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -158,26 +136,6 @@ class OneBatch:
         """Share of blocks that may adapt, annealed from `share` to 0."""
         return window.annealed(self.share, step)
 
-    def worth(
-        self, latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"] | None
-    ) -> Float[Tensor, "blocks m"]:
-        """Value latent weights by `criterion.first_order_worth`; nothing is worth anything without a gradient."""
-        return torch.zeros_like(latent) if gradient is None else first_order_worth(latent, gradient)
-
-
-def noise_step(steps: int, m: int) -> float:
-    r"""Step of evidence at which noise alone does not swap weights, relative to the weights, tau (ours).
-
-    Moved along n gradients that are nothing but noise, by steps of tau times the root mean square of the weights each,
-    evidence is a random walk of deviation $\tau \sqrt{n}$, in weights; the largest of M such values is about
-    $\tau \sqrt{n} \sqrt{2 \ln M}$. It just reaches a typical weight by the end of the window if
-    $\tau = 1 / \sqrt{2 n \ln M}$. Where gradients persist, evidence gets there in $1 / \tau$ steps.
-
-    Args:
-        steps: Steps of the window, n.
-        m: Weights in a block, M.
-
-    Returns:
-        tau.
-    """
-    return 1 / math.sqrt(2 * steps * math.log(max(m, 2)))  # nothing is pruned in blocks of 1
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        """Make what evolves in the blocks of some weights of one pattern and type."""
+        return OneBatchBlocks(weights, freeze_after)

@@ -1,501 +1,471 @@
-"""Evolution of one weight: readings -> evidence -> swaps -> new mask, new weights, flip history."""
+"""Block-aware mask evolution by contenders: readings -> evidence -> swaps, for all blocks of many weights at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from bame_lightning.bame.contenders import choose, closeness, count_in_share, first, weakest
-from bame_lightning.bame.criterion import select_mask
-from bame_lightning.bame.evidence import Evidence, OneBatch, Reading, noise_step
-from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks, mask_ages, record
-from bame_lightning.blocks.layout import from_blocks, gather_blocks, gather_positions, scatter_blocks_, to_blocks
-from bame_lightning.blocks.masks import pack_mask, pieces, unpack_mask, zero_pruned_, zeroed
-from bame_lightning.blocks.statistics import flipped_positions
+from bame_lightning.bame.contenders import choose, closeness, count_in_share, first
+from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
+from bame_lightning.bame.reading import Reading, noise_step
+from bame_lightning.blocks.layout import to_blocks
+from bame_lightning.blocks.masks import kept_places, pieces, zero_pruned_
 from bame_lightning.weights.layers import SparseWeight
-from bame_lightning.weights.optimizer_step import block_rates, update_rule
-from bame_lightning.weights.sharding import ALL_ROWS, Rows, local
+from bame_lightning.weights.positions import take
 
-ALL = slice(None)
+if TYPE_CHECKING:
+    from bame_lightning.bame.evidence import Evidence
+
 MEMORY = 0.9
 """Weight of the past in the running mean of squared gradients, at a reading everywhere."""
 
 
-class Adaptation(NamedTuple):
-    """Outcome of an adaptation.
-
-    Args:
-        mask: The new mask; shape (blocks, m).
-        weight: The new weights: revived ones start with the sign of their evidence, pruned ones are zero; shape (blocks, m).
-        evidence: The new evidence: pruned weights' values go into it, it is zero where kept; shape (blocks, m).
-    """
-
-    mask: Bool[Tensor, "blocks m"]
-    weight: Float[Tensor, "blocks m"]
-    evidence: Float[Tensor, "blocks m"]
-
-
-def adapt(
-    latent: Float[Tensor, "blocks m"],
-    worth: Float[Tensor, "blocks m"],
-    mask: Bool[Tensor, "blocks m"],
-    adaptable: Bool[Tensor, "#blocks"] | None,
-    n: int,
-    *,
-    share: float = 1.0,
-    margin: float | None = None,
-    rows: Rows = ALL_ROWS,
-) -> Adaptation:
-    """Adapt the mask of one weight.
-
-    Args:
-        latent: Latent weights: weights where kept, evidence where pruned.
-        worth: How much it matters that each is kept; the worthiest are.
-        mask: The mask in force, exactly `n` kept per block.
-        adaptable: Blocks that may change; None for all.
-        n: Weights kept per block.
-        share: Confine the swaps to this share of all blocks (rounded up), those that gain most.
-        margin: For a worth that is the size of a weight: swap only where evidence exceeds the weight that it replaces by this
-            share of it, and start revived weights there, however far evidence went since the last adaptation: of the size
-            (1 + margin) times the largest weight that is pruned in the block. None knows neither.
-        rows: Which rows the blocks are of; a share is one of the blocks of all rows.
-
-    Returns:
-        New mask, weights and evidence.
-    """
-    proposed = select_mask(worth, mask, n, margin=margin or 0.0, adaptable=adaptable)
-    if share < 1:
-        # Summed over a block: the worth of what is revived less that of what is pruned.
-        gain = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
-        ranked = rows.gather(gain).argsort(descending=True, stable=True)
-        best = rows.own_index(ranked[: count_in_share(share, len(ranked))], len(mask))
-        chosen = torch.zeros(len(mask), dtype=torch.bool, device=mask.device).index_fill(0, best, True)
-        proposed = torch.where(chosen[:, None], proposed, mask)
-    weight, evidence = latent.clone(), latent.clone()
-    if margin is not None:
-        # All that is revived in a block exceeds this: the last swap's does, and it is the least of them.
-        dropped = latent.abs()
-        zero_pruned_(dropped, mask & ~proposed)
-        size = (1 + margin) * dropped.amax(-1, keepdim=True)
-        weight = torch.where(mask, latent, size.copysign(latent))
-    zero_pruned_(weight, proposed)
-    zero_pruned_(evidence, ~proposed)
-    return Adaptation(proposed, weight, evidence)
-
-
 class DenseGradient(NamedTuple):
-    """What a step has read of a dense gradient, in float32 at least.
+    """What a step has read of dense gradients.
 
     Args:
         everywhere: Of all blocks, shape (blocks, m); None if only contenders were read.
-        contenders: Of the contenders, row by row; nothing if all blocks were read.
-        around: Of the contenders' blocks, shape (contenders, m), if masks adapt after such a step. Gradients of kept weights
-            are computed anyway; they are kept aside since clipping changes them.
+        contenders: Of the contenders, shape (contenders,); None if all blocks were read.
+        kept: If masks adapt after the step, of the kept weights: in all blocks, shape (blocks, n), or in those of the
+            contenders, shape (contenders, n). They are computed anyway, and kept aside since clipping changes them.
+        present: Whether each weight has a gradient.
     """
 
     everywhere: Float[Tensor, "blocks m"] | None
-    contenders: Float[Tensor, " contenders"]
-    around: Float[Tensor, "contenders m"] | None
+    contenders: Float[Tensor, " contenders"] | None
+    kept: Float[Tensor, "some n"] | None
+    present: list[bool]
 
 
 class Challenge(NamedTuple):
-    """Which blocks may swap, and what challenges the weakest kept weight there.
+    """The contender of each output row that is closest to a swap, and the kept weight that it challenges.
 
     Args:
-        blocks: The blocks: their indices, or a slice of all.
-        latent: Weights where kept, and what challenges them; shape (chosen, m).
-        adaptable: Blocks that may change.
-        slots: Place of the challenger among the contenders; None if all pruned weights challenge.
+        slot: Which contender.
+        position: Its position.
+        evidence: Its evidence.
+        block: Its block.
+        place: Which of the block's kept positions it challenges, in the order of `kept_places`.
+        weakest: The weight there, the smallest that the block keeps.
+        may_swap: Whether it may take its place.
     """
 
-    blocks: Int[Tensor, " chosen"] | slice
-    latent: Float[Tensor, "chosen m"]
-    adaptable: Bool[Tensor, "#chosen"]
-    slots: Int[Tensor, " chosen"] | None
+    slot: Int[Tensor, " rows"]
+    position: Int[Tensor, " rows"]
+    evidence: Float[Tensor, " rows"]
+    block: Int[Tensor, " rows"]
+    place: Int[Tensor, " rows"]
+    weakest: Float[Tensor, " rows"]
+    may_swap: Bool[Tensor, " rows"]
 
 
-class EvolvingWeight:
-    """A sparse weight with all that evolves in its blocks beside the mask.
-
-    Positions are numbered through in the order of blocks: block * m + place in the block.
+class ContendingBlocks(EvolvingBlocks):
+    """Blocks that evolve by accumulated evidence, of which few positions are read at most steps: the rule `Evidence`.
 
     Args:
-        sparse: The weight and its mask, which `adapt` changes in place.
-        evidence: What is known of pruned weights. With `init="weights"` it starts at their values, so make this object
-            before they are zeroed.
+        weights: The weights. With `init="weights"` evidence starts at their values, so make this object before they are pruned.
+        config: The rule.
         freeze_after: Oscillations that a block may make; one more freezes its mask. None never freezes.
 
     Attributes:
-        mask: The mask in blocks: a view of that of `sparse`, or a copy where blocks are not contiguous in it.
-        evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
-        contenders: Pruned positions that steps between two readings of all read; as many in each row, shape (rows, count).
+        kept_places: Places in its block of the positions that each block keeps, ascending; shape (blocks, n).
+        contenders: Pruned positions that steps between two readings of all read, as many in each row of a weight, weight by
+            weight and row by row; shape (contenders,).
         mean_gradient: Running mean of pruned positions' gradients over their readings, like `evidence`; None without
             `momentum`.
-        noise: Running mean of squared gradients of pruned weights, over readings everywhere; scalar.
+        noise: Running mean of squared gradients of pruned weights, over readings everywhere; shape (weights,).
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
-            step by which a typical gradient moves evidence as far as a typical weight; scalar.
-        history: Oscillations, and positions pruned before.
-        ages: Adaptations since the mask of a block last changed, or all so far; shape (blocks,).
-        flips: Mask positions changed so far; scalar.
-        last_flips: Those that the last adaptation changed; scalar.
-        predicted: Loss reduction that the last adaptation predicted, to first order; scalar, in units of the loss.
-        reading: Dense gradient that this step has read; None if it has not.
-        read_share: Share of all pruned positions whose gradient the last step read.
+            step by which a typical gradient moves evidence as far as a typical weight; shape (weights,).
+        reading: Dense gradients that this step has read; None if it has not.
     """
 
-    def __init__(self, sparse: SparseWeight, evidence: Evidence | OneBatch, freeze_after: int | None) -> None:
-        self.sparse = sparse
-        self.config = evidence
-        self.freeze_after = freeze_after
-        self.mask = mask = sparse.mask()
-        device, self.dtype = mask.device, torch.promote_types(sparse.weight.dtype, torch.float32)
-        self.evidence = torch.zeros(mask.shape, device=device, dtype=self.dtype)
-        if evidence.init == "weights":
-            self.evidence += torch.where(mask, 0, self._blocks(sparse.values, ALL))
-        self.contenders = torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device)
-        self.mean_gradient = torch.zeros_like(self.evidence) if evidence.momentum > 0 else None
-        self.noise = torch.zeros((), device=device, dtype=self.dtype)
-        self.unit = torch.zeros((), device=device, dtype=self.dtype)
-        self.history = FlipHistory.empty(mask)
-        self.ages = torch.zeros_like(self.history.oscillations)
-        self.flips = torch.zeros((), dtype=torch.int64, device=device)
-        self.last_flips = torch.zeros((), dtype=torch.int64, device=device)
-        self.predicted = torch.zeros((), device=device, dtype=self.dtype)
+    def __init__(self, weights: Sequence[SparseWeight], config: Evidence, freeze_after: int | None) -> None:
+        super().__init__(weights, freeze_after)
+        self.config = config
+        if config.init == "weights":
+            self.dense_start()
+        self.kept_places = torch.cat([kept_places(sparse.mask(), self.pattern.n) for sparse in weights])
+        device = self.evidence.device
+        self.mean_gradient = torch.zeros_like(self.evidence) if config.momentum > 0 else None
+        self.noise = torch.zeros(len(weights), dtype=self.dtype, device=device)
+        self.unit = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.reading: DenseGradient | None = None
-        self.read_share = 0.0
+        self._rows_of = torch.tensor([len(sparse.kept) for sparse in weights], device=device)
+        self._row_layer = torch.arange(len(weights), device=device).repeat_interleave(self._rows_of)
+        self._block_split = [end - start for start, end in pairwise(self.firsts)]
+        self._blocks_of = torch.tensor(self._block_split, device=device)
+        self._split: list[int] = []
+        self._set_contenders([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
 
-    @property
-    def frozen(self) -> Bool[Tensor, " blocks"]:
-        """Blocks whose mask is final."""
-        return frozen_blocks(self.history.oscillations, self.freeze_after)
+    # Readings.
 
-    @property
-    def pruned_positions(self) -> int:
-        """Number of positions that are pruned, the same at all times."""
-        return len(self.mask) * (self.sparse.pattern.m - self.sparse.pattern.n)
-
-    @property
-    def designated(self) -> Bool[Tensor, " blocks"]:
-        """Blocks that hold a contender, and are not frozen."""
-        chosen = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
-        return chosen.index_fill_(0, self._contested.flatten(), True) & ~self.frozen
-
-    @property
-    def _contested(self) -> Int[Tensor, "rows count"]:
-        """The block of each contender."""
-        return self.contenders // self.sparse.pattern.m
-
-    def read(self, everywhere: bool, adapts: bool = False) -> None:
-        """Copy the dense gradient before it is masked.
-
-        Args:
-            everywhere: Of all unfrozen blocks; otherwise of the contenders.
-            adapts: Whether masks adapt after this step.
-        """
-        gradient = self.sparse.gradient
-        if gradient is None:
-            self.reading, self.read_share = None, 0.0
+    @override
+    def read(self, gradients: Sequence[Tensor | None], *, everywhere: bool, adapts: bool) -> None:
+        self.reading = None
+        present = [gradient is not None for gradient in gradients]
+        self.read_shares = [share * has for share, has in zip(self._shares_read(everywhere), present, strict=True)]
+        if not any(present):
             return
-        self.read_share = self._share_read(everywhere)
+        laid_out = [
+            torch.zeros_like(sparse.values) if gradient is None else gradient
+            for sparse, gradient in zip(self.weights, gradients, strict=True)
+        ]
         if everywhere:
-            whole = self._blocks(gradient, ALL, copy=True).to(self.dtype)
-            self.reading = DenseGradient(whole, whole.new_zeros(0), None)
+            whole = torch.cat([self.blocks(gradient, layer) for layer, gradient in enumerate(laid_out)]).to(self.dtype)
+            places = self.kept_places.long()
+            kept = whole.gather(1, places) if adapts else None
+            self.reading = DenseGradient(whole, None, kept, present)
             return
-        at = gather_positions(gradient, self.contenders.flatten()).to(self.dtype)
-        around = self._blocks(gradient, self._contested.flatten()).to(self.dtype) if adapts else None
-        self.reading = DenseGradient(None, at, around)
+        positions = self.contenders[:, None]
+        if adapts:
+            positions = torch.cat((positions, self._contested_positions()), dim=1)
+        values = take(laid_out, self._in_memory(positions)).to(self.dtype)
+        self.reading = DenseGradient(None, values[:, 0], values[:, 1:] if adapts else None, present)
 
+    @override
     def extremes(self) -> list[Tensor]:
-        """Least and largest value of what this step has read; NaN if there is one among them."""
         if self.reading is None:
             return []
         read = self.reading.contenders if self.reading.everywhere is None else self.reading.everywhere
-        return list(read.aminmax()) if read.numel() else []
+        return list(read.aminmax()) if read is not None and read.numel() else []
 
+    @override
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""], window: int) -> None:
-        """Move the evidence by what was read.
-
-        Args:
-            optimizer: The optimizer that has just stepped on it.
-            reading: What the reading is.
-            finite: False discards it, on the device.
-            window: Steps of the window.
-        """
-        if not self.config.remembers:
-            self.evidence.zero_()
-        if self.reading is None:
+        read = self.reading
+        if read is None:
             return
-        if not self.config.remembers:
-            self._follow_optimizer(optimizer, reading, finite)
-            return
-        if self.reading.everywhere is not None:
-            self._measure(self.reading.everywhere, finite)
-        rate = reading.steps * noise_step(window, self.sparse.pattern.m) * self.unit
+        if read.everywhere is not None:
+            zero_pruned_(read.everywhere, finite)
+            read.everywhere.scatter_(1, self.kept_places.long(), 0)
+            self._measure(read.everywhere, finite, read.present)
+        rate = reading.steps * noise_step(window, self.pattern.m) * self.unit
         # The unit may be poisoned by what the optimizer did to the weights.
-        rate = torch.where(finite, rate, 0)
+        rate = torch.where(finite & rate.isfinite(), rate, 0)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
-        if self.reading.everywhere is not None:
-            self._move_all(self.reading.everywhere, finite, rate, keep)
-        else:
-            self._move_contenders(self.reading.contenders, finite, rate, keep)
+        if read.everywhere is not None:
+            self._move_all(read.everywhere, finite, rate, keep, read.present)
+        elif read.contenders is not None:
+            self._move_contenders(read.contenders, finite, rate, keep, read.present)
 
-    def _move_all(self, gradient: Float[Tensor, "blocks m"], finite: Tensor, rate: Tensor, keep: Tensor) -> None:
+    def _move_all(
+        self, gradient: Float[Tensor, "blocks m"], finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]
+    ) -> None:
         """Move mean and evidence of all pruned positions outside frozen blocks."""
-        unfrozen = torch.ones_like(self.mask[:, :1]) if self.freeze_after is None else ~self.frozen[:, None]
+        moves = self._moving(self._blocks_of, self.firsts[-1], present, lambda: ~self.frozen)[:, None]
+        rates = rate.repeat_interleave(self._blocks_of, output_size=self.firsts[-1])[:, None]
         means = gradient if self.mean_gradient is None else self.mean_gradient
-        for evidence, mean, seen, kept, may in pieces(self.evidence, means, gradient, self.mask, unfrozen):
-            change = zeroed(seen, ~kept & may)
-            zero_pruned_(change, finite)
-            if self.mean_gradient is not None:
-                change = mean.lerp_(change, (1 - self.config.momentum) * (finite & may).to(self.dtype))
-            evidence.mul_(torch.where(may, keep, 1)).addcmul_(change, rate * may, value=-1)
+        moves, rates = moves.expand(len(gradient), 1), rates * moves
+        weight = (1 - self.config.momentum) * (finite & moves).to(self.dtype)
+        keeps = torch.where(moves, keep, 1)
+        for evidence, mean, seen, by, kept, how in pieces(self.evidence, means, gradient, rates, keeps, weight):
+            change = seen if self.mean_gradient is None else mean.lerp_(seen, how)
+            evidence.mul_(kept).addcmul_(change, by, value=-1)
 
     def _move_contenders(
-        self, gradient: Float[Tensor, " contenders"], finite: Tensor, rate: Tensor, keep: Tensor
+        self, gradient: Float[Tensor, " contenders"], finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]
     ) -> None:
         """Move mean and evidence of the contenders outside frozen blocks."""
-        places = self.contenders.flatten()
-        may = self._unfrozen(places)
+        places = self.contenders
+        moves = self._moving(self._counts, len(places), present, lambda: self._unfrozen(places))
         change = gradient.clone()
         zero_pruned_(change, finite)
         if self.mean_gradient is not None:
-            mean = self.mean_gradient.view(-1).index_select(0, places)
-            change = mean.lerp_(change, (1 - self.config.momentum) * (finite & may).to(self.dtype))
+            mean = self.mean_gradient.view(-1)[places]
+            change = mean.lerp_(change, (1 - self.config.momentum) * (finite & moves).to(self.dtype))
             self.mean_gradient.view(-1).index_copy_(0, places, change)
-        evidence = self.evidence.view(-1).index_select(0, places)
-        moved = torch.where(may, evidence * keep - rate * change, evidence)
+        evidence = self.evidence.view(-1)[places]
+        rates = rate.repeat_interleave(self._counts, output_size=len(places))
+        moved = torch.where(moves, evidence * keep - rates * change, evidence)
         self.evidence.view(-1).index_copy_(0, places, moved)
 
-    def _follow_optimizer(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""]) -> None:
-        """Set the evidence to what the optimizer would have made of this one gradient."""
-        assert self.reading is not None
-        assert self.reading.everywhere is not None
-        gradient = self.reading.everywhere
-        zero_pruned_(gradient, finite)
-        rule = update_rule(optimizer, self.sparse.weight)
-        moment = rule.second_moment
-        if moment is not None:
-            moment = self._blocks(self.sparse.oriented(local(moment)), ALL)
-        rate = reading.steps * block_rates(rule, moment, gradient, self.mask, self.sparse.pattern.n)
-        # The optimizer's second moment may be poisoned as well.
-        rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
-        self.evidence.addcmul_(zeroed(gradient, ~self.mask & ~self.frozen[:, None]), rate, value=-1)
+    def _measure(self, gradient: Float[Tensor, "blocks m"], finite: Tensor, present: list[bool]) -> None:
+        """Follow the size of gradients and of weights at a reading everywhere, both over all rows of each weight.
 
-    def _measure(self, gradient: Float[Tensor, "blocks m"], finite: Bool[Tensor, ""]) -> None:
-        """Follow the size of gradients and of weights at a reading everywhere, both over all rows of the layer."""
-        pattern, pruned = self.sparse.pattern, ~self.mask
-        read: Tensor = gradient.new_tensor(len(self.mask))
-        if self.freeze_after is not None:
-            pruned &= ~self.frozen[:, None]
-            read = (~self.frozen).sum().to(self.dtype)
-        gradients = _sum_of_squares(gradient, pruned, self.dtype)
-        # The optimizer may have moved pruned weights, which are zeroed only later.
-        weights = _sum_of_squares(self.sparse.values, self.sparse.kept, self.dtype)
-        gradients, weights, read = self.sparse.rows.total(torch.stack((gradients, weights, read))).unbind()
-        square = gradients / (read * (pattern.m - pattern.n)).clamp_min(1)
+        Gradients of frozen blocks count for nothing.
+        """
+        frozen = None if self.freeze_after is None else self.frozen
+        if frozen is not None:
+            zero_pruned_(gradient, ~frozen[:, None])
+        kept, found = self._kept_weights(), []
+        for layer, sparse in enumerate(self.weights):
+            flat, values = self.of(layer, gradient).flatten(), self.of(layer, kept).flatten()
+            blocks = flat.new_tensor(len(flat) // self.pattern.m) if frozen is None else (~self.of(layer, frozen)).sum()
+            sums = torch.stack((torch.dot(flat, flat), torch.dot(values, values), blocks.to(self.dtype)))
+            found.append(sparse.rows.total(sums))
+        squares, weights, blocks = torch.stack(found, dim=1).unbind()
+        square = squares / (blocks * (self.pattern.m - self.pattern.n)).clamp_min(1)
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         # The square of a finite gradient may overflow.
-        self.noise = torch.where(finite & running.isfinite(), running, self.noise)
-        weights = weights / (self.sparse.weight.numel() * pattern.density)
-        self.unit = torch.where(self.noise > 0, (weights / self.noise).sqrt(), 0)
+        seen = finite & running.isfinite()
+        if not all(present):
+            seen = seen & torch.tensor(present, device=seen.device)
+        self.noise = torch.where(seen, running, self.noise)
+        sizes = torch.tensor([s.weight.numel() * self.pattern.density for s in self.weights], device=weights.device)
+        self.unit = torch.where(self.noise > 0, (weights / sizes.to(self.dtype) / self.noise).sqrt(), 0)
 
-    def closeness(self) -> Float[Tensor, "blocks m"]:
-        """How close every position is to a swap: `contenders.closeness`."""
-        return closeness(self._blocks(self.sparse.values, ALL), self.evidence, self.mask)
+    def _kept_weights(self) -> Float[Tensor, "blocks n"]:
+        """Weights where they are kept; an optimizer may have moved the others, which are zeroed only later."""
+        first = torch.arange(0, self.positions.starts[-1], self.pattern.m, device=self.evidence.device)
+        places = self.positions.offsets(first[:, None] + self.kept_places, self._blocks_of)
+        return take(self._values(), places.split(self._block_split)).to(self.dtype)
 
-    def contend(self, share: float) -> None:
+    def _values(self) -> list[Tensor]:
+        return [self.positions.weight(layer) for layer in range(len(self.weights))]
+
+    def _moving(self, counts: Tensor, total: int, present: list[bool], unfrozen: Any) -> Bool[Tensor, "#some"]:
+        """Whether evidence moves: not in frozen blocks, nor in weights without a gradient."""
+        moves = torch.ones(1, dtype=torch.bool, device=counts.device)
+        if self.freeze_after is not None:
+            moves = unfrozen()
+        if not all(present):
+            has = torch.tensor(present, device=counts.device)
+            moves = moves & has.repeat_interleave(counts, output_size=total)
+        return moves
+
+    # Contenders.
+
+    @override
+    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
+        sparse = self.weights[layer]
+        return closeness(to_blocks(sparse.values, self.pattern.m), self.of(layer, self.evidence), sparse.mask())
+
+    @override
+    def contend(self, share: float | None = None) -> None:
         """Choose the contenders, to be read until the next reading of all.
 
         Args:
-            share: Share of a row's pruned positions, rounded up.
+            share: Share of a row's pruned positions, rounded up; that of the rule unless given.
         """
-        rows = len(self.sparse.kept)
-        ratios = self.closeness()
-        if self.freeze_after is not None:
-            ratios.masked_fill_(self.frozen[:, None], -1)
-        self.contenders = choose(ratios.view(rows, -1), count_in_share(share, self.pruned_positions // rows))
+        share = self.config.contenders if share is None else share
+        chosen = []
+        for layer, sparse in enumerate(self.weights):
+            rows, ratios = len(sparse.kept), self.closeness(layer)
+            if self.freeze_after is not None:
+                ratios.masked_fill_(self.of(layer, self.frozen)[:, None], -1)
+            pruned = len(ratios) // rows * (self.pattern.m - self.pattern.n)
+            chosen.append(self.choose(ratios.view(rows, -1), count_in_share(share, pruned)))
+        self._set_contenders(chosen)
 
-    def adapt(self, share: float) -> None:
-        """Adapt masks by swapping weights in place: a pruned one that outgrew the block's weakest kept one takes its place."""
-        if not self.sparse.weight.requires_grad or not self._may_adapt:
-            # Somebody has frozen the layer since: a weight that moved would be no frozen one.
-            self.last_flips, self.predicted = torch.zeros_like(self.flips), torch.zeros_like(self.predicted)
-            return
-        pattern, weight = self.sparse.pattern, self.sparse.values
-        index, latent, adaptable, slots = self._challenges()
-        mask, evidence = _rows(self.mask, index).clone(), _rows(self.evidence, index)
-        old = zeroed(latent, mask)
-        gradient = self._gradient(index, slots)
-        worth = self.config.worth(latent, gradient)
-        new = adapt(
-            latent, worth, mask, adaptable, pattern.n, share=share, margin=self.config.margin, rows=self.sparse.rows
+    def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
+        """Choose the contenders of each row of a weight, numbered within the weight."""
+        return choose(ratios, count)
+
+    def _set_contenders(self, chosen: Sequence[Int[Tensor, "rows count"]]) -> None:
+        starts = self.positions.starts
+        self.contenders = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
+        counts = [own.numel() for own in chosen]
+        if counts != self._split:
+            self._split = counts
+            self._counts = torch.tensor(counts, device=self.contenders.device)
+            self._per_row = torch.tensor([own.shape[1] for own in chosen], device=self.contenders.device)
+
+    def _contested_positions(self) -> Int[Tensor, "contenders n"]:
+        """Positions of the kept weights in the block of each contender."""
+        block = self.contenders // self.pattern.m
+        return block[:, None] * self.pattern.m + self.kept_places[block]
+
+    def _in_memory(self, positions: Int[Tensor, "contenders some"]) -> list[Tensor]:
+        return list(self.positions.offsets(positions, self._counts).split(self._split))
+
+    @property
+    @override
+    def designated(self) -> Bool[Tensor, " blocks"]:
+        chosen = torch.zeros(self.firsts[-1], dtype=torch.bool, device=self.evidence.device)
+        return chosen.index_fill_(0, self.contenders // self.pattern.m, True) & ~self.frozen
+
+    @property
+    @override
+    def contender_count(self) -> int:
+        return self.contenders.numel()
+
+    def _unfrozen(self, places: Int[Tensor, " positions"]) -> Bool[Tensor, " positions"]:
+        return ~self.frozen[places // self.pattern.m]
+
+    # Adaptations.
+
+    @override
+    def adapt(self, share: float = 1.0) -> Swaps | None:
+        """Swap a contender of each output row with the weakest kept weight of its block, if it outgrew that by the margin."""
+        self.predicted = torch.zeros_like(self.predicted)
+        if not self.contenders.numel():
+            self.masks.unchanged()
+            self.history.ages += 1
+            return None
+        challenge = self._challenge()
+        size = (1 + self.config.margin) * challenge.weakest.abs()
+        swapped = challenge.may_swap & (challenge.evidence.abs() > size)
+        started = self.started(size, challenge)
+        m, position = self.pattern.m, challenge.position
+        dropped = challenge.block * m + self.kept_places[challenge.block, challenge.place]
+        of, rows = self._layer_of(position)
+        self._predict(challenge, swapped, started, of)
+        self._hand_over(challenge, swapped, dropped)
+        # Of each pair the place of what is pruned now; what was pruned before, where nothing was swapped.
+        pruned = torch.where(swapped, dropped, position)
+        places = self.positions.offsets(
+            torch.stack((position, dropped, pruned), dim=1), torch.tensor(rows, device=of.device)
         )
-        self._put(weight, index, new.weight)
-        self._put(self.sparse.kept, index, new.mask)
-        _put_rows(self.mask, index, new.mask)
-        _put_rows(self.evidence, index, zeroed(old + evidence, ~new.mask))
+        self.masks.swap(places[:, 0], places[:, 1], swapped, of)
+        self.history.record_swaps(challenge.block, position, dropped, swapped)
+        return self._write(places, torch.where(swapped, started, 0), rows)
+
+    def started(self, size: Float[Tensor, " rows"], challenge: Challenge) -> Float[Tensor, " rows"]:
+        """Where a revived weight starts: as large as the margin demands, however far evidence went."""
+        return size.copysign(challenge.evidence)
+
+    def _challenge(self) -> Challenge:
+        """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen."""
+        contested = self.contenders // self.pattern.m
+        kept = take(self._values(), self._in_memory(self._contested_positions())).to(self.dtype)
+        sizes, place = kept.abs().min(-1)
+        evidence = self.evidence.view(-1)[self.contenders]
+        near = evidence.abs() / sizes.clamp_min_(torch.finfo(self.dtype).tiny)
+        trained = self.noise > 0
+        if not all(sparse.weight.requires_grad for sparse in self.weights):
+            # Somebody has frozen a layer since: a weight that moved would be no frozen one.
+            trained = trained & torch.tensor([s.weight.requires_grad for s in self.weights], device=trained.device)
+        may = trained.repeat_interleave(self._counts, output_size=len(contested))
+        if self.freeze_after is not None:
+            may = may & self._unfrozen(self.contenders)
+        near = torch.where(may & (near == near), near, -1)
+        if self.config.one_per_row:
+            rows = len(self._row_layer)
+            per_row = self._per_row.repeat_interleave(self._rows_of, output_size=rows)
+            group = torch.arange(rows, device=near.device).repeat_interleave(per_row, output_size=len(near))
+            slot, swaps = first(near, group, rows)
+        else:
+            slot, swaps = first(near, contested, self.firsts[-1])
+            slot, swaps = slot[swaps], swaps[swaps]  # waits for the device
+        weakest = kept[slot, place[slot]]
+        return Challenge(slot, self.contenders[slot], evidence[slot], contested[slot], place[slot], weakest, swaps)
+
+    def _predict(self, challenge: Challenge, swapped: Tensor, started: Tensor, of: Tensor) -> None:
+        """Predict the loss reduction to first order, -<g, change of w>, where this step has read g."""
+        read = self.reading
+        if read is None or read.kept is None:
+            return
+        if read.everywhere is not None:
+            gained = read.everywhere.view(-1)[challenge.position]
+            lost = read.kept[challenge.block, challenge.place]
+        else:
+            assert read.contenders is not None
+            gained, lost = read.contenders[challenge.slot], read.kept[challenge.slot, challenge.place]
+        gain = lost * challenge.weakest - gained * started
+        self.predicted.index_add_(0, of, torch.where(swapped, gain, 0))
+
+    def _hand_over(self, challenge: Challenge, swapped: Tensor, dropped: Tensor) -> None:
+        """Move evidence, means, places and contenders: what is pruned takes the slot of what is revived."""
+        position, old, place = challenge.position, challenge.evidence, challenge.place
+        both = torch.cat((position, dropped))
+        left = torch.cat((torch.where(swapped, 0, old), torch.where(swapped, self.handed_down(challenge), 0)))
+        self.evidence.view(-1).index_copy_(0, both, left)
         if self.mean_gradient is not None:
             # What is revived starts without a past, and so does what is pruned.
-            _put_rows(self.mean_gradient, index, zeroed(_rows(self.mean_gradient, index), ~new.mask))
-        if slots is not None:
-            self._hand_over(slots, index, mask, new.mask)
-        history = FlipHistory(*(_rows(values, index) for values in self.history))
-        for values, changed in zip(self.history, record(history, mask, new.mask), strict=True):
-            _put_rows(values, index, changed)
-        ages = mask_ages(_rows(self.ages, index), mask, new.mask)
-        self.ages += 1
-        _put_rows(self.ages, index, ages)
-        self.last_flips = flipped_positions(mask, new.mask)
-        self.flips += self.last_flips
-        # To first order, -<g, change of w>.
-        self.predicted = torch.zeros_like(self.predicted)
-        if gradient is not None:
-            self.predicted -= torch.dot(gradient.flatten(), (new.weight - old).flatten())
+            mean = self.mean_gradient.view(-1)
+            mean.index_copy_(0, both, torch.where(torch.cat((swapped, swapped)), 0, mean[both]))
+        kept = self.kept_places[challenge.block].long()
+        entered = torch.where(swapped, position % self.pattern.m, dropped % self.pattern.m)
+        kept = kept.scatter_(1, place[:, None], entered[:, None]).sort(-1).values
+        self.kept_places.index_copy_(0, challenge.block, kept.to(self.kept_places.dtype))
+        self.contenders.index_copy_(0, challenge.slot, torch.where(swapped, dropped, position))
 
-    @property
-    def _may_adapt(self) -> bool:
-        """Whether there is anything to adapt by: contenders are known from the first reading of all on."""
-        return not self.config.remembers or self.contenders.numel() > 0
+    def handed_down(self, challenge: Challenge) -> Float[Tensor, " rows"]:
+        """Evidence of a weight that is pruned: its value."""
+        return challenge.weakest
 
-    def _challenges(self) -> Challenge:
-        if not self.config.remembers:
-            old = zeroed(self._blocks(self.sparse.values, ALL).to(self.dtype), self.mask)
-            return Challenge(ALL, old + self.evidence, ~self.frozen, None)
-        m, rows, places = self.sparse.pattern.m, len(self.sparse.kept), self.contenders.flatten()
-        contested = self._contested.flatten()
-        around = self._blocks(self.sparse.values, contested).to(self.dtype)
-        evidence = self.evidence.view(-1).index_select(0, places)
-        near = evidence.abs() / weakest(around, _rows(self.mask, contested))
-        # Not before anything is known of pruned weights, and not once they are frozen.
-        near = near.masked_fill(~(self._unfrozen(places) & (self.noise > 0)), -1)
-        index: Tensor | slice
+    def _layer_of(self, position: Int[Tensor, " pairs"]) -> tuple[Int[Tensor, " pairs"], list[int]]:
+        """Place of the weight of each pair, and how many pairs are in each weight."""
         if self.config.one_per_row:
-            slots, adaptable = first(near, places // (self.mask.numel() // rows), rows)
-            index = contested[slots]
-        else:
-            slots, adaptable = first(near, contested, len(self.mask))
-            index = ALL
-        mask = _rows(self.mask, index)
-        # The optimizer may have moved pruned weights, which are zeroed only later.
-        latent = zeroed(self._blocks(self.sparse.values, index).to(self.dtype), mask)
-        challenger = (places[slots] % m)[:, None] == torch.arange(m, device=places.device)
-        latent = torch.where(challenger & adaptable[:, None], evidence[slots][:, None], latent)
-        return Challenge(index, latent, adaptable, slots)
+            return self._row_layer, [len(sparse.kept) for sparse in self.weights]
+        of = torch.bucketize(position, torch.tensor(self.positions.starts[1:], device=position.device), right=True)
+        return of, of.bincount(minlength=len(self.weights)).tolist()
 
-    def _hand_over(self, slots: Tensor, index: Tensor | slice, old: Tensor, new: Tensor) -> None:
-        """Let what was pruned contend in place of what was revived."""
-        dropped = old & ~new
-        blocks = torch.arange(len(self.mask), device=old.device) if isinstance(index, slice) else index
-        places = blocks * self.sparse.pattern.m + dropped.to(torch.int8).argmax(-1)
-        # Where nothing was swapped, the write goes to a slot that nobody reads.
-        target = torch.where(dropped.any(-1), slots, self.contenders.numel())
-        padded = torch.nn.functional.pad(self.contenders.flatten(), (0, 1)).index_copy_(0, target, places)
-        self.contenders = padded[:-1].view(self.contenders.shape)
+    def _write(self, places: Int[Tensor, "pairs 3"], revived: Float[Tensor, " pairs"], counts: list[int]) -> Swaps:
+        """Write revived weights, and zeros where weights are pruned."""
+        values = torch.stack((revived, torch.zeros_like(revived)), dim=1).to(self.weights[0].weight.dtype)
+        twice = [2 * count for count in counts]
+        swaps = Swaps(
+            list(places[:, ::2].flatten().split(twice)),
+            list(values.flatten().split(twice)),
+            list(places[:, 2].split(counts)),
+        )
+        for layer, (where, what) in enumerate(zip(swaps.places, swaps.values, strict=True)):
+            self.positions.weight(layer).index_copy_(0, where, what)
+        return swaps
 
-    def _unfrozen(self, places: Int[Tensor, " positions"]) -> Bool[Tensor, "#positions"]:
-        """Whether positions lie in blocks whose masks may change."""
-        if self.freeze_after is None:
-            return torch.ones(1, dtype=torch.bool, device=places.device)
-        return ~self.frozen[places // self.sparse.pattern.m]
+    # What others see.
 
-    def _share_read(self, everywhere: bool) -> float:
-        places = self.contenders.flatten()
-        read = 1.0 if everywhere else len(places) / max(1, self.pruned_positions)
-        if self.freeze_after is None or not read:
-            return read
-        unfrozen = ~self.frozen if everywhere else self._unfrozen(places)
-        return read * float(unfrozen.float().mean())
+    @override
+    def _layer(self, layer: int, **more: Tensor | None) -> EvolvingLayer:
+        mean = None if self.mean_gradient is None else self.of(layer, self.mean_gradient)
+        return super()._layer(layer, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer])
 
-    def _gradient(self, index: Tensor | slice, slots: Tensor | None) -> Float[Tensor, "chosen m"] | None:
-        """The gradient of this step in challenged blocks; None if it was not read there."""
-        if self.reading is None:
-            return None
-        if self.reading.everywhere is not None:
-            return _rows(self.reading.everywhere, index)
-        return None if self.reading.around is None or slots is None else self.reading.around[slots]
+    @override
+    def end_step(self) -> None:
+        self.reading = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that evolves beside the mask, of all rows: evidence of pruned positions only, a bit per mask position."""
-        rows = self.sparse.rows
-        state = {
-            # Every row has as many pruned positions as any other.
-            "evidence": rows.gather(self.evidence[~self.mask]),
-            "contenders": rows.gather((self.contenders - self._row_starts).int()),
-            "mean_gradient": None if self.mean_gradient is None else rows.gather(self.mean_gradient[~self.mask]),
-            "noise": self.noise,
-            "unit": self.unit,
-            "oscillations": rows.gather(self.history.oscillations),
-            "ages": rows.gather(self.ages),
-            "pruned_before": pack_mask(rows.gather(self.history.pruned_before)),
-            "flips": rows.total(self.flips),
-            "last_flips": rows.total(self.last_flips),
-            "predicted": rows.total(self.predicted),
-        }
-        # Copies: a checkpoint may be written while training goes on.
-        return {key: value.detach().cpu().clone() for key, value in state.items() if value is not None}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; the mask must have been restored before."""
-        # Copies: training goes on in place, and the checkpoint is the caller's.
-        device, rows = self.evidence.device, self.sparse.rows
-        state = {key: value.to(device, copy=True) for key, value in state.items() if isinstance(value, Tensor)}
-        mask = self.mask.copy_(self.sparse.mask())
-        self.evidence = self._pruned(mask, state["evidence"])
-        self.contenders = rows.own(state["contenders"]).long() + self._row_starts
+    @override
+    def copies(self, layer: int) -> dict[str, Tensor]:
+        own = {"evidence": self.of(layer, self.evidence), "contenders": self.contenders.split(self._split)[layer]}
         if self.mean_gradient is not None:
-            self.mean_gradient = self._pruned(mask, state["mean_gradient"])
-        self.noise, self.unit = state["noise"].to(self.dtype), state["unit"].to(self.dtype)
-        everywhere = torch.Size((len(mask) * rows.parts, mask.shape[1]))
-        before = rows.own(unpack_mask(state["pruned_before"], everywhere))
-        self.history = FlipHistory(rows.own(state["oscillations"]), before)
-        self.ages = rows.own(state["ages"])
-        self.flips, self.last_flips = rows.part_of(state["flips"]), rows.part_of(state["last_flips"])
-        self.predicted = rows.part_of(state["predicted"].to(self.dtype))
+            own["mean gradient"] = self.of(layer, self.mean_gradient)
+        return own | super().copies(layer)
 
-    def _pruned(self, mask: Tensor, values: Tensor) -> Float[Tensor, "blocks m"]:
-        """Lay out what was saved of pruned positions."""
-        return torch.zeros_like(self.evidence).masked_scatter(~mask, self.sparse.rows.own(values).to(self.dtype))
+    @override
+    def statistics(self, layer: int) -> dict[str, Tensor]:
+        return {"size of gradients": self.noise[layer]}
 
-    @property
-    def _row_starts(self) -> Int[Tensor, "rows 1"]:
-        """Number of the first position of each row that this process holds."""
-        rows = len(self.sparse.kept)
-        return torch.arange(0, self.mask.numel(), self.mask.numel() // rows, device=self.mask.device)[:, None]
+    @override
+    def state(self, layer: int) -> dict[str, Any]:
+        sparse = self.weights[layer]
+        rows, pruned = sparse.rows, ~sparse.mask()
+        state = {
+            "contenders": rows.gather((self._own_contenders(layer) - self._row_starts(layer)).int()),
+            "noise": self.noise[layer],
+            "unit": self.unit[layer],
+        }
+        if self.mean_gradient is not None:
+            state["mean_gradient"] = rows.gather(self.of(layer, self.mean_gradient)[pruned])
+        return super().state(layer) | {key: value.detach().cpu().clone() for key, value in state.items()}
 
-    def _blocks(self, tensor: Tensor, index: Tensor | slice, *, copy: bool = False) -> Tensor:
-        m = self.sparse.pattern.m
-        if not isinstance(index, slice):
-            return gather_blocks(tensor, m, index)
-        if copy:
-            tensor = tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
-        return to_blocks(tensor, m)
+    @override
+    def load_state(self, layer: int, state: Mapping[str, Any]) -> None:
+        super().load_state(layer, state)
+        sparse = self.weights[layer]
+        mask = sparse.mask()
+        self.of(layer, self.kept_places).copy_(kept_places(mask, self.pattern.n))
+        if self.mean_gradient is not None:
+            self.of(layer, self.mean_gradient).copy_(self.laid_out(layer, ~mask, state["mean_gradient"]))
+        self.noise[layer], self.unit[layer] = (state[name].to(self.noise) for name in ("noise", "unit"))
+        own = [self._own_contenders(place) for place in range(len(self.weights))]
+        own[layer] = sparse.rows.own(state["contenders"]).to(mask.device).long() + self._row_starts(layer)
+        self._set_contenders(own)
 
-    def _put(self, tensor: Tensor, index: Tensor | slice, blocks: Tensor) -> None:
-        if isinstance(index, slice):
-            tensor.copy_(from_blocks(blocks, tensor.shape))
-        else:
-            scatter_blocks_(tensor, index, blocks)
+    def _own_contenders(self, layer: int) -> Int[Tensor, "rows count"]:
+        """Contenders of a weight, numbered within it."""
+        own = self.contenders.split(self._split)[layer] - self.positions.starts[layer]
+        return own.view(len(self.weights[layer].kept), -1)
 
+    def _row_starts(self, layer: int) -> Int[Tensor, "rows 1"]:
+        """Number of the first position of each row of a weight, within it."""
+        kept = self.weights[layer].kept
+        return torch.arange(0, kept.numel(), kept[0].numel(), device=kept.device)[:, None]
 
-def _rows(values: Tensor, index: Tensor | slice) -> Tensor:
-    return values[index] if isinstance(index, slice) else values.index_select(0, index)
-
-
-def _put_rows(values: Tensor, index: Tensor | slice, rows: Tensor) -> None:
-    if isinstance(index, slice):
-        values[index].copy_(rows)
-    else:
-        values.index_copy_(0, index, rows)
-
-
-def _sum_of_squares(values: Tensor, kept: Tensor, dtype: torch.dtype) -> Float[Tensor, ""]:
-    def part(values: Tensor, kept: Tensor) -> Tensor:
-        flat = zeroed(values, kept).to(dtype).flatten()
-        return torch.dot(flat, flat)
-
-    return torch.stack([part(*piece) for piece in pieces(values, kept)]).sum()
+    def _shares_read(self, everywhere: bool) -> list[float]:
+        """Share of each weight's pruned positions that a reading reads; waits for the device if blocks may freeze."""
+        shares = []
+        for layer, own in enumerate(self.contenders.split(self._split)):
+            pruned = (self.firsts[layer + 1] - self.firsts[layer]) * (self.pattern.m - self.pattern.n)
+            share = 1.0 if everywhere else len(own) / max(1, pruned)
+            if self.freeze_after is not None and share:
+                unfrozen = ~self.of(layer, self.frozen) if everywhere else self._unfrozen(own)
+                share *= float(unfrozen.float().mean())
+            shares.append(share)
+        return shares

@@ -6,62 +6,65 @@ oscillation, and permanent freezing after a number of them, are ours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 
-class FlipHistory(NamedTuple):
-    """What adaptations have done to the blocks of one weight.
-
-    Args:
-        oscillations: Adaptations so far in which a block oscillated; shape (blocks,).
-        pruned_before: Positions that an earlier adaptation pruned; shape (blocks, m).
-    """
-
-    oscillations: Int32[Tensor, " blocks"]
-    pruned_before: Bool[Tensor, "blocks m"]
-
-    @classmethod
-    def empty(cls, mask: Bool[Tensor, "blocks m"]) -> FlipHistory:
-        """History of blocks that have never changed."""
-        return cls(torch.zeros(len(mask), dtype=torch.int32, device=mask.device), torch.zeros_like(mask))
-
-
-def record(history: FlipHistory, old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]) -> FlipHistory:
-    """Enter one adaptation into the history.
+class FlipHistory:
+    """What adaptations have done to blocks.
 
     A block oscillates when it revives a position that it pruned in an earlier adaptation. It counts once per adaptation,
     however many positions come back.
 
     Args:
-        history: History before the adaptation.
-        old: Mask before.
-        new: Mask after.
+        blocks: Number of blocks.
+        m: Weights in a block.
+        device: Where the history is kept.
 
-    Returns:
-        History after the adaptation.
+    Attributes:
+        oscillations: Adaptations so far in which a block oscillated; shape (blocks,).
+        pruned_before: Positions that an earlier adaptation pruned; shape (blocks, m).
+        ages: Adaptations since the mask of a block last changed, or all so far if it never did; shape (blocks,).
     """
-    returned = (new & ~old & history.pruned_before).any(-1)
-    return FlipHistory(history.oscillations + returned, history.pruned_before | (old & ~new))
 
+    def __init__(self, blocks: int, m: int, device: torch.device | None = None) -> None:
+        self.oscillations: Int32[Tensor, " blocks"] = torch.zeros(blocks, dtype=torch.int32, device=device)
+        self.pruned_before: Bool[Tensor, "blocks m"] = torch.zeros(blocks, m, dtype=torch.bool, device=device)
+        self.ages: Int32[Tensor, " blocks"] = torch.zeros(blocks, dtype=torch.int32, device=device)
 
-def mask_ages(
-    ages: Int32[Tensor, " blocks"], old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]
-) -> Int32[Tensor, " blocks"]:
-    """Count the adaptations that the mask of each block has outlived.
+    def record(self, old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]) -> None:
+        """Enter an adaptation of all blocks.
 
-    Args:
-        ages: Before an adaptation: adaptations since the mask last changed, or all so far if it never did.
-        old: Mask before.
-        new: Mask after.
+        Args:
+            old: Mask before.
+            new: Mask after.
+        """
+        self.oscillations += (new & ~old & self.pruned_before).any(-1)
+        self.pruned_before |= old & ~new
+        self.ages += 1
+        self.ages.masked_fill_((old ^ new).any(-1), 0)
 
-    Returns:
-        Ages after the adaptation: 0 where the mask changed, one more elsewhere.
-    """
-    return (ages + 1).masked_fill((old ^ new).any(-1), 0)
+    def record_swaps(
+        self,
+        blocks: Int[Tensor, " swaps"],
+        revived: Int[Tensor, " swaps"],
+        pruned: Int[Tensor, " swaps"],
+        swapped: Bool[Tensor, " swaps"],
+    ) -> None:
+        """Enter an adaptation that swaps at most one pair of positions in a block.
+
+        Args:
+            blocks: The blocks, each at most once; all others stay as they are.
+            revived: The position that is kept from now on, block * m + place.
+            pruned: The one that is pruned, likewise.
+            swapped: Whether they were swapped.
+        """
+        before = self.pruned_before.view(-1)
+        self.oscillations.index_add_(0, blocks, (swapped & before[revived]).int())
+        before.index_copy_(0, pruned, before[pruned] | swapped)
+        self.ages += 1
+        self.ages.index_copy_(0, blocks, self.ages[blocks].masked_fill(swapped, 0))
 
 
 def frozen_blocks(oscillations: Int32[Tensor, " blocks"], freeze_after: int | None) -> Bool[Tensor, " blocks"]:

@@ -1,0 +1,248 @@
+"""What all rules of evolution keep of the blocks of some weights, and the interface that a rule implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks
+from bame_lightning.blocks.layout import to_blocks
+from bame_lightning.blocks.masks import pack_mask, unpack_mask, zeroed
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.mask_set import MaskSet
+from bame_lightning.weights.positions import Positions
+
+
+@dataclass(frozen=True)
+class EvolvingLayer:
+    """What evolves in one weight: views into the tensors of all.
+
+    Args:
+        sparse: The weight.
+        evidence: What pruned weights would have become, zero where kept; shape (blocks, m).
+        oscillations: Adaptations in which a block oscillated; shape (blocks,).
+        ages: Adaptations since the mask of a block last changed; shape (blocks,).
+        frozen: Blocks whose mask is final; shape (blocks,).
+        flips: Mask positions changed so far; scalar.
+        last_flips: Those that the last adaptation changed; scalar.
+        predicted: Loss reduction that the last adaptation predicted; scalar.
+        mean_gradient: Running mean of the gradients read, like `evidence`; None where none is kept.
+        noise: Running mean of squared gradients of pruned weights; scalar, None where none is kept.
+        unit: How far a typical gradient moves evidence; scalar, None where none is kept.
+    """
+
+    sparse: SparseWeight
+    evidence: Float[Tensor, "blocks m"]
+    oscillations: Int[Tensor, " blocks"]
+    ages: Int[Tensor, " blocks"]
+    frozen: Bool[Tensor, " blocks"]
+    flips: Int[Tensor, ""]
+    last_flips: Int[Tensor, ""]
+    predicted: Float[Tensor, ""]
+    mean_gradient: Float[Tensor, "blocks m"] | None = None
+    noise: Float[Tensor, ""] | None = None
+    unit: Float[Tensor, ""] | None = None
+
+
+class EvolvingBlocks(ABC):
+    """All blocks of some weights of one pattern and type, numbered through weight by weight, with what evolves in them.
+
+    Positions are numbered through in the order of blocks: block * m + place in the block.
+
+    Args:
+        weights: The weights, still dense if evidence starts at their values.
+        freeze_after: Oscillations that a block may make; one more freezes its mask. None never freezes.
+
+    Attributes:
+        positions: Where positions lie in the memory of their weights.
+        masks: The masks, which `adapt` changes.
+        history: Oscillations, positions pruned before, ages of masks.
+        evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
+        predicted: Loss reduction that the last adaptation predicted for each weight, to first order, in units of the loss;
+            shape (weights,).
+        read_shares: Share of each weight's pruned positions whose gradient the last step read.
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> None:
+        self.weights = list(weights)
+        self.pattern = weights[0].pattern
+        self.freeze_after = freeze_after
+        self.dtype = torch.promote_types(weights[0].weight.dtype, torch.float32)
+        self.positions = Positions(weights)
+        self.masks = MaskSet(weights)
+        self.firsts = [start // self.pattern.m for start in self.positions.starts]
+        """Number of the first block of each weight, and of all blocks at the end."""
+        device = weights[0].kept.device
+        self.history = FlipHistory(self.firsts[-1], self.pattern.m, device)
+        self.evidence = torch.zeros(self.firsts[-1], self.pattern.m, dtype=self.dtype, device=device)
+        self.predicted = torch.zeros(len(weights), dtype=self.dtype, device=device)
+        self.read_shares = [0.0] * len(weights)
+
+    # What a rule implements, in the order of a step.
+
+    @abstractmethod
+    def read(self, gradients: Sequence[Tensor | None], *, everywhere: bool, adapts: bool) -> None:
+        """Copy of the dense gradients what this step reads, before they are masked.
+
+        Args:
+            gradients: One of each weight, as it lies in memory; None where there is none.
+            everywhere: Of all unfrozen blocks; otherwise of the positions that the rule has chosen.
+            adapts: Whether masks adapt after this step.
+        """
+
+    @abstractmethod
+    def extremes(self) -> list[Tensor]:
+        """Least and largest value of what this step has read; NaN if there is one among them."""
+
+    @abstractmethod
+    def accumulate(self, optimizer: Optimizer, reading: Any, finite: Bool[Tensor, ""], window: int) -> None:
+        """Move the evidence by what was read.
+
+        Args:
+            optimizer: The optimizer that has just stepped.
+            reading: What the reading is, a `Reading`.
+            finite: False discards it, on the device.
+            window: Steps of the window.
+        """
+
+    def contend(self) -> None:  # noqa: B027 many rules choose nothing
+        """Choose what the steps up to the next reading of all read, after one."""
+
+    @abstractmethod
+    def adapt(self, share: float = 1.0) -> Swaps | None:
+        """Swap weights, masks and evidence in place, in a share of each weight's blocks.
+
+        Returns:
+            What was swapped, for those who keep one value per weight; None if they must look at the masks.
+        """
+
+    @abstractmethod
+    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
+        """How close the positions of a weight are to a swap, `contenders.closeness`."""
+
+    def end_step(self) -> None:  # noqa: B027 some keep nothing
+        """Forget what this step has read."""
+
+    # What all rules share.
+
+    @property
+    def frozen(self) -> Bool[Tensor, " blocks"]:
+        """Blocks whose mask is final."""
+        return frozen_blocks(self.history.oscillations, self.freeze_after)
+
+    @property
+    def designated(self) -> Bool[Tensor, " blocks"]:
+        """Blocks of which steps between two readings of all read something."""
+        return torch.zeros_like(self.frozen)
+
+    @property
+    def contender_count(self) -> int:
+        """Positions that steps between two readings of all read."""
+        return 0
+
+    @property
+    def pruned_positions(self) -> int:
+        """Number of positions that are pruned, the same at all times."""
+        return self.firsts[-1] * (self.pattern.m - self.pattern.n)
+
+    def of(self, layer: int, values: Tensor) -> Tensor:
+        """Of something that is kept per block, that of one weight."""
+        return values[self.firsts[layer] : self.firsts[layer + 1]]
+
+    def blocks(self, tensor: Tensor, layer: int) -> Tensor:
+        """Something that lies in memory as a weight does, in blocks."""
+        return to_blocks(self.weights[layer].oriented(tensor), self.pattern.m)
+
+    def dense_start(self) -> None:
+        """Start the evidence of pruned weights at their values, which are still there."""
+        for layer, sparse in enumerate(self.weights):
+            self.of(layer, self.evidence).copy_(
+                zeroed(to_blocks(sparse.values, self.pattern.m).to(self.dtype), ~sparse.mask())
+            )
+
+    def rescaled(self, layer: int, factor: float) -> None:
+        """Follow a weight that was multiplied by a factor before the first update."""
+        self.of(layer, self.evidence).mul_(factor)
+
+    def layers(self) -> list[EvolvingLayer]:
+        """What evolves in each weight."""
+        return [self._layer(layer) for layer in range(len(self.weights))]
+
+    def _layer(self, layer: int, **more: Tensor | None) -> EvolvingLayer:
+        history = self.history
+        return EvolvingLayer(
+            self.weights[layer],
+            *(self.of(layer, v) for v in (self.evidence, history.oscillations, history.ages, self.frozen)),
+            *(values[layer] for values in (self.masks.flips, self.masks.last_flips, self.predicted)),
+            **more,
+        )
+
+    def copies(self, layer: int) -> dict[str, Tensor]:
+        """What every process must hold the same of where it holds all rows, by what it is."""
+        return {
+            "evidence": self.of(layer, self.evidence),
+            "flip history": self.of(layer, self.history.oscillations),
+        }
+
+    def statistics(self, layer: int) -> dict[str, Tensor]:
+        """What every process must hold the same of, whatever rows it holds."""
+        return {}
+
+    def state(self, layer: int) -> dict[str, Any]:
+        """All that evolves in a weight beside its mask, of all rows: evidence of pruned positions only, packed bits."""
+        rows, pruned = self.weights[layer].rows, ~self.weights[layer].mask()
+        state = {
+            # Every row has as many pruned positions as any other.
+            "evidence": rows.gather(self.of(layer, self.evidence)[pruned]),
+            "oscillations": rows.gather(self.of(layer, self.history.oscillations)),
+            "ages": rows.gather(self.of(layer, self.history.ages)),
+            "pruned_before": pack_mask(rows.gather(self.of(layer, self.history.pruned_before))),
+            "predicted": rows.total(self.predicted[layer]),
+            **self.masks.state(layer),
+        }
+        return {key: _copy(value) for key, value in state.items()}
+
+    def load_state(self, layer: int, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; the mask must have been restored before."""
+        rows, pruned, history = self.weights[layer].rows, ~self.weights[layer].mask(), self.history
+        self.of(layer, self.evidence).copy_(self.laid_out(layer, pruned, state["evidence"]))
+        everywhere = torch.Size((len(pruned) * rows.parts, self.pattern.m))
+        saved = {**state, "pruned_before": unpack_mask(state["pruned_before"].cpu(), everywhere)}
+        for name in ("oscillations", "ages", "pruned_before"):
+            values: Tensor = getattr(history, name)
+            self.of(layer, values).copy_(rows.own(saved[name]))
+        self.predicted[layer] = rows.part_of(state["predicted"].to(self.predicted))
+        self.masks.load_state(layer, state)
+
+    def laid_out(self, layer: int, pruned: Bool[Tensor, "blocks m"], values: Tensor) -> Float[Tensor, "blocks m"]:
+        """Lay out what was saved of the pruned positions of a weight."""
+        own = self.weights[layer].rows.own(values).to(self.evidence)
+        return torch.zeros_like(pruned, dtype=self.dtype).masked_scatter(pruned, own)
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """What an adaptation has swapped, weight by weight, as places in the memory of each.
+
+    Args:
+        places: Where a value belongs, and of each pair the place of what was pruned; shape (pairs * 2,). Where nothing was
+            swapped, both are a place that was pruned before.
+        values: What the weights are there now; shape (pairs * 2,).
+        pruned: The places that were pruned; where nothing was swapped, one that was pruned before; shape (pairs,).
+    """
+
+    places: list[Int[Tensor, " pairs_twice"]]
+    values: list[Float[Tensor, " pairs_twice"]]
+    pruned: list[Int[Tensor, " pairs"]]
+
+
+def _copy(value: Tensor) -> Tensor:
+    # A checkpoint may be written while training goes on.
+    return value.detach().cpu().clone()

@@ -1,0 +1,101 @@
+"""The masks of some weights: the one place where they change, and where changes are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from bame_lightning.blocks.statistics import flipped_positions
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.positions import extent
+
+
+class MaskSet:
+    """Change masks, and count the positions that change; a swap changes two.
+
+    Args:
+        weights: The weights. Their masks move into one tensor, each laid out as its weight, so that masks of all of them
+            change in one operation, and a position of a weight and of its mask is the same.
+
+    Attributes:
+        flips: Mask positions changed so far, by weight; shape (weights,).
+        last_flips: Those that the last change of each mask has changed; shape (weights,).
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight]) -> None:
+        self.weights = list(weights)
+        device = self.weights[0].kept.device
+        self.flips = torch.zeros(len(self.weights), dtype=torch.int64, device=device)
+        self.last_flips = torch.zeros_like(self.flips)
+        values = [sparse.values for sparse in self.weights]
+        starts = [0, *accumulate(map(extent, values))]
+        self._starts = torch.tensor(starts, device=device)
+        self._kept = torch.zeros(starts[-1], dtype=torch.bool, device=device)
+        for sparse, value, start in zip(self.weights, values, starts, strict=False):
+            # Just as its weight lies in memory.
+            kept = self._kept.as_strided(value.shape, value.stride(), start)
+            sparse.kept = kept.copy_(sparse.kept)
+
+    def change(self, place: int, kept: Bool[Tensor, "out inp *kernel"]) -> None:
+        """Put another mask in force for a weight, given by its place in the set."""
+        sparse = self.weights[place]
+        self.last_flips[place] = flipped_positions(sparse.kept, kept)
+        self.flips[place] += self.last_flips[place]
+        sparse.kept.copy_(kept)
+
+    def swap(
+        self,
+        revived: Int[Tensor, " swaps"],
+        pruned: Int[Tensor, " swaps"],
+        swapped: Bool[Tensor, " swaps"],
+        of: Int[Tensor, " swaps"],
+    ) -> None:
+        """Keep a position in place of another one, which no other swap touches.
+
+        Args:
+            revived: Where in the memory of its weight the position lies that is kept from now on.
+            pruned: Where the one lies that is pruned.
+            swapped: Whether to swap; otherwise the first is pruned already, and the second kept.
+            of: Place of the weight of each swap in the set.
+        """
+        starts = self._starts[of]
+        places = torch.cat((revived + starts, pruned + starts))
+        self._kept.index_copy_(0, places, torch.cat((swapped, ~swapped)))
+        self.last_flips = torch.zeros_like(self.flips).index_add_(0, of, 2 * swapped.long())
+        self.flips += self.last_flips
+
+    def unchanged(self) -> None:
+        """Call where masks may have changed and have not."""
+        self.last_flips = torch.zeros_like(self.flips)
+
+    def state(self, place: int) -> dict[str, Tensor]:
+        """What was counted for a weight, over all rows."""
+        rows = self.weights[place].rows
+        return {"flips": rows.total(self.flips[place]), "last_flips": rows.total(self.last_flips[place])}
+
+    def load_state(self, place: int, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `state` returned."""
+        rows = self.weights[place].rows
+        for name, counts in (("flips", self.flips), ("last_flips", self.last_flips)):
+            counts[place] = rows.part_of(state[name].to(counts.device))
+
+    def total(self) -> int:
+        """Mask positions changed so far, of all weights and rows; waits for the device."""
+        return sum(int(sparse.rows.total(flips)) for sparse, flips in zip(self.weights, self.flips, strict=True))
+
+
+def flip_rates(sets: Iterable[MaskSet]) -> dict[str, Tensor]:
+    """Share of mask positions that the last change has changed: of all weights, and layer by layer.
+
+    Returns:
+        Metrics, on the device of the masks.
+    """
+    found = [(sparse, flips) for each in sets for sparse, flips in zip(each.weights, each.last_flips, strict=True)]
+    total = torch.stack([flips for _, flips in found]).sum() / sum(sparse.kept.numel() for sparse, _ in found)
+    layers = {f"bame/layer/{sparse.label}/flip_rate": flips / sparse.kept.numel() for sparse, flips in found}
+    return {"bame/flip_rate": total, **layers}
