@@ -144,7 +144,7 @@ def corrupted(folder: Path, ranks: int) -> None:
         callback.evolving[2].evidence[7] += 1e-9 * pruned
 
     def latent(callback: Any) -> None:
-        callback.latents[0].value[0, 0] += 1e-6
+        callback.method.latents[0].value[0, 0] += 1e-6
 
     def noise(callback: Any) -> None:
         callback.evolving[0].noise *= 2

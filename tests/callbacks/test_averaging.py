@@ -152,4 +152,4 @@ def test_straight_through_methods_follow_weights_that_somebody_changes_between_s
     method = METHODS["sr_ste"](decay=0.0)
     trainer(method, Spy(halve), max_steps=6).fit(task)
     kept = seen[0] != 0
-    torch.testing.assert_close(method.latents[2].value[kept], seen[0][kept], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.method.latents[2].value[kept], seen[0][kept], atol=1e-5, rtol=1e-4)

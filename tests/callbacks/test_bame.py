@@ -73,7 +73,7 @@ def test_training_equals_the_specification_written_out_in_loops(
     assert callback.summary()["flips"] == 2 * swaps
     for weight, layer, evolving in zip(sparse, layers, callback.evolving, strict=True):
         assert evolving.sparse.mask().tolist() == [block.kept for block in layer.blocks]
-        assert evolving.history.oscillations.tolist() == [block.oscillations for block in layer.blocks]
+        assert evolving.oscillations.tolist() == [block.oscillations for block in layer.blocks]
         torch.testing.assert_close(evolving.sparse.weight.detach(), weight.detach())
         evidence = torch.tensor([block.evidence for block in layer.blocks], dtype=torch.float64)
         torch.testing.assert_close(evolving.evidence, evidence)
@@ -147,23 +147,21 @@ def test_masks_move_and_every_step_stays_sparse(evidence: Evidence | OneBatch, o
 
 
 def test_revived_weights_start_without_optimizer_state() -> None:
-    revived = []
+    before: list = []
 
     class Watch(BAMECallback):
-        def evolve(self, optimizer) -> bool:
-            before = [sparse.pruned.clone() for sparse in self.weights]
-            changed = super().evolve(optimizer)
-            for old, sparse in zip(before, self.weights, strict=True):
-                revived.append((optimizer.state[sparse.weight], old & ~sparse.pruned))
-            return changed
+        def on_train_batch_start(self, *args) -> None:
+            super().on_train_batch_start(*args)
+            before[:] = [sparse.pruned.clone() for sparse in self.weights]
 
-        def _after_step(self, optimizer, args, kwargs) -> None:
-            revived.clear()
-            super()._after_step(optimizer, args, kwargs)
-            for state, where in revived:
+        def on_train_batch_end(self, trainer, *args) -> None:
+            super().on_train_batch_end(trainer, *args)
+            for old, sparse in zip(before, self.weights, strict=True):
+                where, state = old & ~sparse.pruned, trainer.optimizers[0].state[sparse.weight]
                 seen.append(int(where.sum()))
                 assert state["exp_avg"][where].count_nonzero() == 0
                 assert state["exp_avg_sq"][where].count_nonzero() == 0
+                assert not where.any() or state["exp_avg"].any()
 
     seen: list[int] = []
     callback = Watch("2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=2))
@@ -202,23 +200,22 @@ def tiny_double() -> nn.Module:
 
 def test_a_poisoned_reading_is_discarded_whole_and_counted() -> None:
     class Poison(BAMECallback):
-        def read_gradients(self) -> None:
+        def on_before_optimizer_step(self, *args) -> None:
             if self.steps == 3:
                 self.before = [(w.evidence.clone(), w.noise.clone()) for w in self.evolving]
                 # Only a pruned position of one layer: what the optimizer sees stays finite.
                 grad = self.weights[0].weight.grad
                 grad[tuple(self.weights[0].pruned.nonzero()[0])] = math.nan
-            super().read_gradients()
+            super().on_before_optimizer_step(*args)
 
-        def evolve(self, optimizer) -> bool:
-            poisoned, changed = self.steps == 3, super().evolve(optimizer)
-            if poisoned:
+        def on_train_batch_end(self, *args) -> None:
+            super().on_train_batch_end(*args)
+            if self.steps == 4:
                 for (evidence, noise), weight in zip(self.before, self.evolving, strict=True):
                     assert torch.equal(evidence, weight.evidence)
                     assert torch.equal(noise, weight.noise)
                     assert noise > 0
                     assert evidence.count_nonzero()
-            return changed
 
     callback = Poison("2:4", schedule=Schedule(every=7), evidence=Evidence(read_every=1))
     trainer(callback, max_epochs=1).fit(Task())

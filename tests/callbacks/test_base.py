@@ -190,11 +190,12 @@ class TestRescaling:
 
     def test_a_gradient_that_is_not_finite_decides_nothing(self) -> None:
         class Poison(StaticMask):
-            def read_gradients(self) -> None:
+            def on_before_optimizer_step(self, *args: Any) -> None:
                 factors.append((self.weights[2].weight.detach() / before).sum() / 512)
                 if self.steps < 3:
                     for sparse in self.weights:
                         sparse.weight.grad.fill_(math.nan)
+                super().on_before_optimizer_step(*args)
 
         factors: list[torch.Tensor] = []
         task = Task(optimizer=Unmoved)

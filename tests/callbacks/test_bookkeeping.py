@@ -62,6 +62,7 @@ def test_bame_reads_contenders_and_skips_frozen_blocks() -> None:
     contenders: dict[str, int] = {}
     blocks = {"model.1.weight": 384, "model.3.weight": 128}
     macs = {"model.1.weight": FIRST, "model.3.weight": SECOND}
+    inputs = {"model.1.weight": 48, "model.3.weight": 32}
 
     def look(trainer: Any, module: Any) -> None:
         nonlocal expected
@@ -72,10 +73,11 @@ def test_bame_reads_contenders_and_skips_frozen_blocks() -> None:
             read = 2 * (blocks[name] - frozen[name]) if step % 4 == 0 else contenders[name]
             expected += macs[name] / 2 * read / (2 * blocks[name])
         for weight in callback.evolving:
-            oscillations = weight.history.oscillations.tolist()
-            frozen[weight.sparse.name] = sum(count > 0 for count in oscillations)
-            places = weight.contenders.flatten().tolist()
-            contenders[weight.sparse.name] = sum(not oscillations[place // 4] for place in places)
+            name, oscillations = weight.sparse.name, weight.oscillations.tolist()
+            frozen[name] = sum(count > 0 for count in oscillations)
+            saved = callback.state_dict()["layers"][name]["contenders"]
+            places = [row * inputs[name] + place for row, own in enumerate(saved.tolist()) for place in own]
+            contenders[name] = sum(not oscillations[place // 4] for place in places)
 
     flops = fit(callback, Spy(look), max_epochs=6)
     assert sum(frozen.values()) > 0

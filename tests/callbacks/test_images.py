@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from bame_lightning import SRSTE, BAMECallback, Schedule
 from bame_lightning.callbacks.images import MaskImages, draw
-from bame_lightning.callbacks.watcher import evolving_weights, maps_of
+from bame_lightning.callbacks.watcher import evolving_layers, maps_of
 from tests.training import Task, trainer
 
 
@@ -29,7 +29,7 @@ def test_what_is_drawn_depends_on_what_a_method_knows() -> None:
         (SRSTE("2:4"), ["mask"]),
     ):
         trainer(method, max_epochs=1).fit(Task())
-        evolving = evolving_weights(method)
+        evolving = evolving_layers(method)
         for sparse in method.weights:
             assert list(draw(sparse, maps_of(sparse, evolving.get(sparse.name)))) == names
 

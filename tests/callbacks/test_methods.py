@@ -186,7 +186,7 @@ class TestSRSTE:
         callback = SRSTE("2:4", decay=decay)
         trainer(callback, max_epochs=3, accumulate_grad_batches=accumulate, gradient_clip_val=clip).fit(task)
         assert callback.summary()["flips"] > 0
-        for latent in callback.latents:
+        for latent in callback.method.latents:
             torch.testing.assert_close(latent.value, weights[latent.sparse.name])
             expected = weights[latent.sparse.name] * mask_by_loops(weights[latent.sparse.name])
             torch.testing.assert_close(latent.sparse.weight.detach(), expected)
@@ -202,8 +202,8 @@ class TestSRSTE:
             before = model[1].weight.detach().clone()
             trainer(callback, max_steps=1, plugins=plugins).fit(task)
             kept = mask_by_loops(before)
-            torch.testing.assert_close(callback.latents[0].value, before * (kept + 0.75 * (1 - kept)))
-            seen.append(callback.latents[0].value)
+            torch.testing.assert_close(callback.method.latents[0].value, before * (kept + 0.75 * (1 - kept)))
+            seen.append(callback.method.latents[0].value)
 
     def test_a_negative_decay(self) -> None:
         with pytest.raises(ValueError, match=r"`decay` must not be negative; got -1"):

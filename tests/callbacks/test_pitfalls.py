@@ -35,7 +35,8 @@ class Synchronisations(TorchDispatchMode):
 def test_the_host_waits_for_the_device_in_no_step(name: str) -> None:
     callback, counts = METHODS[name](), []
     callback.verify = False
-    handle, after = callback.handle_gradients, callback._after_step
+    method = callback.method
+    handle, after = method.gradients_ready, method.after_update
 
     def watched(call: Any) -> Any:
         def run(*args: Any) -> None:
@@ -45,7 +46,7 @@ def test_the_host_waits_for_the_device_in_no_step(name: str) -> None:
 
         return run
 
-    callback.handle_gradients, callback._after_step = watched(handle), watched(after)
+    method.gradients_ready, method.after_update = watched(handle), watched(after)
     trainer(callback, max_epochs=3).fit(Task())
     # The first gradient decides about the scale of each layer, which the host has to know.
     assert len(counts) == 48

@@ -47,19 +47,16 @@ def test_realised_is_the_loss_before_less_the_loss_after_the_swaps() -> None:
 
     class Look(L.Callback):
         def on_train_start(self, fit: Any, module: Any) -> None:
-            checked = method.around_adaptation
-
             @contextmanager
             def around() -> Any:
                 before = copy.deepcopy(module.model)
-                with checked():
-                    yield
+                yield
                 if method.adaptations % 2 == 0:
                     networks.append((before, copy.deepcopy(module.model)))
                     predicted.append(sum(float(weight.predicted) for weight in method.evolving))
                     batches.append(batches_of_step[:])
 
-            method.around_adaptation = around
+            method.method.observe_adaptations(around)
 
         def on_train_batch_start(self, fit: Any, module: Any, batch: Any, index: int) -> None:
             if index % 2 == 0:

@@ -116,7 +116,7 @@ class TestRestoredStates:
         resumed.fit(Tuned(), ckpt_path=path)
         assert masks[-1] == 16
         assert all(torch.equal(a, b.kept) for a, b in zip(masks, first.weights, strict=False))
-        assert not second._rescaling
+        assert not second.method.rescaling
 
     @every_method
     def test_a_finder_in_the_middle_of_training_changes_nothing(self, name: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_maps_are_what_masks_and_blocks_were_then(tmp_path: Path) -> None:
     def look(*_: Any) -> None:
         seen[callback.steps] = {
             "kept": [flat(sparse.kept.clone()) for sparse in callback.weights],
-            "oscillations": [weight.history.oscillations.clone() for weight in callback.evolving],
+            "oscillations": [weight.oscillations.clone() for weight in callback.evolving],
         }
 
     # 24 steps, 22 of them in the window: adaptations after steps 2, 4, ..., 22.

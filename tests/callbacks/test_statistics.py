@@ -42,8 +42,8 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
         history.append(
             {
                 "masks": [sparse.pruned.clone() for sparse in callback.weights],
-                "frozen": [evolving.history.oscillations > 0 for evolving in callback.evolving],
-                "oscillations": [evolving.history.oscillations.clone() for evolving in callback.evolving],
+                "frozen": [evolving.oscillations > 0 for evolving in callback.evolving],
+                "oscillations": [evolving.oscillations.clone() for evolving in callback.evolving],
                 "urgency": [urgencies(evolving) for evolving in callback.evolving],
                 "nonzero": sum(int((module.model[i].weight != 0).sum()) for i in (2, 4, 6)),
             }

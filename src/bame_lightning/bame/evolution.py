@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,7 +215,7 @@ class ContendingBlocks(EvolvingBlocks):
         """Weights where they are kept; an optimizer may have moved the others, which are zeroed only later."""
         first = torch.arange(0, self.positions.starts[-1], self.pattern.m, device=self.evidence.device)
         places = self.positions.offsets(first[:, None] + self.kept_places, self._blocks_of)
-        return take(self._values(), places.split(self._block_split)).to(self.dtype)
+        return take(self._values(), torch.split(places, self._block_split)).to(self.dtype)
 
     def _values(self) -> list[Tensor]:
         return [self.positions.weight(layer) for layer in range(len(self.weights))]
@@ -248,7 +249,11 @@ class ContendingBlocks(EvolvingBlocks):
         for layer, sparse in enumerate(self.weights):
             rows, ratios = len(sparse.kept), self.closeness(layer)
             if self.freeze_after is not None:
-                ratios.masked_fill_(self.of(layer, self.frozen)[:, None], -1)
+                # What is frozen comes last, but what is kept never contends.
+                least = torch.where(
+                    self.of(layer, self.frozen)[:, None], 0, ratios.clamp_min(torch.finfo(ratios.dtype).tiny)
+                )
+                ratios = torch.where(sparse.mask(), -1, least)
             pruned = len(ratios) // rows * (self.pattern.m - self.pattern.n)
             chosen.append(self.choose(ratios.view(rows, -1), count_in_share(share, pruned)))
         self._set_contenders(chosen)
@@ -257,7 +262,7 @@ class ContendingBlocks(EvolvingBlocks):
         """Choose the contenders of each row of a weight, numbered within the weight."""
         return choose(ratios, count)
 
-    def _set_contenders(self, chosen: Sequence[Int[Tensor, "rows count"]]) -> None:
+    def _set_contenders(self, chosen: Sequence[Tensor]) -> None:
         starts = self.positions.starts
         self.contenders = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
         counts = [own.numel() for own in chosen]
@@ -272,7 +277,7 @@ class ContendingBlocks(EvolvingBlocks):
         return block[:, None] * self.pattern.m + self.kept_places[block]
 
     def _in_memory(self, positions: Int[Tensor, "contenders some"]) -> list[Tensor]:
-        return list(self.positions.offsets(positions, self._counts).split(self._split))
+        return list(torch.split(self.positions.offsets(positions, self._counts), self._split))
 
     @property
     @override
@@ -392,9 +397,9 @@ class ContendingBlocks(EvolvingBlocks):
         values = torch.stack((revived, torch.zeros_like(revived)), dim=1).to(self.weights[0].weight.dtype)
         twice = [2 * count for count in counts]
         swaps = Swaps(
-            list(places[:, ::2].flatten().split(twice)),
-            list(values.flatten().split(twice)),
-            list(places[:, 2].split(counts)),
+            list(torch.split(places[:, ::2].flatten(), twice)),
+            list(torch.split(values.flatten(), twice)),
+            list(torch.split(places[:, 2], counts)),
         )
         for layer, (where, what) in enumerate(zip(swaps.places, swaps.values, strict=True)):
             self.positions.weight(layer).index_copy_(0, where, what)
@@ -403,9 +408,10 @@ class ContendingBlocks(EvolvingBlocks):
     # What others see.
 
     @override
-    def _layer(self, layer: int, **more: Tensor | None) -> EvolvingLayer:
+    def _layer(self, layer: int) -> EvolvingLayer:
         mean = None if self.mean_gradient is None else self.of(layer, self.mean_gradient)
-        return super()._layer(layer, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer])
+        known = super()._layer(layer)
+        return replace(known, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer])
 
     @override
     def end_step(self) -> None:
@@ -413,7 +419,10 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def copies(self, layer: int) -> dict[str, Tensor]:
-        own = {"evidence": self.of(layer, self.evidence), "contenders": self.contenders.split(self._split)[layer]}
+        own = {
+            "evidence": self.of(layer, self.evidence),
+            "contenders": torch.split(self.contenders, self._split)[layer],
+        }
         if self.mean_gradient is not None:
             own["mean gradient"] = self.of(layer, self.mean_gradient)
         return own | super().copies(layer)
@@ -450,7 +459,7 @@ class ContendingBlocks(EvolvingBlocks):
 
     def _own_contenders(self, layer: int) -> Int[Tensor, "rows count"]:
         """Contenders of a weight, numbered within it."""
-        own = self.contenders.split(self._split)[layer] - self.positions.starts[layer]
+        own = torch.split(self.contenders, self._split)[layer] - self.positions.starts[layer]
         return own.view(len(self.weights[layer].kept), -1)
 
     def _row_starts(self, layer: int) -> Int[Tensor, "rows 1"]:
@@ -461,7 +470,7 @@ class ContendingBlocks(EvolvingBlocks):
     def _shares_read(self, everywhere: bool) -> list[float]:
         """Share of each weight's pruned positions that a reading reads; waits for the device if blocks may freeze."""
         shares = []
-        for layer, own in enumerate(self.contenders.split(self._split)):
+        for layer, own in enumerate(torch.split(self.contenders, self._split)):
             pruned = (self.firsts[layer + 1] - self.firsts[layer]) * (self.pattern.m - self.pattern.n)
             share = 1.0 if everywhere else len(own) / max(1, pruned)
             if self.freeze_after is not None and share:

@@ -30,6 +30,7 @@ class EvolvingLayer:
         oscillations: Adaptations in which a block oscillated; shape (blocks,).
         ages: Adaptations since the mask of a block last changed; shape (blocks,).
         frozen: Blocks whose mask is final; shape (blocks,).
+        freezes: Whether blocks may freeze.
         flips: Mask positions changed so far; scalar.
         last_flips: Those that the last adaptation changed; scalar.
         predicted: Loss reduction that the last adaptation predicted; scalar.
@@ -43,6 +44,7 @@ class EvolvingLayer:
     oscillations: Int[Tensor, " blocks"]
     ages: Int[Tensor, " blocks"]
     frozen: Bool[Tensor, " blocks"]
+    freezes: bool
     flips: Int[Tensor, ""]
     last_flips: Int[Tensor, ""]
     predicted: Float[Tensor, ""]
@@ -175,13 +177,18 @@ class EvolvingBlocks(ABC):
         """What evolves in each weight."""
         return [self._layer(layer) for layer in range(len(self.weights))]
 
-    def _layer(self, layer: int, **more: Tensor | None) -> EvolvingLayer:
+    def _layer(self, layer: int) -> EvolvingLayer:
         history = self.history
         return EvolvingLayer(
             self.weights[layer],
-            *(self.of(layer, v) for v in (self.evidence, history.oscillations, history.ages, self.frozen)),
-            *(values[layer] for values in (self.masks.flips, self.masks.last_flips, self.predicted)),
-            **more,
+            evidence=self.of(layer, self.evidence),
+            oscillations=self.of(layer, history.oscillations),
+            ages=self.of(layer, history.ages),
+            frozen=self.of(layer, self.frozen),
+            freezes=self.freeze_after is not None,
+            flips=self.masks.flips[layer],
+            last_flips=self.masks.last_flips[layer],
+            predicted=self.predicted[layer],
         )
 
     def copies(self, layer: int) -> dict[str, Tensor]:
@@ -238,9 +245,9 @@ class Swaps:
         pruned: The places that were pruned; where nothing was swapped, one that was pruned before; shape (pairs,).
     """
 
-    places: list[Int[Tensor, " pairs_twice"]]
-    values: list[Float[Tensor, " pairs_twice"]]
-    pruned: list[Int[Tensor, " pairs"]]
+    places: list[Tensor]
+    values: list[Tensor]
+    pruned: list[Tensor]
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Lightning callbacks: one per method, over a common base."""
+"""Lightning callbacks: one per method, over a common driver."""
 
 from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.dense import Dense
-from bame_lightning.callbacks.magnitude import OneShotMagnitude
-from bame_lightning.callbacks.masked import StaticMask
+from bame_lightning.callbacks.masked import OneShotMagnitude, StaticMask
 from bame_lightning.callbacks.rigl import RigL
 from bame_lightning.callbacks.straight_through import SRSTE, TransposableSTE
 

@@ -8,9 +8,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.loggers import log_pictures, with_pictures
-from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
+from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
 from bame_lightning.show.map_pictures import block_picture, mask_picture
 from bame_lightning.show.maps import block_title, changes, mask_map, mask_title
 from bame_lightning.show.mask_file import LayerMaps
@@ -49,12 +49,12 @@ class MaskImages(MaskWatcher):
         loggers = with_pictures(trainer.loggers)
         if not loggers:
             return
-        evolving = evolving_weights(method)
+        evolving = evolving_layers(method)
         pictures = dict[str, Tensor]()
         for sparse in method.weights:
             drawn = draw(sparse, maps_of(sparse, evolving.get(sparse.name)))
             pictures |= {f"{KEY}/{sparse.label}/{name}": picture for name, picture in drawn.items()}
-        counts = [weight.history.oscillations.cpu() for weight in evolving.values()]
+        counts = [layer.oscillations.cpu() for layer in evolving.values()]
         histograms = {HISTOGRAM: torch.cat(counts)} if counts else {}
         # What Lightning calls the step of the scalars that it logs now.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped

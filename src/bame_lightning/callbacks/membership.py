@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
@@ -19,7 +18,7 @@ from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
 
 if TYPE_CHECKING:
-    from bame_lightning.callbacks.base import SparseCallback
+    from bame_lightning.callbacks.driver import SparseCallback
 
 
 class Membership:
@@ -32,11 +31,11 @@ class Membership:
     it is unfrozen, handed to an optimizer or reached by the loss for the first time, is pruned just before its first update.
 
     Args:
-        method: The method whose weights these are.
+        callback: Whose weights these are.
     """
 
-    def __init__(self, method: SparseCallback) -> None:
-        self._method = method
+    def __init__(self, callback: SparseCallback) -> None:
+        self._callback = callback
         self._plans: list[LayerPlan] = []
         self._found: dict[str, str] = {}
         self._open: list[LayerPlan] = []
@@ -52,8 +51,10 @@ class Membership:
             masked: `id`s of the weights whose masks are not on trial.
         """
         self._held = held = held_by(*trainer.optimizers)
-        method = self._method
-        self._plans = plan_layers(pl_module, method.pattern, method.rules, held, found=self._found, masked=set(masked))
+        callback = self._callback
+        self._plans = plan_layers(
+            pl_module, callback.pattern, callback.rules, held, found=self._found, masked=set(masked)
+        )
         return self._plans
 
     def begin(self, restored: Mapping[str, Any] | None) -> None:
@@ -64,7 +65,7 @@ class Membership:
 
     def try_masks(self, known: Iterable[SparseWeight], restored: Mapping[str, Any] | None) -> None:
         """Keep the values of all weights that are about to be pruned, but of those known from an earlier fit."""
-        saved, known, weights = (restored or {}).get("trial", {}), set(known), self._method.weights
+        saved, known, weights = (restored or {}).get("trial", {}), set(known), self._callback.weights
         self._trial = {sparse: dense for sparse, dense in self._trial.items() if sparse in weights}
         for sparse in weights:
             if restored is None and sparse not in known:
@@ -92,7 +93,7 @@ class Membership:
         judged = {plan.name for plan, _ in verdicts}
         self._open = [plan for plan in self._open if plan.name not in judged]
         if any(why for _, why in verdicts):
-            settled = {id(sparse.weight) for sparse in self._method.weights if sparse not in self._trial}
+            settled = {id(sparse.weight) for sparse in self._callback.weights if sparse not in self._trial}
             wanted = {id(plan.weight) for plan in self.plan(trainer, pl_module, settled) if plan.pattern}
             self._leave(trainer, [sparse for sparse in self._trial if id(sparse.weight) not in wanted])
         waiting = {id(plan.weight) for plan in self._open}
@@ -108,7 +109,7 @@ class Membership:
         """
         if self._held != held_by(*trainer.optimizers):
             self._replan(trainer, pl_module)
-        settled = {id(sparse.weight) for sparse in self._method.weights}
+        settled = {id(sparse.weight) for sparse in self._callback.weights}
         outside = [plan for plan in self._plans if plan.untrained or (plan.pattern and id(plan.weight) not in settled)]
         reached = [plan for plan in outside if plan.weight.requires_grad and plan.weight.grad is not None]
         mine = held_by(optimizer) if reached else set()
@@ -118,20 +119,20 @@ class Membership:
         for plan in late.values():
             self._found.pop(plan.name, None)
         plans = self.plan(trainer, pl_module, settled)
-        fresh = self._method._make_masks([plan for plan in plans if id(plan.weight) in late])
+        fresh = self._callback.training.make_masks([plan for plan in plans if id(plan.weight) in late])
         if fresh:
             self._trial |= {sparse: sparse.values.clone() for sparse in fresh}
             self._open += [plan for plan in plans if id(plan.weight) in late]
             order = {plan.name: place for place, plan in enumerate(plans)}
-            self._regroup(trainer, sorted([*self._method.weights, *fresh], key=lambda sparse: order[sparse.name]))
-            self._method.enforce(optimizer)
+            self._regroup(trainer, sorted([*self._callback.weights, *fresh], key=lambda sparse: order[sparse.name]))
+            self._callback.method.enforce()
             self._warn(late, fresh)
             self._report(trainer, f"{len(fresh)} weights have joined")
         return bool(fresh)
 
     def _replan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow somebody who has handed other parameters to the optimizers, perhaps of layers that replace others."""
-        weights = self._method.weights
+        weights = self._callback.weights
         here = {id(plan.weight) for plan in self.plan(trainer, pl_module, {id(sparse.weight) for sparse in weights})}
         staying = [sparse for sparse in weights if id(sparse.weight) in here]
         if len(staying) < len(weights):
@@ -153,14 +154,14 @@ class Membership:
         self, optimizers: list[Optimizer], stepping: Optimizer | None, last: bool
     ) -> list[tuple[LayerPlan, str]]:
         """Why a weight cannot be sparse, empty if it can; nothing of those that are still to be seen."""
-        plans, computed = self._open, self._method.books.computed
+        plans, computed = self._open, self._callback.books.computed
         params = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
         owner = {id(p): place for place, held in enumerate(params) for p in held}
         begun = [last or each is stepping for each in optimizers]
         begun = [sure or any(p.grad is not None for p in held) for sure, held in zip(begun, params, strict=True)]
         flags = [plan.weight.grad is not None for plan in plans] + [plan.name in computed for plan in plans] + begun
         # What one process reaches, all do.
-        found = iter(self._method._ranks.any(torch.tensor(flags, device=plans[0].weight.device)).tolist())
+        found = iter(self._callback.ranks.any(torch.tensor(flags, device=plans[0].weight.device)).tolist())
         reached, computing, begun = ([next(found) for _ in group] for group in (plans, plans, optimizers))
         verdicts = []
         for plan, is_reached, is_computed in zip(plans, reached, computing, strict=True):
@@ -173,42 +174,35 @@ class Membership:
 
     @torch.no_grad()
     def _leave(self, trainer: L.Trainer, gone: list[SparseWeight]) -> None:
-        method = self._method
+        callback = self._callback
         for sparse in gone:
             # What is kept may have been averaged in the meantime.
             sparse.values.copy_(torch.where(sparse.kept, sparse.values, self._trial[sparse]))
-            method._averages.put_back(sparse, self._trial[sparse])
-        self._regroup(trainer, [sparse for sparse in method.weights if sparse not in gone])
+            callback.averages.put_back(sparse, self._trial[sparse])
+        self._regroup(trainer, [sparse for sparse in callback.weights if sparse not in gone])
         if gone:
             self._report(
                 trainer, f"{len(gone)} weights that were pruned when fit started are as they were, bit for bit"
             )
-        if not method.weights:
+        if not callback.weights:
             rank_zero_warn(
-                f"{type(method).__name__} keeps no layer sparse: the first batch has shown that none is both trained and "
+                f"{type(callback).__name__} keeps no layer sparse: the first batch has shown that none is both trained and "
                 f"multiplied as it is, so training goes on dense. {advice(plan.reason for plan in self._plans)}"
             )
 
     def _regroup(self, trainer: L.Trainer, weights: list[SparseWeight]) -> None:
-        method = self._method
-        joined = set(weights) - set(method.weights)
-        method.weights = weights
-        method.regroup()
-        method.refollow(trainer)
-        method._averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
-        idle = {plan.name for plan in self._plans if plan.untrained}
-        method.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
+        self._callback.follow_members(trainer, weights, {plan.name for plan in self._plans if plan.untrained})
 
     def _report(self, trainer: L.Trainer, what: str) -> None:
-        method = self._method
-        rank_zero_info(f"{type(method).__name__}({method.pattern}): {what}.\n{layer_table(self._plans)}")
+        callback = self._callback
+        rank_zero_info(f"{type(callback).__name__}({callback.pattern}): {what}.\n{layer_table(self._plans)}")
         if trainer.is_global_zero:
-            record_config(trainer.loggers, type(method).__name__, str(method.pattern), self._plans)
+            record_config(trainer.loggers, type(callback).__name__, str(callback.pattern), self._plans)
 
     def _warn(self, late: Mapping[int, LayerPlan], fresh: list[SparseWeight]) -> None:
         first = fresh[0]
         rank_zero_warn(
             f"`{first.name}`, {late[id(first.weight)].reason or UNHELD} until now, is trained from optimizer step "
-            f"{self._method.steps + 1} on ({len(fresh)} layers): it is pruned now, to {first.pattern}. To train it dense, say "
-            f"layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
+            f"{self._callback.steps + 1} on ({len(fresh)} layers): it is pruned now, to {first.pattern}. To train it dense, "
+            f"say layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -57,7 +58,7 @@ class PredictionCheck(L.Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._method = next((found for found in callbacks if isinstance(found, BAMECallback)), None)
         if self._method is not None:
-            self._method.around_adaptation = lambda: self._check(trainer, pl_module)
+            self._method.method.observe_adaptations(partial(self._check, trainer, pl_module))
 
     @override
     def on_train_batch_start(
@@ -88,10 +89,7 @@ class PredictionCheck(L.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        # Neither callback could be pickled with a hold of the Trainer.
         self._batches = []
-        if self._method is not None:
-            self._method.around_adaptation = nullcontext
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -109,12 +107,13 @@ class PredictionCheck(L.Callback):
             yield
             return
         assert self._method is not None
-        self._method.enforce()  # the optimizer may have moved pruned weights
+        self._method.method.enforce()  # the optimizer may have moved pruned weights
         before = self._evaluate(trainer, pl_module, batches)
         yield
         after = self._evaluate(trainer, pl_module, batches)
-        if any(int(weight.sparse.rows.total(weight.last_flips)) for weight in self._method.evolving):
-            predicted = sum(float(weight.sparse.rows.total(weight.predicted)) for weight in self._method.evolving)
+        layers = self._method.evolving
+        if any(int(layer.sparse.rows.total(layer.last_flips)) for layer in layers):
+            predicted = sum(float(layer.sparse.rows.total(layer.predicted)) for layer in layers)
             self.predicted = [*self.predicted, predicted][-RECENT:]
             self.realised = [*self.realised, float(before - after)][-RECENT:]
 

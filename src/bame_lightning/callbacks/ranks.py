@@ -1,84 +1,22 @@
-"""What the processes of a run have to agree on: which strategies can be right, and a comparison that names who differs."""
+"""What the processes of a run have to agree on, and a comparison that names who differs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bame_lightning.blocks.checksum import checksum
-from bame_lightning.callbacks.packages import averaging_callbacks, known
+from bame_lightning.methods.method import Copy
 from bame_lightning.weights.invariants import InvariantError
 from bame_lightning.weights.layers import SparseWeight
 
 COMPARE_EVERY = 50
 """Optimizer steps between two comparisons of ranks, the first after step 1; each costs a host synchronisation."""
-
-_REMEDY = (
-    "Use `strategy='ddp'`, or FSDP2: `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)` with "
-    "`fully_shard` in the module's `configure_model`."
-)
-_REFUSED = {
-    "FSDPStrategy": (
-        "FSDP1 flattens weights and cuts them anywhere, in the middle of blocks too, so that no process can keep N of M"
-    ),
-    "DeepSpeedStrategy": (
-        "DeepSpeed updates flat copies of the weights in an optimizer of its own, which masks do not reach"
-    ),
-}
-
-
-def refuse_strategy(trainer: L.Trainer) -> None:
-    """Refuse strategies under which masks could not hold; sharded weights themselves are checked by `Rows.of`.
-
-    Args:
-        trainer: The Trainer, before it has set up anything.
-
-    Raises:
-        ValueError: If masks could not hold.
-    """
-    name = type(trainer.strategy).__name__
-    strategy: Any = trainer.strategy
-    for refused, why in _REFUSED.items():
-        if isinstance(strategy, known("strategies", refused)):
-            raise ValueError(f"`strategy` {name} cannot train N:M sparse weights: {why}. {_REMEDY}")
-    if isinstance(strategy, known("strategies", "ModelParallelStrategy")):
-        tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
-        if tensor_parallel > 1:
-            raise ValueError(
-                f"`strategy` {name} has `tensor_parallel_size` {tensor_parallel}, and tensor parallelism may cut blocks of "
-                f"weights along the input dimension. {_REMEDY}"
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, averaging_callbacks()):
-                raise ValueError(
-                    f"`callbacks` holds {type(callback).__name__}, whose average of the weights is not sharded as `strategy` "
-                    f"{name} shards them, so masks cannot follow it. Leave it out, or use `strategy='ddp'`."
-                )
-
-
-def restores_late(trainer: L.Trainer) -> bool:
-    """Whether a checkpoint would be loaded after `on_fit_start` only, as by strategies that shard the model first."""
-    return trainer.strategy.restore_checkpoint_after_setup
-
-
-class Copy(NamedTuple):
-    """Something that every rank holds, and that must be the same on all of them.
-
-    Args:
-        what: What it is, for the message.
-        layer: Of which layer.
-        value: The tensor.
-    """
-
-    what: str
-    layer: str
-    value: Tensor
 
 
 class Ranks:

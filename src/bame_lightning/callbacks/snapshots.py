@@ -11,8 +11,8 @@ import torch
 from typing_extensions import override
 
 from bame_lightning.bame.schedule import Window
-from bame_lightning.callbacks.base import SparseCallback
-from bame_lightning.callbacks.watcher import MaskWatcher, evolving_weights, maps_of
+from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
 from bame_lightning.show.mask_file import FILE, Snapshots, layer_of, write_snapshots
 
 
@@ -50,7 +50,7 @@ class MaskSnapshots(MaskWatcher):
 
     @override
     def begin(self, trainer: L.Trainer, method: SparseCallback) -> None:
-        freezes = any(weight.freeze_after is not None for weight in evolving_weights(method).values())
+        freezes = any(layer.freezes for layer in evolving_layers(method).values())
         layers = [layer_of(sparse, freezes=freezes) for sparse in method.weights]
         if self.snapshots.layers != layers or not method.steps:
             self.snapshots = Snapshots(layers)
@@ -75,7 +75,7 @@ class MaskSnapshots(MaskWatcher):
         self.snapshots = Snapshots.from_bytes(self._contents) if self._contents else Snapshots()
 
     def _record(self, method: SparseCallback) -> None:
-        evolving = evolving_weights(method)
+        evolving = evolving_layers(method)
         maps = [maps_of(sparse, evolving.get(sparse.name)) for sparse in method.weights]
         self.snapshots.add(method.steps, None if self.window is None else done(self.window, method.steps), maps)
 

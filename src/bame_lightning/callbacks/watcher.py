@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.evolving import EvolvingLayer
 from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.callbacks.bame import BAMECallback
-from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.run_length import total_steps
 from bame_lightning.show.mask_file import LayerMaps, layer_maps
 from bame_lightning.weights.layers import SparseWeight
@@ -73,17 +73,16 @@ class MaskWatcher(L.Callback):
         self.look(trainer, self.method)
 
 
-def evolving_weights(method: SparseCallback) -> dict[str, EvolvingWeight]:
+def evolving_layers(callback: SparseCallback) -> dict[str, EvolvingLayer]:
     """What evolves beside the masks, by the name of the weight; empty for methods that have nothing of the kind."""
-    return {weight.sparse.name: weight for weight in method.evolving} if isinstance(method, BAMECallback) else {}
+    return {layer.sparse.name: layer for layer in callback.evolving} if isinstance(callback, BAMECallback) else {}
 
 
-def maps_of(sparse: SparseWeight, evolving: EvolvingWeight | None) -> LayerMaps:
+def maps_of(sparse: SparseWeight, evolving: EvolvingLayer | None) -> LayerMaps:
     """Make the maps of a weight: its mask, and oscillations and frozen blocks where there are any."""
     if evolving is None:
         return layer_maps(sparse)
-    frozen = None if evolving.freeze_after is None else evolving.frozen
-    return layer_maps(sparse, evolving.history.oscillations, frozen)
+    return layer_maps(sparse, evolving.oscillations, evolving.frozen if evolving.freezes else None)
 
 
 def moments(window: Window, at_most: int) -> list[int]:

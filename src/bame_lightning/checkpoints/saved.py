@@ -12,7 +12,7 @@ from bame_lightning.blocks.masks import unpack_mask
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.checkpoints.files import Weights
 from bame_lightning.checkpoints.untrusted import UnreadableError
-from bame_lightning.weights.layers import AUDITABLE, VERSION_KEY
+from bame_lightning.weights.saved_state import AUDITABLE, VERSION_KEY
 
 _TRAINED = ("state_dict", "model", "")
 """Keys of the weights that training left; other sets are averages, or of other networks."""

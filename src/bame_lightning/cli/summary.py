@@ -14,7 +14,7 @@ from rich.panel import Panel
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks import Dense
-from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.audit import audit_checkpoint
 from bame_lightning.ledger.flops import LABEL
 from bame_lightning.show.find_runs import strict_json

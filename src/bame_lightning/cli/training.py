@@ -20,7 +20,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from omegaconf import DictConfig
 
 from bame_lightning.callbacks import Dense, OneShotMagnitude
-from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from bame_lightning.bame.schedule import Schedule
-from bame_lightning.callbacks.base import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback
 
 
 class Fit(NamedTuple):
@@ -196,7 +196,7 @@ def _times(seconds: list[float], callbacks: list[L.Callback], before: int | None
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
     began = time.perf_counter()
     for callback in sparse:
-        callback.method_statistics()
+        callback.method.metrics()
     metrics = time.perf_counter() - began
     saved = io.BytesIO()
     torch.save([callback.state_dict() for callback in sparse], saved)

@@ -32,13 +32,6 @@ from bame_lightning.weights.reasons import (
 )
 from bame_lightning.weights.sharding import ALL_ROWS, Rows, local
 
-VERSION_KEY = "nm_sparsity_version"
-"""Key in a callback's state that marks it as one of sparse weights."""
-STATE_VERSION = 5
-"""Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
-AUDITABLE = range(1, STATE_VERSION + 1)
-"""Versions that name layers, patterns and masks as this one does; what evolves beside them has changed."""
-
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bame_lightning.weights.layers import STATE_VERSION, VERSION_KEY
+from bame_lightning.weights.saved_state import STATE_VERSION, VERSION_KEY
 
 
 def mask(shape: tuple[int, ...], n: int, m: int, seed: int = 0) -> Tensor:

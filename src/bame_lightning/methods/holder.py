@@ -1,4 +1,4 @@
-"""Follow the steps of the optimizers that hold sparse weights, each with a clock of its own."""
+"""The optimizers that hold sparse weights: each with steps, gradients and a window of its own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bame_lightning.bame.schedule import Window
-from bame_lightning.callbacks.run_length import Pace
+from bame_lightning.methods.pace import Pace
+from bame_lightning.weights.fixed_point import keeps_zeros
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
 
 AfterStep = Callable[[Optimizer, Any, Any], None]
 
 
-class Followed:
+class Holder:
     """An optimizer that holds sparse weights: which ones, and how many steps it has taken.
 
     Args:
@@ -29,7 +29,8 @@ class Followed:
     Attributes:
         steps: Optimizer steps so far.
         pace: How its steps go with the batches of the run.
-        window: When masks of its weights adapt; None as planned for a step a batch.
+        window: When masks of its weights adapt, in its own steps.
+        keeps_zeros: Whether what is zero in weights, gradients and state stays zero in its steps.
         stepping: Whether gradients were handled for a step that is not over.
         backward: Whether a backward pass came since its last step (manual optimization).
         batches: Batches since its last step whose gradients have reached one of its weights (manual optimization).
@@ -40,8 +41,8 @@ class Followed:
         self.weights: list[SparseWeight] = []
         self.steps = 0
         self.pace = Pace()
-        self.window: Window | None = None
-        self.stepping = self.backward = False
+        self.window = Window(0, 0, 1)
+        self.stepping = self.backward = self.keeps_zeros = False
         self.batches = 0
         self._reached = False
         self._passes: list[Any] = []
@@ -75,7 +76,7 @@ class Followed:
             "pace": self.pace.state_dict(),
         }
 
-    def attach(self, before_inner: Callable[[Followed], None], after: AfterStep) -> None:
+    def attach(self, before_inner: Callable[[Holder], None], after: AfterStep) -> None:
         """See every step from now on.
 
         Torch's hooks see the steps of an optimizer whose class they are in. Where `step` was patched or compiled, or
@@ -91,6 +92,9 @@ class Followed:
         """
         self.detach()
         nested = nested_optimizers(self.optimizer)
+        # A hook that comes before ours may move weights after the update; those that come later are seen at the next step.
+        hooks = getattr(self.optimizer, "_optimizer_step_post_hooks", {})
+        self.keeps_zeros = keeps_zeros(self.optimizer) and not hooks
 
         # Optimizers may be compiled, hooks included; what is done here never is.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -182,46 +186,3 @@ def _see_steps(optimizer: Any, enter: AfterStep, leave: AfterStep) -> list[Calla
             f"`Optimizer.__init__` nor lets its `step` be wrapped ({error}). Call `super().__init__`, or use another optimizer."
         ) from None
     return [undo]
-
-
-def find_holders(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> list[Optimizer]:
-    """The optimizers that hold weights with these `id`s.
-
-    Raises:
-        ValueError: If one of them cannot be right.
-    """
-    holders = [optimizer for optimizer in trainer.optimizers if sparse & held_by(optimizer)]
-    for optimizer in holders:
-        _refuse(trainer, pl_module, optimizer)
-    for weight in sparse:
-        both = [type(optimizer).__name__ for optimizer in holders if weight in held_by(optimizer)]
-        if len(both) > 1:
-            raise ValueError(
-                f"`configure_optimizers` returns {' and '.join(both)} with a sparse weight in common, whose mask cannot follow "
-                "the steps of both. Give every weight to one optimizer, or keep the layer dense with layers={'name': 'dense'}."
-            )
-    return holders
-
-
-def _refuse(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-    if any(isinstance(found, torch.optim.LBFGS) for found in (optimizer, *nested_optimizers(optimizer))):
-        raise ValueError(
-            "`configure_optimizers` returns LBFGS, which steps along gradients of earlier steps, when other masks held. Use an "
-            "optimizer that keeps one value per weight, as SGD or AdamW."
-        )
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError(
-            "`configure_optimizers` returns an optimizer with `maximize=True`, but masks follow gradients downhill. Minimize "
-            "the negated loss instead."
-        )
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if scaled and not pl_module.automatic_optimization:
-        raise ValueError(
-            "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
-            "follow them. Use `precision='bf16-mixed'` or automatic optimization."
-        )
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            "A fused optimizer under a loss scaler (`precision='16-mixed'`) unscales gradients inside its step, after the "
-            "masks have read them. Use `fused=False`, or `precision='bf16-mixed'`."
-        )

@@ -1,0 +1,305 @@
+"""Block-aware mask evolution as a method: read, accumulate, adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from bame_lightning.bame.evidence import Evidence, OneBatch
+from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
+from bame_lightning.bame.oscillation import oscillation_frequency
+from bame_lightning.bame.reading import Reading
+from bame_lightning.bame.schedule import Schedule
+from bame_lightning.blocks.masks import zero_pruned_
+from bame_lightning.blocks.statistics import percentiles, pooled_mean
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.masked import Masked
+from bame_lightning.methods.method import Copy
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.mask_set import flip_rates
+from bame_lightning.weights.positions import flat_memory
+
+
+class BAME(Masked):
+    """Block-aware mask evolution.
+
+    Weights of one pattern, type, device and optimizer evolve together (`EvolvingBlocks`).
+
+    Args:
+        evidence: The rule: what is read, how it moves evidence, and which weights swap.
+        schedule: When masks adapt.
+        freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
+        rescale: As in `Masked`.
+
+    Attributes:
+        groups: The weights that evolve together.
+        adaptations: Adaptations so far.
+        discarded: Readings discarded for values that are not finite; scalar.
+    """
+
+    name = "BAMECallback"
+    never = "BAME will never adapt a mask"
+    schedule: Schedule
+
+    def __init__(
+        self,
+        evidence: Evidence | OneBatch,
+        schedule: Schedule,
+        freeze_after: int | None = None,
+        *,
+        rescale: bool = False,
+    ) -> None:
+        super().__init__(rescale=rescale)
+        self.evidence = evidence
+        self.schedule = schedule
+        self.freeze_after = freeze_after
+        self.groups: list[EvolvingBlocks] = []
+        self.adaptations = 0
+        self.discarded = torch.zeros((), dtype=torch.int64)
+        self._observers: list[Callable[[], AbstractContextManager[None]]] = []
+
+    @property
+    def layers(self) -> list[EvolvingLayer]:
+        """What evolves in each weight, in the order of the run's weights."""
+        found = {id(layer.sparse): layer for group in self.groups for layer in group.layers()}
+        return [found[id(sparse)] for sparse in self.run.weights]
+
+    @override
+    def begin(self, restored: Mapping[str, Any] | None) -> None:
+        known = {id(sparse) for group in self.groups for sparse in group.weights}
+        if restored is None and self.run.steps and known & {id(sparse) for sparse in self.run.weights}:
+            self._group()  # a second fit goes on where the first one ended
+            return
+        self.groups = []
+        self._group()
+        self.adaptations = 0
+        self.discarded = torch.zeros((), dtype=torch.int64, device=self.run.weights[0].kept.device)
+        if restored is not None:
+            self.adaptations = int(restored["adaptations"])
+            self.discarded += restored["discarded"].to(self.discarded.device)
+            for group in self.groups:
+                for layer, sparse in enumerate(group.weights):
+                    group.load_state(layer, restored["layers"][sparse.name])
+
+    @override
+    def regroup(self) -> None:
+        self._group()
+        super().regroup()
+
+    def _group(self) -> None:
+        """Put weights together that evolve together; what is known of a weight goes along. Those that are new are dense."""
+        wanted: dict[Any, list[SparseWeight]] = {}
+        holder = {id(sparse): place for place, each in enumerate(self.run.holders) for sparse in each.weights}
+        for sparse in self.run.weights:
+            kind = (holder.get(id(sparse)), sparse.pattern, sparse.weight.dtype, sparse.kept.device)
+            wanted.setdefault(kind, []).append(sparse)
+        before = {id(sparse): (group, layer) for group in self.groups for layer, sparse in enumerate(group.weights)}
+        kept = {tuple(map(id, group.weights)): group for group in self.groups}
+        groups = []
+        for weights in wanted.values():
+            group = kept.get(tuple(map(id, weights)))
+            if group is None:
+                states = [
+                    (known[0].state(known[1]) if known else None) for known in (before.get(id(s)) for s in weights)
+                ]
+                group = self.evidence.begin(weights, self.freeze_after)
+                for layer, state in enumerate(states):
+                    if state is not None:
+                        group.load_state(layer, state)
+            groups.append(group)
+        self.groups = groups
+
+    def observe_adaptations(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """Run each adaptation in a context, for those who want to compare before and after; until training ends.
+
+        Args:
+            around: Makes the context.
+        """
+        self._observers.append(around)
+
+    @override
+    def end(self) -> None:
+        super().end()
+        self._observers = []
+
+    @override
+    def rescaled(self, sparse: SparseWeight, factor: float) -> None:
+        for group in self.groups:
+            for layer, weight in enumerate(group.weights):
+                if weight is sparse:
+                    group.rescaled(layer, factor)
+
+    def reading(self, holder: Holder) -> Reading | None:
+        """What to read of the gradients of the step that is going on."""
+        return self.evidence.reading(holder.steps, holder.window)
+
+    @override
+    def reads(self, holder: Holder) -> bool:
+        return self.reading(holder) is not None
+
+    @override
+    def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
+        reading = self.reading(holder)
+        assert reading is not None
+        for group in self._groups_of(holder):
+            found = [gradients.get(sparse.name) for sparse in group.weights]
+            group.read(found, everywhere=reading.everywhere, adapts=holder.window.adapts(holder.steps))
+
+    @override
+    def evolve(self, holder: Holder) -> bool:
+        reading, groups = self.reading(holder), self._groups_of(holder)
+        if reading is None:
+            for group in groups:
+                group.read_shares = [0.0] * len(group.weights)
+        else:
+            self._accumulate(holder, groups, reading)
+        adapts = holder.window.adapts(holder.steps)
+        if adapts:
+            with ExitStack() as observed:
+                for observer in self._observers:
+                    observed.enter_context(observer())
+                self._adapt(holder, groups)
+            self.adaptations += 1
+        for group in groups:
+            group.end_step()
+        return adapts
+
+    def _accumulate(self, holder: Holder, groups: list[EvolvingBlocks], reading: Reading) -> None:
+        # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
+        extremes = [bound.double() for group in groups for bound in group.extremes()]
+        finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones_like(self.discarded) > 0
+        finite = self.run.everywhere(finite)
+        self.discarded += ~finite
+        for group in groups:
+            group.accumulate(holder.optimizer, reading, finite, len(holder.window))
+            if reading.everywhere:
+                group.contend()
+
+    def _adapt(self, holder: Holder, groups: list[EvolvingBlocks]) -> None:
+        share = self.evidence.adaptable_share(holder.steps, holder.window)
+        state = self.state_of(holder)
+        for group in groups:
+            held = {s.name for s in group.weights if state.copies(s.weight, s.name)}
+            before = {sparse.name: sparse.kept.clone() for sparse in group.weights if sparse.name in held}
+            swaps = group.adapt(share)
+            if swaps is None:
+                # State was zero wherever weights were pruned, so a revived weight starts without history, too.
+                self.enforce(group.weights)
+            else:
+                self._follow_swaps(holder, group, swaps)
+            self.restart_copies(holder, before)
+
+    def _follow_swaps(self, holder: Holder, group: EvolvingBlocks, swaps: Swaps) -> None:
+        """Zero optimizer state where weights were pruned."""
+        state = self.state_of(holder)
+        for sparse, pruned in zip(group.weights, swaps.pruned, strict=True):
+            for _, value in state.elementwise(sparse.weight, sparse.name):
+                if sparse.oriented(value).stride() == sparse.kept.stride():
+                    flat_memory(value.detach()).index_fill_(0, pruned, 0)
+                else:
+                    zero_pruned_(sparse.oriented(value), sparse.kept)
+
+    def _groups_of(self, holder: Holder) -> list[EvolvingBlocks]:
+        here = {id(sparse) for sparse in holder.weights}
+        return [group for group in self.groups if id(group.weights[0]) in here]
+
+    @override
+    def costs(self, holder: Holder) -> dict[str, Shares]:
+        return {
+            sparse.name: Shares.bame(sparse.pattern.density, share)
+            for group in self._groups_of(holder)
+            for sparse, share in zip(group.weights, group.read_shares, strict=True)
+        }
+
+    @override
+    def metrics(self) -> dict[str, Tensor]:
+        layers = self.layers
+        frequencies = [oscillation_frequency(layer.oscillations, self.adaptations) for layer in layers]
+        inside = self._inside()
+        contenders = sum(group.contender_count * share for group, share in zip(self.groups, inside, strict=True))
+        pruned = sum(group.pruned_positions for group in self.groups)
+        designated = [group.designated.float() * share for group, share in zip(self.groups, inside, strict=True)]
+        # A sum over rows, written so that its mean over ranks is right.
+        predicted = [layer.predicted * layer.sparse.rows.parts for layer in layers]
+        found = flip_rates(group.masks for group in self.groups) | {
+            "bame/oscillation_frequency": pooled_mean(frequencies),
+            "bame/frozen_fraction": pooled_mean(layer.frozen for layer in layers),
+            "bame/designated_fraction": pooled_mean(designated),
+            "bame/contender_fraction": torch.tensor(contenders / max(1, pruned)),
+            "bame/predicted_loss_reduction": torch.stack(predicted).sum(),
+            "bame/discarded_readings": self.discarded.float(),
+            "bame/mask_age": pooled_mean(layer.ages for layer in layers),
+        }
+        for layer, frequency in zip(layers, frequencies, strict=True):
+            key = f"bame/layer/{layer.sparse.label}"
+            found[f"{key}/oscillation_frequency"] = frequency.mean()
+            found[f"{key}/frozen_fraction"] = layer.frozen.float().mean()
+        return found | self._percentiles(frequencies)
+
+    def _inside(self) -> list[float]:
+        """Whether each group is in the window of its optimizer; nothing contends any more once that is over."""
+        found = []
+        for group in self.groups:
+            holder = next((each for each in self.run.holders if group in self._groups_of(each)), None)
+            found.append(float(holder is not None and holder.steps in holder.window))
+        return found
+
+    def _percentiles(self, frequencies: list[Tensor]) -> dict[str, Tensor]:
+        """Percentiles over all rows: a mean of percentiles is none."""
+        urgencies = {
+            id(sparse): group.closeness(layer).amax(-1).clamp_min(0)
+            for group in self.groups
+            for layer, sparse in enumerate(group.weights)
+        }
+        of = [urgencies[id(sparse)] for sparse in self.run.weights]
+        found: dict[str, Tensor] = {}
+        for name, values, percents in (
+            ("oscillation_frequency", frequencies, (50, 90, 99)),
+            ("evidence_to_weight", of, (50, 90)),
+        ):
+            whole = [s.rows.gather(value) for s, value in zip(self.run.weights, values, strict=True)]
+            each = percentiles(whole, percents)
+            found |= {f"bame/{name}_p{p}": value for p, value in zip(percents, each, strict=True)}
+        return found
+
+    @override
+    def copies(self) -> Iterator[Copy]:
+        yield from super().copies()
+        for group in self.groups:
+            for layer, sparse in enumerate(group.weights):
+                # Statistics of the whole layer, even where its rows are spread.
+                yield from (Copy(what, sparse.label, value) for what, value in group.statistics(layer).items())
+                if sparse.rows.whole:
+                    yield from (Copy(what, sparse.label, value) for what, value in group.copies(layer).items())
+
+    @override
+    def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        layers = {s.name: group.state(layer) for group in self.groups for layer, s in enumerate(group.weights)}
+        return layers, {"adaptations": self.adaptations, "discarded": self.discarded.cpu().clone()}
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.groups = []
+
+    @override
+    def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
+        layers = self.layers
+        # Nothing that looks at the weights: Lightning has moved them to the CPU by now.
+        frequencies = [oscillation_frequency(layer.oscillations, self.adaptations) for layer in layers]
+        means = {
+            "oscillation_frequency": pooled_mean(frequencies),
+            "frozen_fraction": pooled_mean(layer.frozen for layer in layers),
+        }
+        return {
+            "adaptations": self.adaptations,
+            "flips": sum(group.masks.total() for group in self.groups),
+            "discarded_readings": int(self.discarded),
+            **{name: float(value) for name, value in mean(means).items()},
+        }

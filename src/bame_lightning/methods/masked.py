@@ -1,0 +1,265 @@
+"""Methods whose pruned weights are zero throughout: gradients, weights and optimizer state follow the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from bame_lightning.blocks.masks import as_integers, zero_pruned_
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.method import Method
+from bame_lightning.weights import invariants
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.scale import CHANCE, alignment
+from bame_lightning.weights.sharding import local
+from bame_lightning.weights.weight_state import WeightState, restart_
+
+LOOK_EVERY = 16
+"""Steps between two passes over the weights of an optimizer that keeps zeros: somebody else may have written to them."""
+
+
+class Masked(Method):
+    """Enforce masks at every step: sparse forward, sparse input gradient, sparse weight gradient. The masks stay.
+
+    Gradients of pruned weights are zeroed before they are clipped. Where weight, gradient and optimizer state are zero, most
+    optimizers leave them so (`keeps_zeros`). Whatever such an optimizer holds is zeroed when masks change, when somebody
+    else has written to it, and every `LOOK_EVERY` steps; what any other holds, after each of its steps.
+
+    Args:
+        rescale: As in `Method`.
+    """
+
+    def __init__(self, *, rescale: bool = False) -> None:
+        super().__init__(rescale=rescale)
+        self._withheld: dict[str, Tensor] = {}
+        self._states: dict[int, WeightState] = {}
+        self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
+        self._touched: list[SparseWeight] = []
+        self._factors: dict[str, Tensor] = {}
+
+    # What a method overrides.
+
+    def begin(self, restored: Mapping[str, Any] | None) -> None:
+        """Prepare what evolves, before pruned weights are zeroed; or restore it."""
+
+    def reads(self, holder: Holder) -> bool:
+        """Whether this step needs dense gradients."""
+        return False
+
+    def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
+        """Look at the dense gradients of the step so far, just before they are masked; the last look counts.
+
+        Args:
+            holder: The optimizer whose gradients they are.
+            gradients: As they lie in memory, by name of the weight.
+        """
+
+    def evolve(self, holder: Holder) -> bool:
+        """Change masks after a step; returns whether any may have changed."""
+        return False
+
+    def rescaled(self, sparse: SparseWeight, factor: float) -> None:
+        """Follow a weight that was multiplied by a factor before the first update."""
+
+    # The verbs.
+
+    @override
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        self._withheld, self._states = {}, {}
+        self.begin(restored)
+        self.enforce()
+        self._remember_masks()
+
+    @override
+    def regroup(self) -> None:
+        names = {sparse.name for sparse in self.run.weights}
+        self._withheld = {name: gradient for name, gradient in self._withheld.items() if name in names}
+        self.rescaling &= names
+        self._remember_masks()
+
+    @override
+    @torch.no_grad()
+    def before_backward(self, holder: Holder) -> None:
+        # Users may have zeroed gradients since the last pass: what was withheld of them is void, too.
+        for sparse in holder.weights:
+            if sparse.gradient is None:
+                self._withheld.pop(sparse.name, None)
+            elif sparse.name in self._withheld:
+                zero_pruned_(self._withheld[sparse.name], sparse.gradient.any())
+
+    @override
+    @torch.no_grad()
+    def after_backward(self, holder: Holder) -> None:
+        # The last pass of a step is not known to be the last one, so each look is at the whole gradient so far.
+        for sparse in holder.weights:
+            if sparse.gradient is not None and sparse.name in self._withheld:
+                sparse.gradient.add_(self._withheld[sparse.name])
+        if self.reads(holder):
+            self.read(holder, _gradients(holder.weights))
+            for sparse in holder.weights:
+                if sparse.gradient is not None:
+                    self._withheld[sparse.name] = sparse.gradient.clone()
+                    zero_pruned_(self._withheld[sparse.name], sparse.pruned)
+        self._mask_gradients(holder)
+
+    @override
+    def gradients_ready(self, holder: Holder) -> None:
+        if self.reads(holder):
+            self.read(holder, _gradients(holder.weights))
+        self._mask_gradients(holder)
+
+    @override
+    def gradients_clipped(self, holder: Holder) -> None:
+        self._mask_gradients(holder)
+
+    def _mask_gradients(self, holder: Holder) -> None:
+        """Zero gradients where weights are pruned, in one operation for all but those that have a graph."""
+        bits, factors = [], []
+        for sparse in holder.weights:
+            gradient = sparse.weight.grad
+            if gradient is None:
+                continue
+            if gradient.requires_grad:
+                # The optimizer will differentiate the gradient, so that it must not change in place.
+                sparse.weight.grad = torch.where(sparse.oriented(sparse.kept), gradient, 0)
+                continue
+            bits.append(as_integers(local(gradient)))
+            factors.append(self._factor(sparse))
+        if bits:
+            torch._foreach_mul_(bits, factors)
+
+    def _factor(self, sparse: SparseWeight) -> Tensor:
+        """The mask as zeros and ones, as the weight lies in memory."""
+        found = self._factors.get(sparse.name)
+        if found is None or found.data_ptr() != sparse.kept.data_ptr():
+            found = self._factors[sparse.name] = sparse.oriented(sparse.kept).view(torch.int8)
+        return found
+
+    @override
+    def before_update(self, holder: Holder) -> None:
+        seen = self._versions
+        self._touched = [sparse for sparse in holder.weights if seen.get(sparse.name) != _version(sparse.weight)]
+        # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
+        # the optimizer is about to differentiate the gradient.
+        if self.rescaling:
+            self._rescale([sparse for sparse in holder.weights if not sparse.has_graph])
+
+    def _rescale(self, weights: Iterable[SparseWeight]) -> None:
+        for sparse in weights:
+            if sparse.name not in self.rescaling or sparse.gradient is None:
+                continue
+            weight = sparse.values
+            # A mean over all rows, wherever they lie.
+            aligned = alignment(sparse.rows.gather(weight), sparse.rows.gather(sparse.gradient))
+            if aligned.isfinite():  # otherwise nothing is known yet
+                self.rescaling.remove(sparse.name)
+                if aligned > CHANCE:
+                    factor = sparse.pattern.density**-0.5
+                    weight.mul_(factor)
+                    self.rescaled(sparse, factor)
+
+    @override
+    def after_update(self, holder: Holder) -> None:
+        if self.rescaling:
+            self._rescale([sparse for sparse in holder.weights if sparse.has_graph])
+        if self.run.verify:
+            invariants.check_gradients(holder.weights, self.run.steps)
+        state = self.state_of(holder)
+        if not holder.keeps_zeros or holder.steps % LOOK_EVERY == 0:
+            self.enforce(holder.weights)
+        else:
+            self.enforce(self._touched)
+        evolved = self.evolve(holder)
+        for sparse in holder.weights:
+            self._withheld.pop(sparse.name, None)
+        state.check_shown((sparse.name, sparse.weight) for sparse in holder.weights)
+        if evolved:
+            self._remember_masks()
+        self._remember_versions(holder.weights)
+
+    @override
+    def costs(self, holder: Holder) -> dict[str, Shares]:
+        return {sparse.name: Shares.static(sparse.pattern.density) for sparse in holder.weights}
+
+    @override
+    def check(self) -> None:
+        weights, steps = self.run.weights, self.run.steps
+        invariants.check_counts(weights, steps)
+        invariants.check_masks(weights, self._expected, steps)
+        invariants.check_weights(weights, steps)
+        for holder in self.run.holders:
+            invariants.check_optimizer_state(holder.weights, self.state_of(holder), steps)
+
+    @override
+    def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
+        weights = self.run.weights if weights is None else weights
+        if not weights:
+            return
+        found = [(as_integers(local(sparse.weight.detach())), self._factor(sparse)) for sparse in weights]
+        wanted = {id(sparse) for sparse in weights}
+        for holder in self.run.holders:
+            state = self.state_of(holder)
+            for sparse in holder.weights:
+                if id(sparse) in wanted:
+                    kept = state.elementwise(sparse.weight, sparse.name)
+                    found += [(as_integers(value.detach()), self._factor(sparse)) for _, value in kept]
+        torch._foreach_mul_(*zip(*found, strict=True))
+        self._remember_versions(weights)
+
+    @override
+    def forget(self) -> None:
+        self.rescaling, self._withheld, self._versions, self._factors, self._touched = set(), {}, {}, {}, []
+
+    @override
+    def end(self) -> None:
+        self._states = {}
+
+    def restart_copies(self, holder: Holder, before: Mapping[str, Bool[Tensor, "out inp *kernel"]]) -> None:
+        """Start copies of weights that an optimizer keeps anew where weights were revived.
+
+        Args:
+            holder: The optimizer.
+            before: Copies of masks as they were, by name of the weight.
+        """
+        state = self.state_of(holder)
+        for sparse in holder.weights:
+            for copy in state.copies(sparse.weight, sparse.name) if sparse.name in before else ():
+                restart_(sparse.oriented(copy), sparse.values, sparse.kept & ~before[sparse.name])
+
+    def state_of(self, holder: Holder) -> WeightState:
+        """What an optimizer keeps of its weights."""
+        if id(holder.optimizer) not in self._states:
+            self._states[id(holder.optimizer)] = WeightState(holder.optimizer)
+        return self._states[id(holder.optimizer)]
+
+    def _remember_versions(self, weights: Iterable[SparseWeight]) -> None:
+        self._versions |= {sparse.name: _version(sparse.weight) for sparse in weights}
+
+    def _remember_masks(self) -> None:
+        if self.run.verify:
+            self._expected = {sparse.name: sparse.kept.clone() for sparse in self.run.weights}
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """What changes when somebody writes to a weight, or puts other memory behind it, as far as torch tells."""
+    return weight._version, 0 if isinstance(weight, DTensor) else weight.data_ptr()
+
+
+def _gradients(weights: Iterable[SparseWeight]) -> dict[str, Tensor]:
+    """Gradients as they lie in memory, laid out as their weights."""
+    found = {}
+    for sparse in weights:
+        if sparse.weight.grad is not None:
+            gradient = local(sparse.weight.grad.detach() if sparse.weight.grad.requires_grad else sparse.weight.grad)
+            if gradient.stride() != local(sparse.weight).stride():
+                gradient = torch.empty_like(local(sparse.weight.detach())).copy_(gradient)
+            found[sparse.name] = gradient
+    return found

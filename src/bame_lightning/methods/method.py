@@ -1,0 +1,160 @@
+# ruff: noqa: B027 most verbs are for some methods only
+"""What a method of sparse training does in a step: the protocol, and what all methods share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bame_lightning.bame.schedule import Schedule, Window
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.holder import Holder
+from bame_lightning.weights.layers import SparseWeight
+
+
+class Copy(NamedTuple):
+    """Something that every rank holds, and that must be the same on all of them.
+
+    Args:
+        what: What it is, for the message.
+        layer: Of which layer.
+        value: The tensor.
+    """
+
+    what: str
+    layer: str
+    value: Tensor
+
+
+def _as_it_is(flag: Tensor) -> Tensor:
+    return flag
+
+
+@dataclass(eq=False)
+class Run:
+    """A run of training, as a method sees it.
+
+    Args:
+        weights: The sparse weights.
+        holders: The optimizers that hold them.
+        steps: Optimizer steps so far, of all of them.
+        window: When masks adapt, in optimizer steps, where optimizers step once a batch.
+        verify: Whether to check invariants at every step.
+        everywhere: Turns a boolean scalar into whether it is true in all processes that hold other rows.
+    """
+
+    weights: list[SparseWeight] = field(default_factory=list)
+    holders: list[Holder] = field(default_factory=list)
+    steps: int = 0
+    window: Window = field(default_factory=lambda: Window(0, 0, 1))
+    verify: bool = False
+    everywhere: Callable[[Tensor], Tensor] = _as_it_is
+
+
+class Method(ABC):
+    """A method of sparse training. Its verbs are called in the order in which they stand here.
+
+    Args:
+        rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
+            irrelevant (`weights.scale.alignment`).
+
+    Attributes:
+        run: The run that it is part of, which whoever drives the method keeps true.
+        rescaling: Names of the weights whose scale is still to be decided.
+        name: What messages call it.
+        schedule: When masks change, for methods that change them now and then.
+        never: What never happens if the window of the schedule is too short for a change; begins a sentence.
+        transposable: Whether masks are N:M along the output dimension, too.
+    """
+
+    name = "StaticMask"
+    schedule: Schedule | None = None
+    never = ""
+    transposable = False
+
+    def __init__(self, *, rescale: bool = False) -> None:
+        self.run = Run()
+        self.rescale = rescale
+        self.rescaling: set[str] = set()
+
+    @abstractmethod
+    def start(self, restored: Mapping[str, Any] | None) -> None:
+        """Make the weights of the run sparse, which may still be dense; prepare what evolves, or restore it.
+
+        Args:
+            restored: The state of a checkpoint; None in a new run, or in a second fit that goes on where the first one ended.
+        """
+
+    def regroup(self) -> None:
+        """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense."""
+
+    def before_backward(self, holder: Holder) -> None:
+        """Prepare for one of a step's backward passes (manual optimization)."""
+
+    def after_backward(self, holder: Holder) -> None:
+        """Change gradients, which further backward passes may add to and users may clip (manual optimization)."""
+
+    def gradients_ready(self, holder: Holder) -> None:
+        """Change gradients once they are whole and before they are clipped (automatic optimization)."""
+
+    def gradients_clipped(self, holder: Holder) -> None:
+        """Change gradients that users may have written last (manual optimization)."""
+
+    def before_update(self, holder: Holder) -> None:
+        """Prepare for the optimizer's update."""
+
+    @abstractmethod
+    def after_update(self, holder: Holder) -> None:
+        """Make the weights sparse again, and evolve; not called for a step that a loss scaler skips."""
+
+    @abstractmethod
+    def costs(self, holder: Holder) -> dict[str, Shares]:
+        """Share of the dense cost of each weight that the step just taken has moved, by name."""
+
+    @abstractmethod
+    def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
+        """Make weights, and the state that optimizers keep of them, fit the masks.
+
+        Args:
+            weights: Which; all of them unless given.
+        """
+
+    def after_batch(self) -> None:
+        """Make sure that the weights are sparse, although an update may have been skipped."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check the invariants that hold between two updates; called only if the run is verified."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Metrics of the method, on the weights' device; of one's own rows where weights are sharded."""
+        return {}
+
+    def copies(self) -> Iterator[Copy]:
+        """What every rank must hold the same of, in the same order on all."""
+        for sparse in self.run.weights:
+            if sparse.rows.whole:
+                yield Copy("mask", sparse.label, sparse.kept)
+                yield Copy("weight", sparse.label, sparse.values)
+
+    def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """What evolves, for a checkpoint: of each weight by its name, and of the run."""
+        return {}, {}
+
+    def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
+        """What the method counts, in plain types.
+
+        Args:
+            mean: Takes means over processes that hold different rows.
+        """
+        return {}
+
+    def forget(self) -> None:
+        """Forget the weights, and what evolves in them."""
+
+    def end(self) -> None:
+        """Forget what belongs to the optimizers; the weights stay."""

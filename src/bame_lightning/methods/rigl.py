@@ -1,0 +1,170 @@
+"""RigL inside blocks: drop by magnitude, grow by gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import override
+
+from bame_lightning.bame.contenders import count_in_share
+from bame_lightning.bame.schedule import Schedule
+from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.ledger.flops import Shares
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.masked import Masked
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.mask_set import MaskSet, flip_rates
+
+
+def drop_and_grow(
+    weight: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], share: float
+) -> Bool[Tensor, "blocks m"]:
+    """Swap one weight in some blocks: the kept one of smallest |w| for the pruned one of largest |g|.
+
+    Evci et al., "Rigging the Lottery: Making All Tickets Winners" (ICML 2020), confined to blocks so that each keeps its
+    number of weights (ours, as is the choice of blocks: those whose smallest kept weight is smallest in the layer).
+
+    Args:
+        weight: The weights.
+        gradient: Their dense gradient.
+        mask: True where kept; at least one kept and one pruned per block.
+        share: Share of the blocks that swap, rounded up.
+
+    Returns:
+        The new mask, as many kept per block as before.
+    """
+    smallest, drop = weight.abs().masked_fill(~mask, math.inf).min(-1)
+    grow = gradient.abs().masked_fill(mask, -1).argmax(-1)
+    chosen = smallest.argsort(stable=True)[: count_in_share(share, len(mask))]
+    new = mask.clone()
+    new[chosen, drop[chosen]] = False
+    new[chosen, grow[chosen]] = True
+    return new
+
+
+class DropAndGrow(Masked):
+    """Swap weights now and then by `drop_and_grow`, in a share of each layer's blocks that falls along a cosine.
+
+    Args:
+        schedule: When to swap.
+        share: Share of blocks that swap at the start, rho.
+        rescale: As in `Masked`.
+    """
+
+    name = "RigL"
+    never = "RigL will never swap a weight"
+    schedule: Schedule
+
+    def __init__(self, schedule: Schedule, share: float, *, rescale: bool = False) -> None:
+        super().__init__(rescale=rescale)
+        self.schedule = schedule
+        self.share = share
+        self.masks: MaskSet | None = None
+        self._gradients: dict[str, Tensor] = {}
+        self._swapped = False
+
+    @override
+    def begin(self, restored: Mapping[str, Any] | None) -> None:
+        if restored is not None or not self.run.steps:
+            self.masks = None
+        self._follow_weights()
+        assert self.masks is not None
+        for place, sparse in enumerate(self.run.weights if restored is not None else ()):
+            assert restored is not None
+            self.masks.load_state(place, restored["layers"][sparse.name])
+        self.masks.unchanged()
+
+    @override
+    def regroup(self) -> None:
+        self._follow_weights()
+        names = {sparse.name for sparse in self.run.weights}
+        self._gradients = {name: gradient for name, gradient in self._gradients.items() if name in names}
+        super().regroup()
+
+    def _follow_weights(self) -> None:
+        """Go on counting flips of weights that stay."""
+        before = self.masks
+        if before is not None and before.weights == self.run.weights:
+            return
+        known = {} if before is None else {id(s): before.state(place) for place, s in enumerate(before.weights)}
+        self.masks = MaskSet(self.run.weights) if self.run.weights else None
+        for place, sparse in enumerate(self.run.weights):
+            if self.masks is not None and id(sparse) in known:
+                self.masks.load_state(place, known[id(sparse)])
+
+    @override
+    def reads(self, holder: Holder) -> bool:
+        return holder.window.adapts(holder.steps)
+
+    @override
+    def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
+        for sparse in holder.weights:
+            self._gradients.pop(sparse.name, None)
+            if sparse.name in gradients:
+                gradient = sparse.oriented(gradients[sparse.name])
+                self._gradients[sparse.name] = to_blocks(gradient, sparse.pattern.m).clone()
+
+    @override
+    def evolve(self, holder: Holder) -> bool:
+        self._swapped = holder.window.adapts(holder.steps)
+        read = {sparse.name: self._gradients.pop(sparse.name, None) for sparse in holder.weights}
+        found = [gradient for gradient in read.values() if gradient is not None]
+        if not found:
+            return False
+        self.enforce(holder.weights)  # what is grown starts at zero
+        state = self.state_of(holder)
+        before = {s.name: s.kept.clone() for s in holder.weights if state.copies(s.weight, s.name)}
+        finite = self.run.everywhere(torch.stack([gradient.isfinite().all() for gradient in found]).all())
+        share = self.window_share(holder)
+        for sparse in holder.weights:
+            gradient = read[sparse.name]
+            if gradient is not None and sparse.pattern.n < sparse.pattern.m:
+                self._swap(sparse, gradient, share, finite)
+        self.restart_copies(holder, before)
+        self.enforce(holder.weights)
+        return True
+
+    def window_share(self, holder: Holder) -> float:
+        """Share of blocks that swap after the step that is going on."""
+        return holder.window.annealed(self.share, holder.steps)
+
+    def _swap(self, sparse: SparseWeight, gradient: Tensor, share: float, finite: Tensor) -> None:
+        assert self.masks is not None
+        # The share is one of the blocks of all rows.
+        rows, old, blocks = sparse.rows, sparse.mask(), to_blocks(sparse.values, sparse.pattern.m)
+        new = rows.own(drop_and_grow(rows.gather(blocks), rows.gather(gradient), rows.gather(old), share))
+        kept = from_blocks(torch.where(finite, new, old), sparse.kept.shape)
+        self.masks.change(self.masks.weights.index(sparse), kept)
+
+    @override
+    def costs(self, holder: Holder) -> dict[str, Shares]:
+        read = float(self._swapped)
+        return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in holder.weights}
+
+    @override
+    def metrics(self) -> dict[str, Tensor]:
+        return flip_rates([self.masks]) if self.masks is not None else {}
+
+    @override
+    def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        if self.masks is None:
+            return {}, {}
+        masks = self.masks
+        return {
+            sparse.name: {name: value.cpu().clone() for name, value in masks.state(place).items()}
+            for place, sparse in enumerate(masks.weights)
+        }, {}
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.masks = None
+
+    @override
+    def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
+        return {"flips": 0 if self.masks is None else self.masks.total()}

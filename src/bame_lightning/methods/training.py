@@ -1,0 +1,248 @@
+"""A run of sparse training, step by step, without Lightning: masks, the optimizers that hold them, and a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from bame_lightning.blocks.layout import to_blocks
+from bame_lightning.blocks.masks import nonzero_mask, random_mask, top_n_mask
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.method import Method, Run
+from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
+from bame_lightning.weights.nested_optimizers import held_by
+
+Init = Literal["magnitude", "random", "nonzero"]
+_MASKS = {
+    "magnitude": lambda blocks, n: top_n_mask(blocks.abs(), n),
+    "random": random_mask,
+    "nonzero": nonzero_mask,
+}
+
+
+class SparseTraining:
+    """Keep the weights of a network N:M sparse through the steps of its optimizers.
+
+    In a training loop of one's own: `begin`, then `before_step` once gradients are whole and before they are clipped. What
+    follows an update is done by a hook of the optimizer. `BAMECallback` and its siblings drive the same object from the hooks
+    of Lightning.
+
+    Args:
+        method: What is done at each step.
+        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
+            weights that are N:M sparse already.
+
+    Attributes:
+        run: Weights, optimizers and steps.
+        on_step: Called after each step, when the weights are sparse again.
+
+    Raises:
+        ValueError: If `init` is none of these.
+
+    Example:
+        >>> from bame_lightning.methods.masked import Masked
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> training = SparseTraining(Masked())
+        >>> training.begin(model, [optimizer], "1:4", steps=1)
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> training.before_step(optimizer)
+        >>> optimizer.step()
+        >>> int(model[0].weight.count_nonzero()), training.run.steps
+        (8, 1)
+    """
+
+    def __init__(self, method: Method, init: Init = "magnitude") -> None:
+        if init not in _MASKS:
+            raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
+        self.method = method
+        self.init = init
+        self.attached = False
+        self.stray = False
+        """Whether an optimizer has stepped of which nobody knew that it would."""
+        self.on_step: Callable[[Holder], None] = _nothing
+        self.before_inner: Callable[[Holder], None] = partial(_step_inside, self)
+
+    @property
+    def run(self) -> Run:
+        """Weights, optimizers and steps."""
+        return self.method.run
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        pattern: str | NMPattern,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        *,
+        steps: int,
+    ) -> None:
+        """Put the weights of a network under masks, and follow its optimizers.
+
+        Args:
+            model: The network.
+            optimizers: What trains it.
+            pattern: "N:M".
+            layers: Rules that override the default choice of layers, as in `BAMECallback`.
+            steps: Optimizer steps of the run.
+        """
+        plans = plan_layers(model, NMPattern.parse(pattern), layers, held_by(*optimizers))
+        self.run.weights = self.make_masks(plans)
+        if self.method.schedule is not None:
+            self.run.window = self.method.schedule.window(steps)
+        sparse = {id(weight.weight) for weight in self.run.weights}
+        self.follow([optimizer for optimizer in optimizers if sparse & held_by(optimizer)])
+        self.method.start(None)
+        self.attach()
+
+    def make_masks(self, plans: Iterable[LayerPlan], keep: Iterable[SparseWeight] = ()) -> list[SparseWeight]:
+        """Make masks for what is planned to be sparse; the weights stay dense for now.
+
+        Args:
+            plans: What becomes of each weight.
+            keep: Weights that are under masks already.
+
+        Returns:
+            All sparse weights, in the order of the plans.
+
+        Raises:
+            ValueError: If a mask cannot be made.
+        """
+        known, plans = {id(sparse.weight): sparse for sparse in keep}, [plan for plan in plans if plan.pattern]
+        fresh = {plan.name: self._make_mask(plan) for plan in plans if id(plan.weight) not in known}
+        if self.method.rescale and self.init != "nonzero":  # those were trained already
+            self.method.rescaling |= fresh.keys()
+        return [fresh.get(plan.name) or known[id(plan.weight)] for plan in plans]
+
+    def _make_mask(self, plan: LayerPlan) -> SparseWeight:
+        assert plan.pattern is not None
+        # Of all rows, wherever they lie: the mask is that of a single process.
+        blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
+        try:
+            return SparseWeight.of(plan, _MASKS[self.init](blocks, plan.pattern.n))
+        except ValueError as error:
+            label = plan.name.removesuffix(".weight")
+            raise ValueError(f"`{label}`: {error} Or keep it dense: layers={{'{label}': 'dense'}}.") from None
+
+    # Which optimizers hold the weights: several may, each with steps of its own.
+
+    def follow(self, optimizers: Iterable[Optimizer], clocks: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Give each optimizer that holds sparse weights a clock, which goes on from those given."""
+        for holder in self.run.holders:
+            holder.detach()
+        self.run.holders = [Holder(optimizer, self.run.weights) for optimizer in optimizers]
+        for holder in self.run.holders:
+            holder.steps = self.run.steps // len(self.run.holders)  # unless a clock tells
+            holder.window = self.run.window
+            holder.take_over(clocks)
+
+    def refollow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
+        run, optimizers = self.run, list(optimizers)
+        clocks, known = [holder.clock() for holder in run.holders], {id(h.optimizer): h for h in run.holders}
+        for holder in run.holders:
+            if all(holder.optimizer is not optimizer for optimizer in optimizers):
+                holder.detach()
+        run.holders = []
+        for optimizer in optimizers:
+            holder = known.get(id(optimizer)) or Holder(optimizer, run.weights)
+            run.holders.append(holder)
+            holder.hold(run.weights)
+            if id(optimizer) not in known:
+                holder.window = run.window
+                holder.take_over(clocks)
+                if self.attached:
+                    self._attach(holder)
+
+    def holder_of(self, optimizer: Any) -> Holder | None:
+        """The holder that an optimizer is; None if it holds nothing sparse."""
+        return next((holder for holder in self.run.holders if holder.optimizer is optimizer), None)
+
+    def attach(self) -> None:
+        """See the steps of the optimizers from now on."""
+        self.attached, self.stray = True, False
+        for holder in self.run.holders:
+            self._attach(holder)
+
+    def _attach(self, holder: Holder) -> None:
+        holder.attach(self.before_inner, self._after_step)
+
+    def detach(self) -> None:
+        """Leave the optimizers as they were found."""
+        for holder in self.run.holders:
+            holder.detach()
+        self.attached = False
+        # Neither this object nor those that hold it could be pickled with a hold of whoever drives it.
+        self.on_step, self.before_inner = _nothing, partial(_step_inside, self)
+        self.method.end()
+
+    # One step.
+
+    def before_step(self, optimizer: Any, *, whole: bool = True) -> None:
+        """Call once an optimizer's gradients are whole, and before they are clipped.
+
+        Args:
+            optimizer: The optimizer.
+            whole: False if each backward pass has been followed, and users may have written the gradients last.
+        """
+        holder = self.holder_of(optimizer)
+        if holder is None:
+            return
+        if self.run.verify:
+            self.method.check()
+        if whole:
+            self.method.gradients_ready(holder)
+        else:
+            self.method.gradients_clipped(holder)
+        self.method.before_update(holder)
+        holder.stepping = True
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        holder = self.holder_of(optimizer)
+        if holder is None:
+            return  # nothing that it holds is sparse any more
+        if not holder.stepping:
+            self.stray = True  # it comes from nowhere
+            self.method.enforce(holder.weights)
+            return
+        holder.stepping = holder.backward = False
+        self.method.after_update(holder)
+        holder.steps += 1
+        self.run.steps += 1
+        self.on_step(holder)
+
+    # A checkpoint.
+
+    def state(self) -> dict[str, Any]:
+        """Masks and what evolves, in tensors and plain types."""
+        layers, more = self.method.state()
+        return {
+            "steps": self.run.steps,
+            "clocks": [holder.clock() for holder in self.run.holders],
+            "layers": {s.name: s.state_dict() | layers.get(s.name, {}) for s in self.run.weights},
+            "rescaling": sorted(self.method.rescaling),
+            **more,
+        }
+
+    def forget(self) -> None:
+        """Forget the weights, and what evolves in them."""
+        self.detach()
+        self.run.weights, self.run.holders, self.run.steps = [], [], 0
+        self.method.rescaling = set()
+        self.method.forget()
+
+
+def _nothing(holder: Holder) -> None:
+    """Nobody wants to know."""
+
+
+def _step_inside(training: SparseTraining, holder: Holder) -> None:
+    """An optimizer inside another one steps on its own: a step like any other."""
+    training.before_step(holder.optimizer)

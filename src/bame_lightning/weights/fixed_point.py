@@ -1,0 +1,49 @@
+"""Optimizers under which zero stays zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bame_lightning.weights.nested_optimizers import nested_optimizers
+
+KNOWN = frozenset(
+    {
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adamax,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.Rprop,
+    }
+)
+"""Optimizers whose update of a weight is zero if weight, gradient and state are; `tests/weights/test_fixed_point.py` shows it.
+
+Not their subclasses, which may update otherwise, nor ASGD, which keeps an average.
+"""
+
+
+def keeps_zeros(optimizer: Any) -> bool:
+    """Whether an optimizer leaves a weight at zero whose gradient and state are zero, with momentum and weight decay, too.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        False if nobody knows: for optimizers of others, those with others inside, and those that would divide zero by zero.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> keeps_zeros(torch.optim.AdamW([weight])), keeps_zeros(torch.optim.AdamW([weight], eps=0.0))
+        (True, False)
+    """
+    # Learning-rate schedulers patch `step`, too, but call the class's.
+    patched = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    if type(optimizer) not in KNOWN or patched or nested_optimizers(optimizer):
+        return False
+    return all(group.get("eps", 1.0) > 0 for group in optimizer.param_groups)
