@@ -33,8 +33,8 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from bame_lightning import BAMECallback, Evidence, StaticMask
-from bame_lightning.bame.evidence import Reading
-from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.evolution import ContendingBlocks
+from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.layout import from_blocks, to_blocks
 from bame_lightning.blocks.masks import top_n_mask, zero_pruned_
 from bame_lightning.blocks.pattern import NMPattern
@@ -86,7 +86,7 @@ KINDS = {
 }
 """Kinds of BAME's steps by their place in a cycle."""
 CALLS = {
-    "mask_gradients": "zero gradients",
+    "_mask_gradients": "zero gradients",
     "enforce": "zero weights and momenta",
     "read": "read gradients",
     "extremes": "look for NaN",
@@ -187,7 +187,7 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> di
     blocks = torch.rand(layer.weight.numel() // pattern.m, pattern.m)
     plan = plan_layers(nn.Sequential(layer, nn.Linear(size[0], 2)), pattern)[0]
     sparse = SparseWeight.of(plan, top_n_mask(blocks, pattern.n))
-    weight = EvolvingWeight(sparse, Evidence(), freeze_after=None)
+    evolving = ContendingBlocks([sparse], Evidence(), None)
     zero_pruned_(sparse.values, sparse.kept)
     optimizer = torch.optim.SGD([layer.weight], lr=0.1, momentum=0.9)
     gradient, finite = torch.randn(size), torch.tensor(True)
@@ -205,14 +205,15 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> di
         kind = "some" if step % CYCLE else "all"
         layer.weight.grad = gradient.clone()
         timed("in place", spare.copy_, gradient)
-        timed(f"read {kind}", weight.read, kind == "all", step % 2 == 1)
+        adapts = step % 2 == 1
+        timed(f"read {kind}", partial(evolving.read, everywhere=kind == "all", adapts=adapts), [layer.weight.grad])
         timed("mask gradients", zero_pruned_, sparse.gradient, sparse.kept)
-        timed(f"finite {kind}", weight.extremes)
-        timed(f"accumulate {kind}", weight.accumulate, optimizer, Reading(kind == "all", 1.0, 1.0), finite, 1000)
+        timed(f"finite {kind}", evolving.extremes)
+        timed(f"accumulate {kind}", evolving.accumulate, optimizer, Reading(kind == "all", 1.0, 1.0), finite, 1000)
         if kind == "all":
-            timed("contend", weight.contend, Evidence().contenders)
-        timed("adapt", weight.adapt, 1.0)
-        weight.reading = None
+            timed("contend", evolving.contend)
+        timed("adapt", evolving.adapt)
+        evolving.end_step()
         if kind == "all":
             timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
     return {name: statistics.median(times) for name, times in took.items()}
@@ -223,25 +224,30 @@ def sections(args: argparse.Namespace) -> None:
     clock: dict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
 
-    def clocked(kind: Any) -> Any:
-        def wrap(name: str) -> Callable[..., Any]:
-            def call(*given: Any, **named: Any) -> Any:
-                began = time.perf_counter()
-                found = getattr(kind, name)(*given, **named)
-                clock[name] += time.perf_counter() - began
-                return found
+    def clocked(thing: Any) -> None:
+        for name in CALLS:
+            if hasattr(thing, name):
+                setattr(thing, name, timed(name, getattr(thing, name)))
 
-            return call
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            found = call(*given, **named)
+            clock[name] += time.perf_counter() - began
+            return found
 
-        return type(kind.__name__, (kind,), {name: wrap(name) for name in CALLS if hasattr(kind, name)})
+        return run
+
+    def start(*_: Any) -> None:
+        for thing in (callback.method, *callback.method.groups):
+            clocked(thing)
 
     def note(*_: Any) -> None:
         steps.append(dict(clock))
         clock.clear()
 
     torch.manual_seed(0)
-    callback = clocked(BAMECallback)(args.pattern, schedule=FOREVER)
-    callback.weight_type = clocked(EvolvingWeight)
+    callback = BAMECallback(args.pattern, schedule=FOREVER)
     shape, classes = IMAGES
     task = Classifier(
         build_model(resnet18, shape, classes), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -249,7 +255,7 @@ def sections(args: argparse.Namespace) -> None:
     count = (args.cycles + 1) * CYCLE
     L.Trainer(
         max_steps=count,
-        callbacks=[LambdaCallback(on_train_batch_end=note), callback],
+        callbacks=[LambdaCallback(on_train_start=start, on_train_batch_end=note), callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

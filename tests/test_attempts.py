@@ -13,12 +13,12 @@ from bame_lightning import BAMECallback, Evidence, Schedule
 from tests.training import Task, trainer
 
 
-def train(kind: type[BAMECallback]) -> torch.Tensor:
+def train(rule: type[Evidence]) -> torch.Tensor:
     torch.manual_seed(0)
     task = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     # Larger steps, since the run is short, without a margin, so that blocks oscillate.
-    evidence = Evidence(read_every=5, contenders=0.2, step_size=3.0, margin=0.0)
-    callback = kind("1:4", evidence=evidence, schedule=Schedule(every=3), verify=True)
+    evidence = rule(read_every=5, contenders=0.2, step_size=3.0, margin=0.0)
+    callback = BAMECallback("1:4", evidence=evidence, schedule=Schedule(every=3), verify=True)
     trainer(callback, max_epochs=8).fit(task)
     assert callback.summary()["flips"] > 0
     return torch.cat([parameter.detach().flatten() for parameter in task.parameters()])
@@ -34,7 +34,7 @@ def in_pieces() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def default() -> torch.Tensor:
-    return train(BAMECallback)
+    return train(Evidence)
 
 
 @pytest.mark.parametrize("name", ATTEMPTS.values())
@@ -43,4 +43,4 @@ def test_an_attempt_trains_and_is_not_the_default(name: str, default: torch.Tens
 
 
 def test_the_default_is_reproducible(default: torch.Tensor) -> None:
-    torch.testing.assert_close(train(BAMECallback), default, rtol=0, atol=0)
+    torch.testing.assert_close(train(Evidence), default, rtol=0, atol=0)

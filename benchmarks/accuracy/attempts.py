@@ -1,115 +1,130 @@
-"""What was tried and is not in the default, as small changes of it; `study.py` runs them and `docs/results.md` lists them.
+"""What was tried and is not in the default, as rules of evidence; `study.py` runs them and `docs/results.md` lists them.
 
-Each is a callback that `bame-train` takes as `method._target_=benchmarks.accuracy.attempts.NAME` in the project's folder.
+Each is a rule that `bame-train` takes as `method.evidence._target_=benchmarks.accuracy.attempts.NAME` in the project's folder.
 What was tried on the first version, which read blocks instead of positions, is in this file's history.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning import BAMECallback
+from bame_lightning import Evidence
 from bame_lightning.bame.contenders import choose
-from bame_lightning.bame.evidence import Evidence
-from bame_lightning.bame.evolution import ALL, EvolvingWeight
+from bame_lightning.bame.evolution import Challenge, ContendingBlocks
+from bame_lightning.bame.evolving import EvolvingBlocks, Swaps
+from bame_lightning.blocks.layout import from_blocks
+from bame_lightning.weights.layers import SparseWeight
 
 
-class BlockContendersWeight(EvolvingWeight):
+class BlockContenders(Evidence):
     """One contender in every block."""
 
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _BlockContenders(weights, self, freeze_after)
+
+
+class _BlockContenders(ContendingBlocks):
     @override
-    def contend(self, share: float) -> None:
-        self.contenders = choose(self.closeness(), 1).view(len(self.sparse.kept), -1)
+    def choose(self, ratios: Tensor, count: int) -> Tensor:
+        return choose(ratios.view(-1, self.pattern.m), 1).view(len(ratios), -1)
 
 
-class RandomContendersWeight(EvolvingWeight):
+class RandomContenders(Evidence):
     """Contenders drawn at random among the pruned positions of a row."""
 
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _RandomContenders(weights, self, freeze_after)
+
+
+class _RandomContenders(ContendingBlocks):
     @override
-    def closeness(self) -> Tensor:
-        return torch.rand_like(self.evidence).masked_fill(self.mask, -1)
+    def choose(self, ratios: Tensor, count: int) -> Tensor:
+        return choose(torch.where(ratios < 0, ratios, torch.rand_like(ratios)), count)
 
 
-class MeanOfContendersWeight(EvolvingWeight):
+class AnnealedContenders(Evidence):
+    """The share of contenders falls along a cosine from twice the rule's own to nothing."""
+
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _AnnealedContenders(weights, self, freeze_after)
+
+
+class _AnnealedContenders(ContendingBlocks):
+    share: float | None = None
+
+    @override
+    def accumulate(self, optimizer: Any, reading: Any, finite: Tensor, window: int) -> None:
+        super().accumulate(optimizer, reading, finite, window)
+        # What is forgotten falls along the same cosine, from 1.
+        self.share = min(1.0, max(1e-9, 2 * self.config.contenders * reading.forgets))
+
+    @override
+    def contend(self, share: float | None = None) -> None:
+        super().contend(self.share if share is None else share)
+
+
+class MeanOfContenders(Evidence):
     """A mean of gradients for contenders only: evidence of all others follows the gradient itself."""
 
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _MeanOfContenders(weights, self, freeze_after)
+
+
+class _MeanOfContenders(ContendingBlocks):
     @override
-    def _move_all(self, gradient: Tensor, finite: Tensor, rate: Tensor, keep: Tensor) -> None:
+    def _move_all(self, gradient: Tensor, finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]) -> None:
         mean = self.mean_gradient
         assert mean is not None
-        held = torch.zeros_like(self.mask).view(-1).index_fill_(0, self.contenders.flatten(), True).view_as(mean)
-        seen = torch.where(self.mask, 0, gradient)
-        mean.copy_(torch.where(held, torch.lerp(seen, mean, self.config.momentum), 0))
-        self.evidence.mul_(keep).sub_(rate * torch.where(held, mean, seen))
+        held = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders, True).view_as(mean)
+        rates = rate.repeat_interleave(self._blocks_of)[:, None]
+        mean.copy_(torch.where(held, torch.lerp(gradient, mean, self.config.momentum), 0))
+        self.evidence.mul_(keep).sub_(rates * torch.where(held, mean, gradient))
 
 
-class HalfStartWeight(EvolvingWeight):
+class HalfStart(Evidence):
     """A revived weight starts half as large, and so does the evidence of the weight it replaces."""
 
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _HalfStart(weights, self, freeze_after)
+
+
+class _HalfStart(ContendingBlocks):
     @override
-    def adapt(self, share: float) -> None:
-        before = self.mask.clone()
-        super().adapt(share)
-        weight = self._blocks(self.sparse.values, ALL)
-        self._put(self.sparse.values, ALL, torch.where(self.mask & ~before, weight / 2, weight))
-        self.evidence.copy_(torch.where(before & ~self.mask, self.evidence / 2, self.evidence))
-
-
-class BlockContenders(BAMECallback):
-    """See `BlockContendersWeight`."""
-
-    weight_type = BlockContendersWeight
-
-
-class RandomContenders(BAMECallback):
-    """See `RandomContendersWeight`."""
-
-    weight_type = RandomContendersWeight
-
-
-class MeanOfContenders(BAMECallback):
-    """See `MeanOfContendersWeight`."""
-
-    weight_type = MeanOfContendersWeight
-
-
-class HalfStart(BAMECallback):
-    """See `HalfStartWeight`."""
-
-    weight_type = HalfStartWeight
-
-
-class AnnealedContenders(BAMECallback):
-    """The share of contenders falls along a cosine from twice the default to nothing."""
+    def started(self, size: Tensor, challenge: Challenge) -> Tensor:
+        return super().started(size, challenge) / 2
 
     @override
-    def evolve(self, optimizer: Optimizer) -> bool:
-        assert isinstance(self.evidence, Evidence)
-        evidence, share = self.evidence, self._window.annealed(2 * self.evidence.contenders, self.steps)
-        self.evidence = dataclasses.replace(evidence, contenders=min(1.0, max(1e-9, share)))
-        try:
-            return super().evolve(optimizer)
-        finally:
-            self.evidence = evidence
+    def handed_down(self, challenge: Challenge) -> Tensor:
+        return super().handed_down(challenge) / 2
 
 
-class Heir(BAMECallback):
+class Heir(Evidence):
     """A revived weight takes over what the optimizer keeps of the squares of the gradients of the weight that it replaces."""
 
+    def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
+        return _Heir(weights, self, freeze_after)
+
+
+class _Heir(ContendingBlocks):
     @override
-    def evolve(self, optimizer: Optimizer) -> bool:
-        before = [weight.mask.clone() for weight in self.evolving]
-        evolved = super().evolve(optimizer)
-        for weight, old in zip(self.evolving, before, strict=True):
-            state: dict[str, Any] = optimizer.state[weight.sparse.weight]
+    def accumulate(self, optimizer: Any, reading: Any, finite: Tensor, window: int) -> None:
+        super().accumulate(optimizer, reading, finite, window)
+        self.optimizer = optimizer
+
+    @override
+    def adapt(self, share: float = 1.0) -> Swaps | None:
+        before = [sparse.mask().clone() for sparse in self.weights]
+        swaps = super().adapt(share)
+        for layer, (sparse, old) in enumerate(zip(self.weights, before, strict=True)):
+            state: dict[str, Any] = self.optimizer.state[sparse.weight]
             for key in {"exp_avg_sq", "square_avg", "momentum_buffer"} & state.keys():
-                values = weight._blocks(weight.sparse.oriented(state[key]), ALL)
-                heritage = torch.where(old & ~weight.mask, values, 0).sum(-1, keepdim=True)
-                weight._put(state[key], ALL, torch.where(weight.mask & ~old, heritage, values))
-        return evolved
+                values, new = self.blocks(state[key], layer), sparse.mask()
+                heritage = torch.where(old & ~new, values, 0).sum(-1, keepdim=True)
+                inherited = torch.where(new & ~old, heritage, values)
+                sparse.oriented(state[key]).copy_(from_blocks(inherited, sparse.kept.shape))
+        return swaps

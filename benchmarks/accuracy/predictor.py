@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ import torch
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from bame_lightning.bame.evolution import EvolvingWeight
+from bame_lightning.bame.evolving import EvolvingLayer
+from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.tasks import Classifier, FashionMNIST
 from bame_lightning.tasks.models import mlp
 from bame_lightning.tasks.schedulers import cosine
@@ -33,62 +35,64 @@ from bame_lightning.tasks.schedulers import cosine
 CSV = Path(__file__).parent / "predictor.csv"
 
 
-class WatchedWeight(EvolvingWeight):
-    """Remembers what an adaptation chose from."""
+class Watch(L.Callback):
+    """Notes predicted and realised loss reduction of adaptations.
 
-    @override
-    def _worth(self, latent: Tensor, index: Tensor | slice) -> Tensor:
-        self.choice = latent, index, self._blocks(self.sparse.kept, index, copy=True)
-        return super()._worth(latent, index)
+    Args:
+        method: The method in the same Trainer.
+    """
 
-    def squares(self) -> float:
-        latent, index, before = self.choice
-        now = self._blocks(self.sparse.kept, index)
-        return float((latent.square() * (now.float() - before.float())).sum() / self.unit)
-
-
-class Watch(BAMECallback):
-    """Notes predicted and realised loss reduction of adaptations."""
-
-    weight_type = WatchedWeight
-
-    rows: list[dict[str, float]]
+    def __init__(self, method: BAMECallback) -> None:
+        self.method = method
+        self.rows: list[dict[str, float]] = []
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.rows, self.module, self.batches = [], pl_module, iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        self.module, self.batches = pl_module, iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        self.method.method.observe_adaptations(self.note)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.batch = batch
 
-    @override
-    def evolve(self, optimizer: Optimizer) -> bool:
-        if self.adaptations % 5 or not self._window.adapts(self.steps):
-            return super().evolve(optimizer)
-        try:
-            other = next(self.batches)
-        except StopIteration:
-            return super().evolve(optimizer)
-        before = [self.loss(self.batch), self.loss(other)]
-        changed = super().evolve(optimizer)
+    @contextmanager
+    def note(self) -> Iterator[None]:
+        """Compare before and after every fifth adaptation."""
+        other = None if self.method.adaptations % 5 else next(self.batches, None)
+        if other is None:
+            yield
+            return
+        self.method.method.enforce()
+        before, choice = [self.loss(self.batch), self.loss(other)], [latent(layer) for layer in self.method.evolving]
+        yield
+        layers = self.method.evolving
         self.rows.append(
             {
-                "step": self.steps,
-                "flips": sum(int(w.last_flips) for w in self.evolving),
-                "logged": sum(float(w.predicted) for w in self.evolving),
-                "squares": sum(w.squares() for w in self.evolving if isinstance(w, WatchedWeight)),
+                "step": self.method.steps,
+                "flips": sum(int(layer.last_flips) for layer in layers),
+                "logged": sum(float(layer.predicted) for layer in layers),
+                "squares": sum(map(squares, layers, choice)),
                 "same_batch": before[0] - self.loss(self.batch),
                 "next_batch": before[1] - self.loss(other),
             }
         )
-        return changed
 
     def loss(self, batch: list[Tensor]) -> float:
         with torch.no_grad():
             return float(functional.cross_entropy(self.module(batch[0]).double(), batch[1]))
+
+
+def latent(layer: EvolvingLayer) -> tuple[Tensor, Tensor]:
+    """What an adaptation chooses from, weights where kept and evidence where pruned; and the mask."""
+    mask = layer.sparse.mask().clone()
+    return torch.where(mask, to_blocks(layer.sparse.values, mask.shape[1]), layer.evidence), mask
+
+
+def squares(layer: EvolvingLayer, choice: tuple[Tensor, Tensor]) -> float:
+    """By how much the squares of what was revived exceed those of what was pruned."""
+    values, before = choice
+    assert layer.unit is not None
+    return float((values.square() * (layer.sparse.mask().float() - before.float())).sum() / layer.unit)
 
 
 def main() -> None:
@@ -99,10 +103,11 @@ def main() -> None:
     for every, one_per_row in ((2, True), (10, True), (2, False)):
         L.seed_everything(0, verbose=False)
         task = Classifier(mlp(), lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=5e-4), cosine)
-        watch = Watch("1:16", schedule=Schedule(every=every), evidence=Evidence(one_per_row=one_per_row))
+        method = BAMECallback("1:16", schedule=Schedule(every=every), evidence=Evidence(one_per_row=one_per_row))
+        watch = Watch(method)
         data = FashionMNIST(val_size=0)
         trainer = L.Trainer(
-            max_epochs=2, callbacks=[watch], logger=False, enable_checkpointing=False, accelerator="cpu"
+            max_epochs=2, callbacks=[method, watch], logger=False, enable_checkpointing=False, accelerator="cpu"
         )
         trainer.fit(task, datamodule=data)
         for half, part in (

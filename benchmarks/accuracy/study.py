@@ -48,7 +48,7 @@ PROCESSES.set_forkserver_preload(["bame_lightning.cli.train", "lightning", "torc
 
 
 def _attempt(kind: str) -> str:
-    return f"method._target_={__package__}.attempts.{kind}"
+    return f"method.evidence._target_={__package__}.attempts.{kind}"
 
 
 VARIANTS = {

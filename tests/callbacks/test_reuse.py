@@ -304,10 +304,10 @@ def test_a_summary_needs_no_weights_on_the_masks_device() -> None:
     callback = BAMECallback("2:4", schedule=Schedule(every=1))
     trainer(callback).fit(Task())
     expected = callback.summary()
-    for weight in callback.evolving:
+    for group in callback.method.groups:
         # Lightning moves the weights to the CPU when fit is over, and the evidence stays where it was.
-        weight.evidence = weight.evidence.to("meta")
-        weight.mean_gradient = None
+        group.evidence = group.evidence.to("meta")
+        group.mean_gradient = None
     assert callback.summary() == expected
 
 

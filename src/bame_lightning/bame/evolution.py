@@ -98,8 +98,6 @@ class ContendingBlocks(EvolvingBlocks):
         self.noise = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.unit = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.reading: DenseGradient | None = None
-        self._rows_of = torch.tensor([len(sparse.kept) for sparse in weights], device=device)
-        self._row_layer = torch.arange(len(weights), device=device).repeat_interleave(self._rows_of)
         self._block_split = [end - start for start, end in pairwise(self.firsts)]
         self._blocks_of = torch.tensor(self._block_split, device=device)
         self._split: list[int] = []
@@ -269,7 +267,11 @@ class ContendingBlocks(EvolvingBlocks):
         if counts != self._split:
             self._split = counts
             self._counts = torch.tensor(counts, device=self.contenders.device)
-            self._per_row = torch.tensor([own.shape[1] for own in chosen], device=self.contenders.device)
+            # Rows without a contender, of a weight that has just joined, challenge nobody.
+            self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
+            rows, layers = (torch.tensor(v, device=self._counts.device) for v in (self._row_split, range(len(chosen))))
+            per_row = torch.tensor([own.shape[1] for own in chosen], device=rows.device)
+            self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
 
     def _contested_positions(self) -> Int[Tensor, "contenders n"]:
         """Positions of the kept weights in the block of each contender."""
@@ -342,8 +344,7 @@ class ContendingBlocks(EvolvingBlocks):
         near = torch.where(may & (near == near), near, -1)
         if self.config.one_per_row:
             rows = len(self._row_layer)
-            per_row = self._per_row.repeat_interleave(self._rows_of, output_size=rows)
-            group = torch.arange(rows, device=near.device).repeat_interleave(per_row, output_size=len(near))
+            group = torch.arange(rows, device=near.device).repeat_interleave(self._per_row, output_size=len(near))
             slot, swaps = first(near, group, rows)
         else:
             slot, swaps = first(near, contested, self.firsts[-1])
@@ -388,7 +389,7 @@ class ContendingBlocks(EvolvingBlocks):
     def _layer_of(self, position: Int[Tensor, " pairs"]) -> tuple[Int[Tensor, " pairs"], list[int]]:
         """Place of the weight of each pair, and how many pairs are in each weight."""
         if self.config.one_per_row:
-            return self._row_layer, [len(sparse.kept) for sparse in self.weights]
+            return self._row_layer, self._row_split
         of = torch.bucketize(position, torch.tensor(self.positions.starts[1:], device=position.device), right=True)
         return of, of.bincount(minlength=len(self.weights)).tolist()
 

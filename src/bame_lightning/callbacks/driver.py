@@ -475,9 +475,8 @@ class SparseCallback(KeepsBooks):
             self._brought, self.training.run.steps = told, told["state"]["steps"]
 
     def _look_closely(self) -> None:
-        """Tell of weights that others have changed, and make all of them sparse before somebody looks."""
-        self._intruders.tell(_FORWARD)
-        if self.training.attached and self.weights:
+        """Tell of weights that others have changed, and make all of them sparse again."""
+        if self._intruders.tell(_FORWARD) and self.training.attached:
             with torch.no_grad():
                 self.method.enforce()
 

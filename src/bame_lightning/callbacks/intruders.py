@@ -33,15 +33,18 @@ class Intruders:
             before = self._seen.get(sparse.label)
             self._seen[sparse.label] = torch.stack(parts if before is None else [before, *parts]).any()
 
-    def tell(self, what: str) -> None:
+    def tell(self, what: str) -> bool:
         """Warn of what was seen since the last time; waits for the device.
 
         Args:
             what: What saw these weights, and what becomes of them.
+
+        Returns:
+            Whether there was anything.
         """
         seen, self._seen = self._seen, {}
         if not seen:
-            return
+            return False
         flags = torch.stack(list(seen.values()))
         found = (self._ranks.any(flags) if self._ranks.sharded else flags).tolist()
         names = [name for name, intruded in zip(seen, found, strict=True) if intruded]
@@ -52,3 +55,4 @@ class Intruders:
                 "the middle of training: an average that is swapped in, or weights that are reloaded. Average with "
                 "`EMAWeightAveraging` or `StochasticWeightAveraging` of Lightning, which masks follow; load weights before fit."
             )
+        return bool(names)
