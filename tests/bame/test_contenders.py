@@ -6,38 +6,42 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from bame_lightning.bame.contenders import choose, closeness, count_in_share, first, weakest
+from bame_lightning.bame.contenders import choose, closeness, count_in_share, first
+from bame_lightning.bame.evidence import Evidence
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.weights.layers import SparseWeight
+from tests.helpers import evolving, patterns, random_kept
 
 
 def test_closeness_compares_each_pruned_with_the_weakest_kept_weight() -> None:
-    weight = torch.tensor([[2.0, -0.5, 0.0, 0.0], [0.0, 8.0, 0.0, -4.0]])
     evidence = torch.tensor([[0.0, 0.0, 0.25, -1.0], [-1.0, 0.0, 0.5, 0.0]])
-    # Over |-0.5| and over |-4|; kept ones are no pruned ones.
-    assert closeness(weight, evidence, evidence == 0).tolist() == [[-1, -1, 0.5, 2.0], [0.25, -1, 0.125, -1]]
+    weakest, kept = torch.tensor([[0.5], [4.0]]), torch.tensor([[0, 1], [1, 3]], dtype=torch.int16)
+    # Kept ones are no pruned ones.
+    assert closeness(evidence, weakest, kept).tolist() == [[-1, -1, 0.5, 2.0], [0.25, -1, 0.125, -1]]
 
 
 def test_a_block_whose_kept_weight_is_zero_comes_first_and_stays_finite() -> None:
-    mask = torch.tensor([[True, False]] * 3)
-    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     evidence = torch.tensor([[0.0, 0.5], [0.0, 100.0], [0.0, 0.0]])
-    some, large, none = closeness(weight, evidence, mask)[:, 1].tolist()
+    weakest, kept = torch.tensor([[0.0], [1.0], [0.0]]), torch.zeros(3, 1, dtype=torch.int16)
+    some, large, none = closeness(evidence, weakest, kept)[:, 1].tolist()
     assert math.isfinite(some)
     assert some > large == 100
     assert none == 0
 
 
 def test_nothing_of_a_block_that_keeps_everything_is_close_to_a_swap() -> None:
-    assert (closeness(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)) == -1).all()
+    everything = torch.arange(3, dtype=torch.int16).repeat(2, 1)
+    assert (closeness(torch.zeros(2, 3), torch.ones(2, 1), everything) == -1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_closeness_against_loops(dtype: torch.dtype) -> None:
-    # More than a piece, and weights that the optimizer has moved although they are pruned.
-    generator = torch.Generator().manual_seed(0)
-    weight, evidence = torch.randn(2, 60_000, 3, generator=generator, dtype=dtype)
-    mask = torch.rand(60_000, 3, generator=generator) > 0.5
-    mask[:, 1] = True
+@given(patterns(), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]))
+def test_how_close_the_blocks_of_a_weight_are_against_loops(pattern: NMPattern, seed: int, dtype: torch.dtype) -> None:
+    # Weights that the optimizer has moved although they are pruned make no difference.
+    generator = torch.Generator().manual_seed(seed)
+    weight, evidence = torch.randn(2, 6, pattern.m, generator=generator, dtype=dtype)
+    mask = random_kept(6, pattern, seed)
     evidence[mask] = 0
     smallest = [
         min(abs(w) for w, k in zip(ws, ks, strict=True) if k)
@@ -47,10 +51,13 @@ def test_closeness_against_loops(dtype: torch.dtype) -> None:
         [-1.0 if k else abs(v) / least for v, k in zip(vs, ks, strict=True)]
         for least, vs, ks in zip(smallest, evidence.tolist(), mask.tolist(), strict=True)
     ]
-    ratios = closeness(weight, evidence, mask)
+    rows = (2, 3 * pattern.m)
+    sparse = SparseWeight("layer.weight", nn.Parameter(weight.view(rows)), pattern, mask.view(rows))
+    blocks = evolving(sparse, Evidence(), freeze_after=None)
+    blocks.evidence.copy_(evidence)
+    ratios = blocks.closeness(0)
     assert ratios.dtype == dtype
     torch.testing.assert_close(ratios, torch.tensor(expected, dtype=dtype))
-    torch.testing.assert_close(weakest(weight, mask), torch.tensor(smallest, dtype=dtype))
 
 
 @given(st.data())

@@ -6,49 +6,28 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
-from bame_lightning.blocks.masks import as_integers, pieces
+from bame_lightning.blocks.masks import as_integers
 
 
 def closeness(
-    weight: Float[Tensor, "blocks m"], evidence: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"]
+    evidence: Float[Tensor, "blocks m"], weakest: Float[Tensor, "blocks 1"], kept: Int16[Tensor, "blocks n"]
 ) -> Float[Tensor, "blocks m"]:
     r"""How close every pruned position is to a swap: $|v_j| / \min_{i\,\text{kept}} |w_i|$ of its block (ours).
 
     Args:
-        weight: The weights, w, whatever they are where pruned.
-        evidence: The evidence, v, zero where kept.
-        mask: True where kept.
+        evidence: The evidence, v.
+        weakest: Size of the smallest weight that each block keeps.
+        kept: Places of the kept weights in their blocks.
 
     Returns:
-        One ratio per position, in the type of the evidence: above 1 evidence outgrew the block's weakest kept weight, and -1
-        where kept.
+        One ratio per position: above 1 evidence outgrew the block's weakest kept weight, and -1 where kept.
     """
-    ratios = torch.empty_like(evidence)
-    for w, v, kept, ratio in pieces(weight, evidence, mask, ratios):
-        torch.div(v.abs(), weakest(w.to(evidence.dtype), kept)[:, None], out=ratio)
-        ratio.masked_fill_(kept, -1)
-    return ratios
-
-
-def weakest(weight: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"]) -> Float[Tensor, " blocks"]:
-    """Size of the smallest kept weight of every block, and never quite zero, so that one can divide by it.
-
-    Args:
-        weight: The weights, whatever they are where pruned.
-        mask: True where kept.
-
-    Returns:
-        One size per block.
-    """
-    bits = as_integers(weight)
-    sign = torch.iinfo(bits.dtype).min
-    # Bits of magnitudes are in the order of the magnitudes, and integers are compared several times as fast. With the sign
-    # set they are all below zero, which stands for what is pruned.
-    smallest = bits.bitwise_or(sign).mul_(mask.view(torch.int8)).amin(-1).bitwise_and_(~sign)
-    return smallest.view(weight.dtype).clamp_min_(torch.finfo(weight.dtype).tiny)
+    # Never quite zero, so that one can divide by it.
+    ratios = evidence.abs().div_(weakest.clamp_min(torch.finfo(evidence.dtype).tiny))
+    return ratios.scatter_(1, kept.long(), -1)
 
 
 def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
@@ -68,17 +47,12 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     """
     rows, positions = closeness.shape
     device = closeness.device
-    if not count:
-        return torch.zeros(rows, 0, dtype=torch.int64, device=device)
-    # Bits of positive numbers are in their order, NaN comes last, and all that is negative before.
-    order = as_integers(closeness.float())
-    last = order.kthvalue(positions - count + 1, dim=1, keepdim=True).values
-    chosen, tied = order > last, order == last
-    chosen |= tied & (tied.cumsum(1, dtype=torch.int32) <= count - chosen.sum(1, keepdim=True))
-    # As `nonzero` has it, but that asks the device how many there are; not every device has `nonzero_static`.
-    place = torch.where(chosen, chosen.cumsum(1, dtype=torch.int32) - 1, count).long()
     numbers = torch.arange(rows * positions, device=device).view(rows, positions)
-    return place.new_empty(rows, count + 1).scatter_(1, place, numbers)[:, :count]
+    if not count:
+        return numbers[:, :0]
+    # Bits of positive numbers are in their order, NaN comes last, and all that is negative before. Lower numbers break ties.
+    order = as_integers(closeness.float()).long().mul_(2**32).sub_(numbers)
+    return order.topk(count, sorted=False).indices.sort().values.add_(numbers[:, :1])
 
 
 class First(NamedTuple):

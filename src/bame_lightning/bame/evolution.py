@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,6 +101,9 @@ class ContendingBlocks(EvolvingBlocks):
         self._block_split = [end - start for start, end in pairwise(self.firsts)]
         self._blocks_of = torch.tensor(self._block_split, device=device)
         self._split: list[int] = []
+        # Of the step that is going on: where contenders and kept weights lie, and weights where they are kept.
+        self._places: Tensor | None = None
+        self._kept: Tensor | None = None
         self._set_contenders([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
 
     # Readings.
@@ -117,15 +120,14 @@ class ContendingBlocks(EvolvingBlocks):
             for sparse, gradient in zip(self.weights, gradients, strict=True)
         ]
         if everywhere:
-            whole = torch.cat([self.blocks(gradient, layer) for layer, gradient in enumerate(laid_out)]).to(self.dtype)
+            whole = torch.cat([self.in_order(gradient, layer) for layer, gradient in enumerate(laid_out)])
+            whole = whole.to(self.dtype).view(-1, self.pattern.m)
             places = self.kept_places.long()
             kept = whole.gather(1, places) if adapts else None
             self.reading = DenseGradient(whole, None, kept, present)
             return
-        positions = self.contenders[:, None]
-        if adapts:
-            positions = torch.cat((positions, self._contested_positions()), dim=1)
-        values = take(laid_out, self._in_memory(positions)).to(self.dtype)
+        places = self._contested() if adapts else self.positions.offsets(self.contenders[:, None], self._counts)
+        values = take(laid_out, torch.split(places, self._split)).to(self.dtype)
         self.reading = DenseGradient(None, values[:, 0], values[:, 1:] if adapts else None, present)
 
     @override
@@ -192,13 +194,17 @@ class ContendingBlocks(EvolvingBlocks):
         frozen = None if self.freeze_after is None else self.frozen
         if frozen is not None:
             zero_pruned_(gradient, ~frozen[:, None])
-        kept, found = self._kept_weights(), []
-        for layer, sparse in enumerate(self.weights):
-            flat, values = self.of(layer, gradient).flatten(), self.of(layer, kept).flatten()
-            blocks = flat.new_tensor(len(flat) // self.pattern.m) if frozen is None else (~self.of(layer, frozen)).sum()
-            sums = torch.stack((torch.dot(flat, flat), torch.dot(values, values), blocks.to(self.dtype)))
-            found.append(sparse.rows.total(sums))
-        squares, weights, blocks = torch.stack(found, dim=1).unbind()
+        sums = [
+            torch.stack([torch.dot(part, part) for part in torch.split(values.view(-1), sizes)])
+            for values, sizes in (
+                (gradient, self._sizes(self.pattern.m)),
+                (self._kept_weights(), self._sizes(self.pattern.n)),
+            )
+        ]
+        unfrozen = torch.ones_like(self.noise) * self._blocks_of
+        if frozen is not None:
+            unfrozen = torch.stack([(~part).sum() for part in torch.split(frozen, self._block_split)]).to(self.dtype)
+        squares, weights, blocks = self._total(torch.stack((*sums, unfrozen)))
         square = squares / (blocks * (self.pattern.m - self.pattern.n)).clamp_min(1)
         running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
         # The square of a finite gradient may overflow.
@@ -206,14 +212,29 @@ class ContendingBlocks(EvolvingBlocks):
         if not all(present):
             seen = seen & torch.tensor(present, device=seen.device)
         self.noise = torch.where(seen, running, self.noise)
-        sizes = torch.tensor([s.weight.numel() * self.pattern.density for s in self.weights], device=weights.device)
-        self.unit = torch.where(self.noise > 0, (weights / sizes.to(self.dtype) / self.noise).sqrt(), 0)
+        # As many weights are kept in each block of all rows.
+        parts = torch.tensor([sparse.rows.parts * self.pattern.n for sparse in self.weights], device=weights.device)
+        self.unit = torch.where(self.noise > 0, (weights / (self._blocks_of * parts) / self.noise).sqrt(), 0)
+
+    def _sizes(self, of_block: int) -> list[int]:
+        return [blocks * of_block for blocks in self._block_split]
+
+    def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
+        """Sums over all rows of each weight."""
+        if all(sparse.rows.whole for sparse in self.weights):
+            return values.unbind()
+        found = [
+            sparse.rows.total(own.contiguous()) for sparse, own in zip(self.weights, values.unbind(1), strict=True)
+        ]
+        return torch.stack(found, dim=1).unbind()
 
     def _kept_weights(self) -> Float[Tensor, "blocks n"]:
         """Weights where they are kept; an optimizer may have moved the others, which are zeroed only later."""
-        first = torch.arange(0, self.positions.starts[-1], self.pattern.m, device=self.evidence.device)
-        places = self.positions.offsets(first[:, None] + self.kept_places, self._blocks_of)
-        return take(self._values(), torch.split(places, self._block_split)).to(self.dtype)
+        if self._kept is None:
+            first = torch.arange(0, self.positions.starts[-1], self.pattern.m, device=self.evidence.device)
+            places = self.positions.offsets(first[:, None] + self.kept_places, self._blocks_of)
+            self._kept = take(self._values(), torch.split(places, self._block_split)).to(self.dtype)
+        return self._kept
 
     def _values(self) -> list[Tensor]:
         return [self.positions.weight(layer) for layer in range(len(self.weights))]
@@ -232,8 +253,9 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
-        sparse = self.weights[layer]
-        return closeness(to_blocks(sparse.values, self.pattern.m), self.of(layer, self.evidence), sparse.mask())
+        kept = to_blocks(self.weights[layer].values, self.pattern.m).gather(1, self.of(layer, self.kept_places).long())
+        weakest = kept.abs().amin(-1, keepdim=True).to(self.dtype)
+        return closeness(self.of(layer, self.evidence), weakest, self.of(layer, self.kept_places))
 
     @override
     def contend(self, share: float | None = None) -> None:
@@ -243,17 +265,17 @@ class ContendingBlocks(EvolvingBlocks):
             share: Share of a row's pruned positions, rounded up; that of the rule unless given.
         """
         share = self.config.contenders if share is None else share
+        weakest = self._kept_weights().abs().amin(-1, keepdim=True)
+        ratios = closeness(self.evidence, weakest, self.kept_places)
+        if self.freeze_after is not None:
+            # What is frozen comes last, but what is kept never contends.
+            least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(self.frozen[:, None], 0)
+            ratios = torch.where(ratios < 0, ratios, least)
         chosen = []
-        for layer, sparse in enumerate(self.weights):
-            rows, ratios = len(sparse.kept), self.closeness(layer)
-            if self.freeze_after is not None:
-                # What is frozen comes last, but what is kept never contends.
-                least = torch.where(
-                    self.of(layer, self.frozen)[:, None], 0, ratios.clamp_min(torch.finfo(ratios.dtype).tiny)
-                )
-                ratios = torch.where(sparse.mask(), -1, least)
-            pruned = len(ratios) // rows * (self.pattern.m - self.pattern.n)
-            chosen.append(self.choose(ratios.view(rows, -1), count_in_share(share, pruned)))
+        for own, sparse in zip(torch.split(ratios.view(-1), self._sizes(self.pattern.m)), self.weights, strict=True):
+            rows = len(sparse.kept)
+            pruned = len(own) // self.pattern.m // rows * (self.pattern.m - self.pattern.n)
+            chosen.append(self.choose(own.view(rows, -1), count_in_share(share, pruned)))
         self._set_contenders(chosen)
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
@@ -261,7 +283,7 @@ class ContendingBlocks(EvolvingBlocks):
         return choose(ratios, count)
 
     def _set_contenders(self, chosen: Sequence[Tensor]) -> None:
-        starts = self.positions.starts
+        starts, self._places = self.positions.starts, None
         self.contenders = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
         counts = [own.numel() for own in chosen]
         if counts != self._split:
@@ -273,13 +295,13 @@ class ContendingBlocks(EvolvingBlocks):
             per_row = torch.tensor([own.shape[1] for own in chosen], device=rows.device)
             self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
 
-    def _contested_positions(self) -> Int[Tensor, "contenders n"]:
-        """Positions of the kept weights in the block of each contender."""
-        block = self.contenders // self.pattern.m
-        return block[:, None] * self.pattern.m + self.kept_places[block]
-
-    def _in_memory(self, positions: Int[Tensor, "contenders some"]) -> list[Tensor]:
-        return list(torch.split(self.positions.offsets(positions, self._counts), self._split))
+    def _contested(self) -> Int[Tensor, "contenders places"]:
+        """Places in memory of each contender, and of the weights that its block keeps."""
+        if self._places is None:
+            block = self.contenders // self.pattern.m
+            kept = block[:, None] * self.pattern.m + self.kept_places[block]
+            self._places = self.positions.offsets(torch.cat((self.contenders[:, None], kept), dim=1), self._counts)
+        return self._places
 
     @property
     @override
@@ -312,16 +334,14 @@ class ContendingBlocks(EvolvingBlocks):
         m, position = self.pattern.m, challenge.position
         dropped = challenge.block * m + self.kept_places[challenge.block, challenge.place]
         of, rows = self._layer_of(position)
+        places = self._contested()[challenge.slot]
+        revived, pruned = places[:, 0], places.gather(1, challenge.place[:, None] + 1).squeeze(1)
         self._predict(challenge, swapped, started, of)
         self._hand_over(challenge, swapped, dropped)
-        # Of each pair the place of what is pruned now; what was pruned before, where nothing was swapped.
-        pruned = torch.where(swapped, dropped, position)
-        places = self.positions.offsets(
-            torch.stack((position, dropped, pruned), dim=1), torch.tensor(rows, device=of.device)
-        )
-        self.masks.swap(places[:, 0], places[:, 1], swapped, of)
+        self.masks.swap(revived, pruned, swapped, of)
         self.history.record_swaps(challenge.block, position, dropped, swapped)
-        return self._write(places, torch.where(swapped, started, 0), rows)
+        # Where nothing was swapped, what was pruned before stands for what is pruned now.
+        return self._write(revived, torch.where(swapped, pruned, revived), torch.where(swapped, started, 0), rows)
 
     def started(self, size: Float[Tensor, " rows"], challenge: Challenge) -> Float[Tensor, " rows"]:
         """Where a revived weight starts: as large as the margin demands, however far evidence went."""
@@ -330,7 +350,7 @@ class ContendingBlocks(EvolvingBlocks):
     def _challenge(self) -> Challenge:
         """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen."""
         contested = self.contenders // self.pattern.m
-        kept = take(self._values(), self._in_memory(self._contested_positions())).to(self.dtype)
+        kept = take(self._values(), torch.split(self._contested()[:, 1:], self._split)).to(self.dtype)
         sizes, place = kept.abs().min(-1)
         evidence = self.evidence.view(-1)[self.contenders]
         near = evidence.abs() / sizes.clamp_min_(torch.finfo(self.dtype).tiny)
@@ -381,6 +401,7 @@ class ContendingBlocks(EvolvingBlocks):
         kept = kept.scatter_(1, place[:, None], entered[:, None]).sort(-1).values
         self.kept_places.index_copy_(0, challenge.block, kept.to(self.kept_places.dtype))
         self.contenders.index_copy_(0, challenge.slot, torch.where(swapped, dropped, position))
+        self._places = self._kept = None
 
     def handed_down(self, challenge: Challenge) -> Float[Tensor, " rows"]:
         """Evidence of a weight that is pruned: its value."""
@@ -393,17 +414,23 @@ class ContendingBlocks(EvolvingBlocks):
         of = torch.bucketize(position, torch.tensor(self.positions.starts[1:], device=position.device), right=True)
         return of, of.bincount(minlength=len(self.weights)).tolist()
 
-    def _write(self, places: Int[Tensor, "pairs 3"], revived: Float[Tensor, " pairs"], counts: list[int]) -> Swaps:
-        """Write revived weights, and zeros where weights are pruned."""
-        values = torch.stack((revived, torch.zeros_like(revived)), dim=1).to(self.weights[0].weight.dtype)
+    def _write(
+        self,
+        revived: Int[Tensor, " pairs"],
+        pruned: Int[Tensor, " pairs"],
+        started: Float[Tensor, " pairs"],
+        counts: list[int],
+    ) -> Swaps:
+        """Write revived weights, and zeros where weights are pruned, weight by weight."""
+        places = torch.stack((revived, pruned), dim=1).flatten()
+        values = torch.stack((started, torch.zeros_like(started)), dim=1).to(self.weights[0].weight.dtype).flatten()
         twice = [2 * count for count in counts]
         swaps = Swaps(
-            list(torch.split(places[:, ::2].flatten(), twice)),
-            list(torch.split(values.flatten(), twice)),
-            list(torch.split(places[:, 2], counts)),
+            *(list(torch.split(part, size)) for part, size in ((places, twice), (values, twice), (pruned, counts)))
         )
         for layer, (where, what) in enumerate(zip(swaps.places, swaps.values, strict=True)):
-            self.positions.weight(layer).index_copy_(0, where, what)
+            if len(where):
+                self.positions.weight(layer).index_copy_(0, where, what)
         return swaps
 
     # What others see.
@@ -416,7 +443,7 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def end_step(self) -> None:
-        self.reading = None
+        self.reading = self._places = self._kept = None
 
     @override
     def copies(self, layer: int) -> dict[str, Tensor]:

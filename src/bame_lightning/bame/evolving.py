@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +17,7 @@ from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.blocks.masks import pack_mask, unpack_mask, zeroed
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.mask_set import MaskSet
-from bame_lightning.weights.positions import Positions
+from bame_lightning.weights.positions import Positions, flat_memory
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,11 @@ class EvolvingBlocks(ABC):
     def blocks(self, tensor: Tensor, layer: int) -> Tensor:
         """Something that lies in memory as a weight does, in blocks."""
         return to_blocks(self.weights[layer].oriented(tensor), self.pattern.m)
+
+    def in_order(self, tensor: Tensor, layer: int) -> Shaped[Tensor, " positions"]:
+        """Something that lies in memory as a weight does, as its positions are numbered."""
+        straight = self.positions.straight[layer]
+        return flat_memory(tensor) if straight else self.blocks(tensor, layer).reshape(-1)
 
     def dense_start(self) -> None:
         """Start the evidence of pruned weights at their values, which are still there."""

@@ -15,7 +15,7 @@ from bame_lightning.bame.criterion import first_order_worth, select_mask
 from bame_lightning.bame.evolving import EvolvingBlocks, Swaps
 from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.layout import from_blocks, to_blocks
-from bame_lightning.blocks.masks import zero_pruned_, zeroed
+from bame_lightning.blocks.masks import kept_places, zero_pruned_, zeroed
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.optimizer_step import block_rates, update_rule
 from bame_lightning.weights.sharding import ALL_ROWS, Rows, local
@@ -101,8 +101,9 @@ class OneBatchBlocks(EvolvingBlocks):
 
     @override
     def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
-        sparse = self.weights[layer]
-        return closeness(to_blocks(sparse.values, self.pattern.m), self.of(layer, self.evidence), sparse.mask())
+        places = kept_places(self.weights[layer].mask(), self.pattern.n)
+        kept = to_blocks(self.weights[layer].values, self.pattern.m).gather(1, places.long())
+        return closeness(self.of(layer, self.evidence), kept.abs().amin(-1, keepdim=True).to(self.dtype), places)
 
     @override
     def end_step(self) -> None:

@@ -310,7 +310,7 @@ class SparseCallback(KeepsBooks):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        self._look_closely()
+        self._tell_of_intruders(_FORWARD)
 
     @override
     def on_validation_batch_start(
@@ -321,12 +321,12 @@ class SparseCallback(KeepsBooks):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._intruders.tell("validation has judged a network that is not sparse")
+        self._tell_of_intruders("validation has judged a network that is not sparse")
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self._look_closely()
+        self._tell_of_intruders(_FORWARD)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -423,7 +423,7 @@ class SparseCallback(KeepsBooks):
             self._keep_pace(trainer, holder)
 
     def _before_step(self, pl_module: L.LightningModule, holder: Holder) -> None:
-        self._intruders.look(holder.weights)
+        self._intruders.look(self.method.suspects(holder))
         if not pl_module.automatic_optimization:
             refuse_backward(holder, type(self).__name__)
         self.training.before_step(holder.optimizer, whole=pl_module.automatic_optimization)
@@ -474,9 +474,9 @@ class SparseCallback(KeepsBooks):
             self.training.forget()
             self._brought, self.training.run.steps = told, told["state"]["steps"]
 
-    def _look_closely(self) -> None:
+    def _tell_of_intruders(self, what: str) -> None:
         """Tell of weights that others have changed, and make all of them sparse again."""
-        if self._intruders.tell(_FORWARD) and self.training.attached:
+        if self._intruders.tell(what) and self.training.attached:
             with torch.no_grad():
                 self.method.enforce()
 

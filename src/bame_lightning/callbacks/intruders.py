@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from bame_lightning.blocks.masks import pieces
 from bame_lightning.callbacks.ranks import Ranks
 from bame_lightning.weights.layers import SparseWeight
 
@@ -29,9 +28,9 @@ class Intruders:
         for sparse in weights:
             values = sparse.values
             # After fit the model is back on the CPU.
-            parts = [torch.gt(part != 0, kept).any() for part, kept in pieces(values, sparse.kept.to(values.device))]
+            found = torch.gt(values != 0, sparse.kept.to(values.device)).any()
             before = self._seen.get(sparse.label)
-            self._seen[sparse.label] = torch.stack(parts if before is None else [before, *parts]).any()
+            self._seen[sparse.label] = found if before is None else found | before
 
     def tell(self, what: str) -> bool:
         """Warn of what was seen since the last time; waits for the device.

@@ -144,6 +144,10 @@ class BAME(Masked):
         return self.reading(holder) is not None
 
     @override
+    def rewrites(self, holder: Holder) -> bool:
+        return isinstance(self.evidence, OneBatch) and holder.window.adapts(holder.steps)
+
+    @override
     def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
         reading = self.reading(holder)
         assert reading is not None
@@ -201,7 +205,7 @@ class BAME(Masked):
         for sparse, pruned in zip(group.weights, swaps.pruned, strict=True):
             for _, value in state.elementwise(sparse.weight, sparse.name):
                 if sparse.oriented(value).stride() == sparse.kept.stride():
-                    flat_memory(value.detach()).index_fill_(0, pruned, 0)
+                    flat_memory(value).index_fill_(0, pruned, 0)
                 else:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
 

@@ -66,6 +66,10 @@ class Masked(Method):
         """Change masks after a step; returns whether any may have changed."""
         return False
 
+    def rewrites(self, holder: Holder) -> bool:
+        """Whether `evolve` zeroes all that is pruned after the step that is going on."""
+        return False
+
     def rescaled(self, sparse: SparseWeight, factor: float) -> None:
         """Follow a weight that was multiplied by a factor before the first update."""
 
@@ -145,8 +149,7 @@ class Masked(Method):
 
     @override
     def before_update(self, holder: Holder) -> None:
-        seen = self._versions
-        self._touched = [sparse for sparse in holder.weights if seen.get(sparse.name) != _version(sparse.weight)]
+        self._touched = self._written(holder)
         # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
         # the optimizer is about to differentiate the gradient.
         if self.rescaling:
@@ -239,6 +242,17 @@ class Masked(Method):
         if id(holder.optimizer) not in self._states:
             self._states[id(holder.optimizer)] = WeightState(holder.optimizer)
         return self._states[id(holder.optimizer)]
+
+    @override
+    def suspects(self, holder: Holder) -> Sequence[SparseWeight]:
+        # Torch does not tell who has written through `weight.data`; such values stay until all are looked at.
+        everything = not holder.keeps_zeros or holder.steps % LOOK_EVERY == 0 or self.rewrites(holder)
+        return holder.weights if everything else self._written(holder)
+
+    def _written(self, holder: Holder) -> list[SparseWeight]:
+        """Weights that somebody has written to since the last step, as far as torch tells."""
+        seen = self._versions
+        return [sparse for sparse in holder.weights if seen.get(sparse.name) != _version(sparse.weight)]
 
     def _remember_versions(self, weights: Iterable[SparseWeight]) -> None:
         self._versions |= {sparse.name: _version(sparse.weight) for sparse in weights}

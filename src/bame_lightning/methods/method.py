@@ -92,6 +92,10 @@ class Method(ABC):
     def regroup(self) -> None:
         """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense."""
 
+    def suspects(self, holder: Holder) -> Sequence[SparseWeight]:
+        """Weights that somebody else may have written to since the last step, before the next update hides it."""
+        return holder.weights
+
     def before_backward(self, holder: Holder) -> None:
         """Prepare for one of a step's backward passes (manual optimization)."""
 

@@ -102,6 +102,10 @@ class DropAndGrow(Masked):
         return holder.window.adapts(holder.steps)
 
     @override
+    def rewrites(self, holder: Holder) -> bool:
+        return self.reads(holder)
+
+    @override
     def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
         for sparse in holder.weights:
             self._gradients.pop(sparse.name, None)

@@ -23,6 +23,8 @@ class Positions:
 
     Attributes:
         starts: Number of the first position of each weight, and of all together at the end.
+        straight: Whether positions of each weight lie in memory as they are numbered: in linear layers, pointwise and
+            channels-last convolutions.
 
     Raises:
         ValueError: If the kernel dimensions of a convolution are not side by side in memory.
@@ -35,8 +37,7 @@ class Positions:
         grids = [_grid(value, sparse.name) for value, sparse in zip(values, weights, strict=True)]
         rows = [(start, *grid) for start, grid in zip(self.starts, grids, strict=False)]
         self._table = torch.tensor(rows, device=values[0].device)
-        # In memory as in the order of blocks: all linear layers, pointwise and channels-last convolutions.
-        self._straight = all((o, k, i) == (size * across, across, 1) for size, across, o, k, i in grids)
+        self.straight = [(o, k, i) == (size * across, across, 1) for size, across, o, k, i in grids]
         self._views: dict[int, Tensor] = {}
 
     def offsets(self, positions: Int[Tensor, chosen * some], counts: Tensor) -> Int[Tensor, chosen * some]:
@@ -52,7 +53,7 @@ class Positions:
         rows = self._table.repeat_interleave(counts, dim=0, output_size=len(positions))
         start, *grid = (column.view(-1, *[1] * (positions.dim() - 1)) for column in rows.unbind(1))
         inside = positions - start
-        if self._straight:
+        if all(self.straight):
             return inside
         kernel, inputs, by_output, by_kernel, by_input = grid
         pixel, channel = inside // inputs, inside % inputs
