@@ -15,7 +15,6 @@ KNOWN = frozenset(
         torch.optim.AdamW,
         torch.optim.NAdam,
         torch.optim.RAdam,
-        torch.optim.Adamax,
         torch.optim.RMSprop,
         torch.optim.Adagrad,
         torch.optim.Adadelta,
@@ -24,7 +23,7 @@ KNOWN = frozenset(
 )
 """Optimizers whose update of a weight is zero if weight, gradient and state are; `tests/weights/test_fixed_point.py` shows it.
 
-Not their subclasses, which may update otherwise, nor ASGD, which keeps an average.
+Not their subclasses, which may update otherwise; nor ASGD, which keeps an average, nor Adamax, whose state becomes `eps`.
 """
 
 
