@@ -17,6 +17,7 @@ from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
+from bame_lightning.weights.sharding import reshard
 
 if TYPE_CHECKING:
     from bame_lightning.callbacks.base import SparseCallback
@@ -51,6 +52,7 @@ class Membership:
             pl_module: The model.
             masked: `id`s of the weights whose masks are not on trial.
         """
+        reshard(pl_module)
         self._held = held = held_by(*trainer.optimizers)
         method = self._method
         self._plans = plan_layers(pl_module, method.pattern, method.rules, held, found=self._found, masked=set(masked))
