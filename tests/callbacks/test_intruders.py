@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 
+from bame_lightning.callbacks.intruders import Intruders, _sum_of_bits
 from tests.callbacks.registry import METHODS, every_method
 from tests.training import Spy, Task, blocks_over, trainer
 
@@ -81,6 +82,42 @@ def test_weights_that_are_reloaded_in_the_middle(name: str, validated: bool) -> 
     assert len(found) == 1
     assert "`model.6` held non-zero weights" in found[0]
     assert blocks_over(task.model[6].weight, 2, 4) == 0
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["by the sum of bits", "by every weight"])
+@pytest.mark.parametrize("what", ["one weight", "sparse weights of an earlier step"])
+def test_little_is_found_too(what: str, trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse weights of an earlier step have as many zeros, elsewhere."""
+    if not trusted:
+        monkeypatch.setattr(Intruders, "trust", lambda *_: None)
+    method, earlier = make("bame"), []
+
+    def change(run: L.Trainer, module: L.LightningModule) -> None:
+        weight = module.model[6].weight.data
+        if run.global_step == 1:
+            earlier.append(weight.clone())
+        if run.global_step == 21:
+            if what == "one weight":
+                weight[tuple((weight == 0).nonzero()[3])] = 1e-30
+            else:
+                weight.copy_(earlier[0])
+
+    (found,) = told(method, Spy(change), task=Task(), max_epochs=3)
+    assert found.startswith("`model.6` held non-zero weights")
+
+
+def test_a_sum_of_bits_tells_any_two_layouts_and_types() -> None:
+    weights = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for odd in (False, True):
+            whole = weights.to(dtype).flatten()[odd:][: 5 * 4 * 9]
+            plain = whole.view(5, 4, 3, 3)
+            last = torch.empty_like(plain, memory_format=torch.channels_last).copy_(plain)
+            for values in (plain, last, plain[:, :, 0, 0], plain[:, :, 0, 0].t()):
+                before = _sum_of_bits(values)
+                assert torch.equal(_sum_of_bits(values), before)
+                values[2, 1] *= 1.01
+                assert not torch.equal(_sum_of_bits(values), before)
 
 
 @every_method

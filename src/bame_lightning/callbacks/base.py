@@ -455,6 +455,7 @@ class SparseCallback(KeepsBooks):
             return
         followed.stepping = followed.backward = False
         self.after_update(optimizer)
+        self._intruders.trust(followed.weights)
         followed.steps += 1
         self.steps += 1
         self._book(followed)
