@@ -52,7 +52,12 @@ LIBRARIES = {
     "galore-torch": "galore_torch",
     "apollo-torch": "apollo_torch",
     "adam-mini": "adam_mini",
+    "adabelief-pytorch": "adabelief_pytorch",
+    "muon-optimizer": "muon",
+    "heavyball": "heavyball",
 }
+NEEDED = {"lr": 1e-3, "num_data": 64, "num_iterations": 24}
+"""Arguments that some optimizers have no default for."""
 PATIENCE = 300
 """Seconds that one optimizer may take."""
 OURS = "bame_lightning"
@@ -141,11 +146,12 @@ def fit(module: Small, *callbacks: L.Callback, epochs: int) -> None:
 def ways(cls: type) -> Iterator[dict[str, Any]]:
     """Ways to use an optimizer, the plain one first: which parameters it takes, and what it needs of gradients."""
     arguments = inspect.signature(cls).parameters
+    required = {name for name, argument in arguments.items() if argument.default is inspect.Parameter.empty}
 
     def made(parameters: Any) -> Optimizer:
-        rate = {"lr": 1e-3} if "lr" in arguments and arguments["lr"].default is inspect.Parameter.empty else {}
+        needed = {name: value for name, value in NEEDED.items() if name in required}
         around = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9} if sharp else {}
-        made: Optimizer = cls(parameters, **(around or rate))
+        made: Optimizer = cls(parameters, **(needed | around))
         return made
 
     def wrapped(module: nn.Module) -> Optimizer:

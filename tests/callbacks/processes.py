@@ -239,12 +239,17 @@ def checkpoints(folder: Path, ranks: int) -> None:
 
 
 def launch(job: Callable[[Path, int], None], folder: Path, ranks: int) -> None:
-    """Run a job of this module on some ranks; Lightning starts the others by running the same command again."""
-    command = [sys.executable, "-W", "ignore", "-m", __name__, job.__name__, str(folder), str(ranks)]
+    """Run a job of some module on some ranks; Lightning starts the others by running the same command again."""
+    command = [sys.executable, "-W", "ignore", "-m", job.__module__, job.__name__, str(folder), str(ranks)]
     done = subprocess.run(command, timeout=1200, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-if __name__ == "__main__":
+def main(jobs: dict[str, Any]) -> None:
+    """Run the job that the command line names, of those that the module holds which was started."""
     torch.set_num_threads(1)
-    globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    jobs[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -83,6 +83,25 @@ def test_weights_that_are_reloaded_in_the_middle(name: str, validated: bool) -> 
     assert blocks_over(task.model[6].weight, 2, 4) == 0
 
 
+@pytest.mark.parametrize("what", ["one weight", "sparse weights of an earlier step"])
+def test_little_is_found_too(what: str) -> None:
+    """Sparse weights of an earlier step have as many zeros, elsewhere."""
+    method, earlier = make("bame"), []
+
+    def change(run: L.Trainer, module: L.LightningModule) -> None:
+        weight = module.model[6].weight.data
+        if run.global_step == 1:
+            earlier.append(weight.clone())
+        if run.global_step == 21:
+            if what == "one weight":
+                weight[tuple((weight == 0).nonzero()[3])] = 1e-30
+            else:
+                weight.copy_(earlier[0])
+
+    (found,) = told(method, Spy(change), task=Task(), max_epochs=3)
+    assert found.startswith("`model.6` held non-zero weights")
+
+
 @every_method
 def test_a_run_that_nobody_disturbs_says_nothing(name: str) -> None:
     assert told(make(name), task=Validated(), max_epochs=2) == []

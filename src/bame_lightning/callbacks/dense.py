@@ -14,6 +14,7 @@ from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
 from bame_lightning.weights.layers import LayerPlan, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNREACHED
+from bame_lightning.weights.sharding import reshard
 
 
 class Dense(KeepsBooks):
@@ -70,6 +71,7 @@ class Dense(KeepsBooks):
                 self.books.follow(_densities(self._plan(trainer, pl_module, self._found)), unreached)
 
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, found: Mapping[str, str]) -> list[LayerPlan]:
+        reshard(pl_module)
         return plan_layers(pl_module, self.pattern, self.rules, held_by(*trainer.optimizers), found=found)
 
     @override

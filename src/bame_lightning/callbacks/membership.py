@@ -16,6 +16,7 @@ from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
+from bame_lightning.weights.sharding import reshard
 
 if TYPE_CHECKING:
     from bame_lightning.callbacks.driver import SparseCallback
@@ -50,6 +51,7 @@ class Membership:
             pl_module: The model.
             masked: `id`s of the weights whose masks are not on trial.
         """
+        reshard(pl_module)
         self._held = held = held_by(*trainer.optimizers)
         callback = self._callback
         self._plans = plan_layers(

@@ -6,19 +6,36 @@ inside a block needs no other process. What looks at a whole layer (a mean, a ra
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, sharing its memory; all of an ordinary tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the parameters that optimizers hold back into modules of FSDP2, each with its own rows.
+
+    A module that ran forward without a backward pass, as a teacher does, keeps the gathered ones in their place. They are
+    other objects, and the next forward pass would not see what was changed in the rows.
+
+    Args:
+        model: Any model.
+    """
+    # A model can only be sharded so if somebody has imported the class.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 @dataclass(frozen=True)
