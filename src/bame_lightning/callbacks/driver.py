@@ -197,6 +197,13 @@ class SparseCallback(KeepsBooks):
         }
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Somebody may have written to weights since the last look; what is saved shares their memory.
+        if self.training.attached:
+            with torch.no_grad():
+                self.method.enforce()
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict, type(self).__name__)
         if state_dict["layers"]:
@@ -326,6 +333,7 @@ class SparseCallback(KeepsBooks):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        self._intruders.look(self.weights)
         self._tell_of_intruders(_FORWARD)
 
     @override
