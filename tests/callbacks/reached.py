@@ -1,4 +1,4 @@
-"""Networks of which processes reach different parts: `python -m tests.callbacks.reached JOB FOLDER RANKS`."""
+"""Networks of which processes reach different parts; tests start `python -m tests.callbacks.reached JOB FOLDER RANKS`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def reshard(model: nn.Module) -> None:
     """
     # A model can only be sharded so if somebody has imported the class.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
+    if fsdp is None:
+        return
+    for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
