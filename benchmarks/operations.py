@@ -1,6 +1,6 @@
 """How many tensor operations does a method start in a step, beside those of the training itself?
 
-    python -m benchmarks.operations                       # writes operations.csv
+    python -m benchmarks.operations                       # writes operations.csv and the table of docs/performance.md
     python -m benchmarks.operations --models resnet50 --methods bame
 
 Counts every dispatched operation of a fit, views included, with the method and without it; the difference is the method's.
@@ -26,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from bame_lightning import SRSTE, BAMECallback, RigL, Schedule, StaticMask
+from benchmarks.documents import fill
 
 CSV = Path(__file__).parent / "operations.csv"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 CYCLE = 20
 """Steps between two readings of everything, the default."""
 WARM = CYCLE
@@ -162,6 +164,19 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    fill(DOCUMENT, "operations", "\n".join(table(rows)))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The counts as lines of Markdown: kinds of steps of BAME, the mean of the others."""
+    lines = [f"| model | sparse weights | {' | '.join(METHODS)} | {' | '.join(list(KINDS)[1:])} |"]
+    lines.append("|---|" + "---:|" * (len(METHODS) + len(KINDS)))
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = {row["method"]: row for row in rows if row["model"] == name}
+        cells = [own[method]["mean"] if method in own else "" for method in METHODS]
+        cells += [own["bame"][kind] for kind in list(KINDS)[1:]] if "bame" in own else []
+        lines.append(f"| {name} | {next(iter(own.values()))['sparse_weights']} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

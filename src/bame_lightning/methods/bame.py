@@ -62,6 +62,7 @@ class BAME(Masked):
         self.groups: list[EvolvingBlocks] = []
         self.adaptations = 0
         self.discarded = torch.zeros((), dtype=torch.int64)
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._observers: list[Callable[[], AbstractContextManager[None]]] = []
 
     @property
@@ -126,7 +127,7 @@ class BAME(Masked):
     @override
     def end(self) -> None:
         super().end()
-        self._observers = []
+        self._observers, self._views = [], {}
 
     @override
     def rescaled(self, sparse: SparseWeight, factor: float) -> None:
@@ -205,9 +206,16 @@ class BAME(Masked):
         for sparse, pruned in zip(group.weights, swaps.pruned, strict=True):
             for _, value in state.elementwise(sparse.weight, sparse.name):
                 if sparse.oriented(value).stride() == sparse.kept.stride():
-                    flat_memory(value).index_fill_(0, pruned, 0)
+                    self._memory(value).index_fill_(0, pruned, 0)
                 else:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
+
+    def _memory(self, value: Tensor) -> Tensor:
+        """View optimizer state as it lies in memory; remembered, since a view costs as much as a small operation."""
+        found = self._views.get(id(value))
+        if found is None or found[0] is not value or found[1].data_ptr() != value.data_ptr():
+            found = self._views[id(value)] = value, flat_memory(value)
+        return found[1]
 
     def _groups_of(self, holder: Holder) -> list[EvolvingBlocks]:
         here = {id(sparse) for sparse in holder.weights}
