@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 
-from bame_lightning import BAMECallback, Evidence, Schedule
+from bame_lightning import BAMECallback, Dense, Evidence, Schedule
 from bame_lightning.callbacks.home import Home
 from tests.callbacks.test_base import assert_same
 from tests.training import Task, trainer
@@ -86,3 +86,14 @@ def test_fits_in_forked_processes_end_as_fits_here(tmp_path: Any) -> None:
         after = {"state": callback.state_dict(), "saved": saved, "weights": dict(task.named_parameters())}
         ends.append({"first": state, "summary": summary} | after)
     assert_same(*ends)
+
+
+def test_dense_training_in_forked_processes_brings_its_books_home() -> None:
+    ends = []
+    for strategy in ("auto", "ddp_fork"):
+        callback = Dense("2:4")
+        trainer(callback, strategy=strategy, use_distributed_sampler=False).fit(Task())
+        assert callback.steps == 16
+        ends.append((callback.summary(), callback.state_dict()))
+    assert ends[0] == ends[1]
+    assert ends[0][0]["flops"]["flops/train_vs_dense"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Container, Mapping, Set
 from typing import Any
 
@@ -12,6 +13,7 @@ from typing_extensions import override
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.counting import CountedStep
+from bame_lightning.callbacks.home import Home
 from bame_lightning.ledger.flops import Ledger, Macs, Shares
 from bame_lightning.weights.layers import parse_rules
 
@@ -153,8 +155,28 @@ class KeepsBooks(L.Callback):
         parse_rules(layers or {})
         self.pattern = NMPattern.parse(pattern)
         self.rules = dict(layers or {})
-        self.steps = 0
+        self._home = Home()
         self.books = Bookkeeper({})
+        self.steps = 0
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+
+    @steps.setter
+    @abstractmethod
+    def steps(self, steps: int) -> None: ...
+
+    @abstractmethod
+    def take_home(self, told: dict[str, Any]) -> None:
+        """Take up what a child process has told of a fit that ran there."""
+
+    def come_home(self) -> None:
+        """Take up what a child process has learned in a fit that ran there, if it has not been taken up."""
+        told = self._home.fetch()
+        if told is not None:
+            self.take_home(told)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -165,6 +187,9 @@ class KeepsBooks(L.Callback):
                 f"`callbacks` holds {len(methods)} methods, {' and '.join(methods)}, but weights follow one. Keep one; several "
                 "patterns are rules of one callback, layers={'name.*': 'N:M'}."
             )
+        if stage == "fit":
+            self.come_home()
+            self._home.leave(trainer.strategy)
 
     @override
     def on_train_batch_start(

@@ -29,10 +29,25 @@ class Dense(KeepsBooks):
     """
 
     def __init__(self, pattern: str | NMPattern, *, layers: Mapping[str, str | NMPattern] | None = None) -> None:
+        self._steps = 0
         super().__init__(pattern, layers)
         self._restored: dict[str, Any] | None = None
         self._waiting: list[LayerPlan] = []
         self._found: dict[str, str] = {}
+
+    @property
+    @override
+    def steps(self) -> int:
+        self.come_home()
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = steps
+
+    @override
+    def take_home(self, told: dict[str, Any]) -> None:
+        self._steps, self.books = told["steps"], Bookkeeper({}, restored=told["flops"])
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -81,6 +96,10 @@ class Dense(KeepsBooks):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self.books.metrics(), on_step=True, on_epoch=False)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._home.send(self.state_dict(), first=trainer.is_global_zero)
 
     @override
     def state_dict(self) -> dict[str, Any]:

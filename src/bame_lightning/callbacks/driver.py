@@ -19,7 +19,7 @@ from bame_lightning.blocks import statistics
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
-from bame_lightning.callbacks.home import Home, masks_from_home
+from bame_lightning.callbacks.home import masks_from_home
 from bame_lightning.callbacks.intruders import Intruders
 from bame_lightning.callbacks.loggers import record_config
 from bame_lightning.callbacks.membership import Membership
@@ -93,7 +93,6 @@ class SparseCallback(KeepsBooks):
         self.method = method
         self.training = SparseTraining(method, init)
         method.run.verify = verify
-        self._home = Home()
         self._brought: dict[str, Any] | None = None
         super().__init__(pattern, layers)
         self._restored: dict[str, Any] | None = None
@@ -113,9 +112,10 @@ class SparseCallback(KeepsBooks):
         return self.training.run.weights
 
     @property
+    @override
     def steps(self) -> int:
         """Optimizer steps so far, of all optimizers that hold sparse weights."""
-        self._come_home()
+        self.come_home()
         return self.training.run.steps
 
     @steps.setter
@@ -161,7 +161,7 @@ class SparseCallback(KeepsBooks):
         Raises:
             RuntimeError: Before the first fit.
         """
-        self._come_home()
+        self.come_home()
         if self._brought is not None:
             summary: dict[str, Any] = self._brought["summary"]
             return summary
@@ -184,7 +184,7 @@ class SparseCallback(KeepsBooks):
     def state_dict(self) -> dict[str, Any]:
         if self._restored:
             return self._restored  # loaded, and not yet taken up
-        self._come_home()
+        self.come_home()
         if self._brought is not None:
             state: dict[str, Any] = self._brought["state"]
             return state
@@ -217,12 +217,11 @@ class SparseCallback(KeepsBooks):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._come_home()
-        refuse_strategy(trainer)
-        self._home.leave(trainer.strategy)
         # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
         self._restored, self._blank = None, False
         here = {id(parameter) for parameter in pl_module.parameters()}
@@ -475,12 +474,10 @@ class SparseCallback(KeepsBooks):
         self.averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
         self.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
 
-    def _come_home(self) -> None:
-        """Take up what a child process has learned in a fit that ran there."""
-        told = self._home.fetch()
-        if told is not None:
-            self.training.forget()
-            self._brought, self.training.run.steps = told, told["state"]["steps"]
+    @override
+    def take_home(self, told: dict[str, Any]) -> None:
+        self.training.forget()
+        self._brought, self.training.run.steps = told, told["state"]["steps"]
 
     def _tell_of_intruders(self, what: str) -> None:
         """Tell of weights that others have changed, and make all of them sparse again."""
