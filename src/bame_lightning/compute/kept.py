@@ -126,9 +126,7 @@ class KeptIndex:
             self.library.nm_lists(ctypes.byref(self._blocks(None)))
         return self._lists
 
-    def update(
-        self, mask: Bool[Tensor, "out inp *kernel"], rows: Int[Tensor, " chosen"] | None = None
-    ) -> int:
+    def update(self, mask: Bool[Tensor, "out inp *kernel"], rows: Int[Tensor, " chosen"] | None = None) -> int:
         """Follow a mask that has changed.
 
         Args:

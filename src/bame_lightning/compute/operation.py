@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,12 @@ class Conv2d:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output for those of input and kernel."""
+        axes = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in axes)
+        return height, width
 
     def forward(
         self,

@@ -87,7 +87,9 @@ def load(cache: Path, say: Callable[[str], None] = announce) -> ctypes.CDLL:
         return _open(library)
     except OSError as error:
         _forget(library)
-        raise Unavailable(f"the kernels could not be built in {folder}: {error}. `{CACHE}` names another folder") from None
+        raise Unavailable(
+            f"the kernels could not be built in {folder}: {error}. `{CACHE}` names another folder"
+        ) from None
 
 
 def find_compiler() -> str:

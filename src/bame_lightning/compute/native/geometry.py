@@ -127,9 +127,7 @@ def division(operation: Operation, weight: torch.Size, element: int, lanes: int)
     if isinstance(operation, Linear):
         return Division(sections=sections(weight[0], element, lanes))
     (sh, sw), (ph, pw), (dh, dw) = operation.stride, operation.padding, operation.dilation
-    kinds = [
-        (kh * dh - ph) % sh * sw + (kw * dw - pw) % sw for kh in range(weight[2]) for kw in range(weight[3])
-    ]
+    kinds = [(kh * dh - ph) % sh * sw + (kw * dw - pw) % sw for kh in range(weight[2]) for kw in range(weight[3])]
     return Division(sh * sw, tuple(kinds))
 
 
@@ -201,7 +199,9 @@ def _backward(conv: Conv2d, kernel: tuple[int, ...], source: Image, output: Imag
             units.append(_positions(len(ys), len(xs), line, 1) + rows.before * line + columns.before)
             offsets.append((ys[:, None] * source.width + xs).flatten())
             first.append(first[-1] + len(units[-1]) * tiles)
-    taps = torch.tensor([rows.shift(kh) * line + columns.shift(kw) for kh in range(kernel[0]) for kw in range(kernel[1])])
+    taps = torch.tensor(
+        [rows.shift(kh) * line + columns.shift(kw) for kh in range(kernel[0]) for kw in range(kernel[1])]
+    )
     table = (torch.arange(output.channels)[:, None] * columns.size + taps).flatten()
     row_stride, offset = _written(source, torch.cat(offsets))
     return Reading(
