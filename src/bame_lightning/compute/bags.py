@@ -67,14 +67,14 @@ class BagProducts:
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor, also: Tensor | None = None) -> None:
         """Not here: `embedding_bag` would be slower than the dense product."""
-        return None
+        return
 
     def _bags(self, x: Tensor, index: Tensor, first: Tensor, values: Tensor) -> Tensor | None:
         samples = x.reshape(-1, x.shape[-1])
         if not samples.sum().isfinite() and not samples.isfinite().all():
             return None
         made = x.new_empty(len(samples), len(first) - 1)
-        for part, to in zip(samples.split(_TILE), made.split(_TILE), strict=True):
+        for part, to in zip(torch.split(samples, _TILE), torch.split(made, _TILE), strict=True):
             bags = functional.embedding_bag(
                 index,
                 part.t().contiguous(),

@@ -53,7 +53,7 @@ class BoundForward:
     def unbind(self) -> None:
         """Give the module back its own forward pass; nothing happens if somebody has replaced this one since."""
         if vars(self.module).get("forward") is self:
-            del self.module.forward  # type: ignore[attr-defined]
+            del self.module.forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.module), self.module)
@@ -77,7 +77,7 @@ def bind(module: nn.Module, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPa
 
     Raises:
         ValueError: If the module cannot be bound; `why_not` says so before. Or if a block of the mask keeps not N.
-        Unavailable: If an implementation cannot be had on this machine.
+        UnavailableError: If an implementation cannot be had on this machine.
         TypeError: If an implementation does not know the operation.
     """
     if why := why_not(module):
@@ -86,7 +86,7 @@ def bind(module: nn.Module, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPa
     assert operation is not None
     layer = SparseLayer(operation, mask, pattern, choice, module.weight.dtype)  # type: ignore[arg-type]
     bound = BoundForward(module, layer)
-    module.forward = bound  # type: ignore[assignment]
+    module.forward = bound
     return bound
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.choice import PHASES, Choice
 from bame_lightning.compute.layer import DTYPES, IMPLEMENTATIONS, Products
-from bame_lightning.compute.native.build import Unavailable
+from bame_lightning.compute.native.build import UnavailableError
 from bame_lightning.compute.operation import Operation
 
 MARGIN = 0.95
@@ -78,11 +78,12 @@ def choose(
     Returns:
         The choice with its reason and what was measured. All dense where nothing else is possible.
     """
-    reasons, found = [], {}
+    reasons: list[str] = []
+    found: dict[str, Products] = {}
     for name in implementations if weight.dtype in DTYPES and weight.is_cpu else ():
         try:
             found[name] = IMPLEMENTATIONS[name](operation, mask, pattern, weight.dtype)
-        except (Unavailable, TypeError, ValueError) as error:
+        except (UnavailableError, TypeError, ValueError) as error:
             reasons.append(f"{name}: {error}")
     if not found:
         return Choice(reason="; ".join(reasons) or f"not float32 or float64 on a CPU but {weight.dtype}")
@@ -115,10 +116,10 @@ def _measure(
     work: dict[str, dict[str, Callable[[], object]]] = {
         "gather": {},
         "forward": {"dense": lambda: operation.forward(x, weight, None)},
-        "weight_gradient": {"dense": lambda: operation.backward(gradient, x, weight, (False, True))},
     }
     if call.input_gradient:
         work["input_gradient"] = {"dense": lambda: operation.backward(gradient, x, weight, (True, False))}
+    work["weight_gradient"] = {"dense": lambda: operation.backward(gradient, x, weight, (False, True))}
     for name, products in found.items():
         kept = values[name]
         if kept is None:  # weights that are not finite: nothing can be measured
@@ -148,8 +149,7 @@ def _take_turns(work: dict[str, Callable[[], object]], rounds: int, clock: Calla
 def _fastest(took: dict[str, float], margin: float) -> str:
     if "dense" not in took:
         return "dense"
-    best = min(took, key=lambda name: took[name] / (1 if name == "dense" else margin))
-    return best
+    return min(took, key=lambda name: took[name] / (1 if name == "dense" else margin))
 
 
 def _reason(best: dict[str, str], times: dict[str, dict[str, float]]) -> str:

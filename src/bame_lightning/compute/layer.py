@@ -63,7 +63,7 @@ class SparseLayer:
         dtype: Of the weight.
 
     Raises:
-        Unavailable: If an implementation cannot be had on this machine; it says why.
+        UnavailableError: If an implementation cannot be had on this machine; it says why.
         ValueError: If a block keeps another number than N.
         TypeError: If an implementation does not know the operation.
     """
@@ -112,7 +112,7 @@ class SparseLayer:
             return "suspended" if self.suspended else self.choice.reason or "chosen"
         if torch.is_autocast_enabled("cpu"):
             return "autocast computes in another type"
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return "a compiler sees dense products only"
         if torch._C._are_functorch_transforms_active():
             return "torch.func transforms dense products only"
@@ -123,8 +123,8 @@ class SparseLayer:
         return _why_not_these(x, weight, self.dtype)
 
     def __call__(
-        self, x: Float[Tensor, "..."], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "..."]:
+        self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, ...]:
         """The layer's output."""
         if self.why_dense(x, weight):
             return self.operation.forward(x, weight, bias)

@@ -33,13 +33,13 @@ _PATIENCE = 300.0
 """Seconds to wait for another process that builds."""
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The kernels cannot be had on this machine; the message says why, and what helps."""
 
 
 def announce(line: str) -> None:
     """Say one line to whoever watches the run."""
-    print(f"bame_lightning: {line}", file=sys.stderr, flush=True)  # noqa: T201 the caller's choice
+    print(f"bame_lightning: {line}", file=sys.stderr, flush=True)
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +47,7 @@ def kernels() -> ctypes.CDLL:
     """The kernels of this machine, built at the first call.
 
     Raises:
-        Unavailable: If there is no compiler, or it fails. The next call tries again.
+        UnavailableError: If there is no compiler, or it fails. The next call tries again.
     """
     return load(cache_folder())
 
@@ -73,7 +73,7 @@ def load(cache: Path, say: Callable[[str], None] = announce) -> ctypes.CDLL:
         The library.
 
     Raises:
-        Unavailable: If there is no compiler, it fails, or the folder cannot be written.
+        UnavailableError: If there is no compiler, it fails, or the folder cannot be written.
     """
     compiler = find_compiler()
     folder = cache / f"kernels-{_key(compiler)}"
@@ -87,7 +87,7 @@ def load(cache: Path, say: Callable[[str], None] = announce) -> ctypes.CDLL:
         return _open(library)
     except OSError as error:
         _forget(library)
-        raise Unavailable(
+        raise UnavailableError(
             f"the kernels could not be built in {folder}: {error}. `{CACHE}` names another folder"
         ) from None
 
@@ -96,16 +96,16 @@ def find_compiler() -> str:
     """The C++ compiler to use.
 
     Raises:
-        Unavailable: If there is none.
+        UnavailableError: If there is none.
     """
     wanted = os.environ.get(COMPILER)
     if sys.platform == "win32":
-        raise Unavailable("the kernels need GCC or Clang on Linux or macOS")
+        raise UnavailableError("the kernels need GCC or Clang on Linux or macOS")
     for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
         if found := shutil.which(name):
             return found
     tried = f"`{COMPILER}` = {wanted!r} is not there" if wanted else "g++, clang++ and c++ are not there"
-    raise Unavailable(f"no C++ compiler: {tried}; install one (on Debian: apt install g++), or set `{COMPILER}`")
+    raise UnavailableError(f"no C++ compiler: {tried}; install one (on Debian: apt install g++), or set `{COMPILER}`")
 
 
 def _build(compiler: str, library: Path, say: Callable[[str], None]) -> None:
@@ -124,7 +124,7 @@ def _build(compiler: str, library: Path, say: Callable[[str], None]) -> None:
                 return
             first_error = first_error or ended.stderr.strip() or f"exit status {ended.returncode}"
     lines = [line for line in first_error.splitlines() if "error" in line] or first_error.splitlines()
-    raise Unavailable(f"{compiler} does not build the kernels: {lines[0]}. `{COMPILER}` names another compiler")
+    raise UnavailableError(f"{compiler} does not build the kernels: {lines[0]}. `{COMPILER}` names another compiler")
 
 
 def _open(library: Path) -> ctypes.CDLL:

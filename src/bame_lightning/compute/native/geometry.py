@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bame_lightning.compute.kept import Division
-from bame_lightning.compute.operation import Conv2d, Linear, Operation
 from bame_lightning.compute.native.structures import Packing
+from bame_lightning.compute.operation import Conv2d, Linear, Operation
 
 TILES = 8
 """Vectors of samples side by side: as many sums as the kernels keep in registers."""

@@ -31,7 +31,7 @@ class KernelProducts:
         dtype: Of weights and activations.
 
     Raises:
-        Unavailable: If the kernels cannot be had on this machine.
+        UnavailableError: If the kernels cannot be had on this machine.
         ValueError: If a block keeps another number than N.
     """
 
@@ -264,7 +264,7 @@ def _image(x: Tensor, operation: Operation) -> Image:
     if isinstance(operation, Linear):
         return Image(x.shape[-1])
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return Image(*x.shape[1:], last)
+    return Image(x.shape[1], x.shape[2], x.shape[3], last)
 
 
 def _of(packing: structures.Packing, source: Tensor) -> structures.Packing:
