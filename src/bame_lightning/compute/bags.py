@@ -32,7 +32,7 @@ class BagProducts:
     name = "embedding_bag"
 
     def __init__(
-        self, operation: Operation, mask: Bool[Tensor, "out inp"], pattern: NMPattern, dtype: torch.dtype
+        self, operation: Operation, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, dtype: torch.dtype
     ) -> None:
         if not isinstance(operation, Linear):
             raise TypeError("embedding_bag multiplies linear layers only")

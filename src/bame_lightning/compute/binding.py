@@ -60,7 +60,7 @@ class BoundForward:
         return MethodType(type(copied).forward, copied)
 
     def __reduce__(self) -> Any:
-        return MethodType, (type(self.module).forward, self.module)
+        return getattr, (self.module, "forward")  # of its class, for a module is made before its state is put into it
 
 
 def bind(module: nn.Module, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, choice: Choice) -> BoundForward:

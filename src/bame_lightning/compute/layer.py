@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float64)
 """What the sparse implementations multiply."""
 
 
+@runtime_checkable
 class Products(Protocol):
     """The products of one sparse layer. Each may answer None: then the dense one is right, and this one would not be."""
 
