@@ -34,6 +34,7 @@ class BoundForward:
     def __init__(self, module: nn.Module, layer: SparseLayer) -> None:
         self.module, self.layer = module, layer
         self.__wrapped__ = MethodType(type(module).forward, module)  # its signature is that of the method
+        self.__code__ = type(module).forward.__code__  # torch.export reads the names of arguments here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the module."""
