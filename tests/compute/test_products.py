@@ -121,3 +121,16 @@ def test_weights_beside_the_mask_are_noticed(kind) -> None:
         other = stored.clone()
         other[tuple((~mask).nonzero()[7].tolist())] = 1e-30
         assert products.values(other) is None
+
+
+def test_positions_in_any_order_and_none_of_the_weight() -> None:
+    mask = random_mask((24, 32), FOUR)
+    weight, x, gradient = torch.randn(24, 32) * mask, torch.randn(40, 32), torch.randn(40, 24)
+    products = KernelProducts(Linear(), mask, FOUR, torch.float32)
+    also = torch.randperm(24 * 32)[:100]
+    ordered = products.weight_gradient(gradient, x, weight, also.sort().values)
+    assert torch.equal(products.weight_gradient(gradient, x, weight, also), ordered)
+    assert torch.equal(products.weight_gradient(gradient, x, weight, also.view(50, 2)), ordered)
+    for wrong in (-1, 24 * 32):
+        with pytest.raises(ValueError, match=f"positions from 0 to 767; got {wrong}"):
+            products.weight_gradient(gradient, x, weight, torch.tensor([5, wrong]))

@@ -113,7 +113,7 @@ class KernelProducts:
         return self._multiply(reading, entries, parts.sections, parts.kinds, gradient, None, made)
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, also: Int[Tensor, " more"] | None = None
+        self, gradient: Tensor, x: Tensor, weight: Tensor, also: Int[Tensor, "*more"] | None = None
     ) -> Tensor | None:
         """The gradient of the weight where it is kept and at the positions `also`, zero elsewhere.
 
@@ -125,13 +125,15 @@ class KernelProducts:
 
         Returns:
             The gradient; None if `gradient` or `x` is not finite.
+
+        Raises:
+            ValueError: If a position is none of the weight's.
         """
         gradient, x = self._packable(gradient), self._packable(x)
         key, laid = self._geometry(x, gradient)
         reading, strides, index = laid.forward, self._strides_of(weight), self.index
-        made = torch.empty_like(weight)
-        units = self._column_units(key, reading)
-        more = None if also is None or not also.numel() else also.flatten().sort().values
+        made, units = torch.empty_like(weight), self._column_units(key, reading)
+        more = None if also is None or not also.numel() else _ascending(also.flatten(), weight.numel())
         call = structures.WeightGradient(
             type=self.type,
             threads=torch.get_num_threads(),
@@ -265,6 +267,17 @@ def _image(x: Tensor, operation: Operation) -> Image:
         return Image(x.shape[-1])
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return Image(x.shape[1], x.shape[2], x.shape[3], last)
+
+
+def _ascending(positions: Tensor, count: int) -> Tensor:
+    """Positions in ascending order, as they mostly are already: sorting takes as long as a product."""
+    positions = positions.to(torch.int64).contiguous()
+    if (positions[1:] < positions[:-1]).any():
+        positions = positions.sort().values
+    first, last = int(positions[0]), int(positions[-1])
+    if first < 0 or last >= count:
+        raise ValueError(f"`also` must hold positions from 0 to {count - 1}; got {first if first < 0 else last}.")
+    return positions
 
 
 def _of(packing: structures.Packing, source: Tensor) -> structures.Packing:
