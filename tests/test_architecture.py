@@ -18,6 +18,7 @@ PICTURES = {"matplotlib", "PIL", "wandb_workspaces"}
 ROOMS: dict[str, set[str]] = {
     "blocks": set(),
     "weights": {"blocks"},
+    "compute": {"blocks"},
     "bame": {"blocks", "weights"},
     "ledger": {"bame"},
     "methods": {"blocks", "weights", "bame", "ledger"},
@@ -27,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "tasks": set(),
     "cli": {"blocks", "weights", "bame", "ledger", "methods", "checkpoints", "show", "callbacks", "tasks"},
 }
-CORE = {"blocks", "weights", "bame", "ledger", "methods"}
+CORE = {"blocks", "weights", "compute", "bame", "ledger", "methods"}
 """Rooms of pure tensor code."""
 EVERYWHERE = {"lazy"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

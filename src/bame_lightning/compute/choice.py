@@ -1,0 +1,63 @@
+"""What is computed how: plain data that can be saved and sent to other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Implementation = Literal["dense", "kernels", "embedding_bag"]
+Phase = Literal["forward", "input_gradient", "weight_gradient"]
+PHASES: tuple[Phase, ...] = ("forward", "input_gradient", "weight_gradient")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is computed, phase by phase.
+
+    Args:
+        forward: What computes the output.
+        input_gradient: What computes the gradient of the input.
+        weight_gradient: What computes the gradient of the weight.
+        reason: Why, in a few words.
+        milliseconds: Phase -> implementation -> what it took, if it was measured.
+
+    Raises:
+        ValueError: If a name is not one of an implementation.
+    """
+
+    forward: Implementation = "dense"
+    input_gradient: Implementation = "dense"
+    weight_gradient: Implementation = "dense"
+    reason: str = ""
+    milliseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for phase in PHASES:
+            if (name := getattr(self, phase)) not in ("dense", "kernels", "embedding_bag"):
+                raise ValueError(f"`{phase}` must be 'dense', 'kernels' or 'embedding_bag'; got {name!r}.")
+
+    @property
+    def used(self) -> set[str]:
+        """Implementations in use beside the dense one."""
+        return {getattr(self, phase) for phase in PHASES} - {"dense"}
+
+    @property
+    def dense(self) -> bool:
+        """Whether all is dense."""
+        return not self.used
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for a checkpoint or a broadcast."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Choice:
+        """Undo `to_dict`.
+
+        Example:
+            >>> choice = Choice(forward="kernels", reason="faster")
+            >>> Choice.from_dict(choice.to_dict()) == choice
+            True
+        """
+        return cls(**saved)

@@ -1,0 +1,203 @@
+"""A sparse layer that is multiplied as a `Choice` says, and densely where that is not possible."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.compute.bags import BagProducts
+from bame_lightning.compute.choice import Choice
+from bame_lightning.compute.native.products import KernelProducts
+from bame_lightning.compute.operation import Operation
+
+DTYPES = (torch.float32, torch.float64)
+"""What the sparse implementations multiply."""
+
+
+@runtime_checkable
+class Products(Protocol):
+    """The products of one sparse layer. Each may answer None: then the dense one is right, and this one would not be."""
+
+    name: str
+
+    def update(self, mask: Tensor, rows: Tensor | None = None) -> int:
+        """Follow a mask that has changed; returns how many blocks did."""
+
+    def values(self, weight: Tensor) -> Tensor | None:
+        """The kept weights, for `forward` and `input_gradient`."""
+
+    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output."""
+
+    def input_gradient(self, gradient: Tensor, values: Tensor, x: Tensor) -> Tensor | None:
+        """The gradient of the input."""
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor | None:
+        """The gradient of the weight, where kept and at the positions `also`."""
+
+
+IMPLEMENTATIONS: dict[str, type[KernelProducts] | type[BagProducts]] = {
+    "kernels": KernelProducts,
+    "embedding_bag": BagProducts,
+}
+
+
+class SparseLayer:
+    """Compute a layer whose weight is zero where a mask prunes.
+
+    The weight stays the leaf. Its gradient is laid out as the weight: values where it is kept and at `contenders`, zero
+    elsewhere. With `whole_gradient`, or where the choice or a fallback is dense, it is the whole dense gradient. Whatever
+    the choice cannot do is done densely: no number ever differs by more than the order of sums makes it. So it is where
+    inputs, gradients or weights are not finite (0 * inf = nan in a dense product), where pruned weights are not zero
+    (somebody swaps values in, an average for example), under autocast, a compiler, a tracer, `torch.func`, a dispatch
+    mode, forward-mode differentiation, and when the backward pass is to be differentiated itself.
+
+    Args:
+        operation: What the layer computes.
+        mask: True where kept, shape (out, in, *kernel), with exactly N in each block of M; it is read, not kept.
+        pattern: N:M.
+        choice: What computes each phase.
+        dtype: Of the weight.
+
+    Raises:
+        UnavailableError: If an implementation cannot be had on this machine; it says why.
+        ValueError: If a block keeps another number than N.
+        TypeError: If an implementation does not know the operation.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        mask: Bool[Tensor, "out inp *kernel"],
+        pattern: NMPattern,
+        choice: Choice,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.operation, self.pattern, self.choice, self.dtype = operation, pattern, choice, dtype
+        self._products: dict[str, Products] = {
+            name: IMPLEMENTATIONS[name](operation, mask, pattern, dtype) for name in sorted(choice.used)
+        }
+        self.contenders: Int[Tensor, " contenders"] | None = None
+        """Pruned positions whose gradients are computed, too, numbered as in `blocks.layout.gather_positions`."""
+        self.whole_gradient = False
+        """Whether backward passes give the whole dense gradient of the weight."""
+        self.suspended = False
+        """Whether all is dense for now."""
+        self.version = 0
+        """Counts changes of the mask."""
+
+    def update(self, mask: Bool[Tensor, "out inp *kernel"], rows: Int[Tensor, " chosen"] | None = None) -> int:
+        """Follow a mask that has changed.
+
+        Args:
+            mask: The mask.
+            rows: Output rows in which it may have; all by default.
+
+        Returns:
+            How many blocks changed.
+
+        Raises:
+            ValueError: If a block keeps another number than N.
+        """
+        changed = [products.update(mask, rows) for products in self._products.values()]
+        self.version += any(changed)
+        return max(changed, default=0)
+
+    def why_dense(self, x: Tensor, weight: Tensor) -> str:
+        """Why a call is computed densely; empty if it need not be."""
+        if self.suspended or self.choice.dense:
+            return "suspended" if self.suspended else self.choice.reason or "chosen"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast computes in another type"
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return "a compiler sees dense products only"
+        if torch._C._are_functorch_transforms_active():
+            return "torch.func transforms dense products only"
+        if torch._C._len_torch_dispatch_stack():
+            return "a dispatch mode watches the operations"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation"
+        return _why_not_these(x, weight, self.dtype)
+
+    def __call__(
+        self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, ...]:
+        """The layer's output."""
+        if self.why_dense(x, weight):
+            return self.operation.forward(x, weight, bias)
+        made: Tensor = _Multiply.apply(x, weight, bias, self)
+        return made
+
+    def products(self, phase: str) -> Products | None:
+        """What computes a phase; None if that is dense."""
+        return self._products.get(getattr(self.choice, phase))
+
+
+def _why_not_these(x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
+    if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
+        return "tensors of a class of their own"
+    if not (x.is_cpu and weight.is_cpu) or x.layout != torch.strided:
+        return "not on the CPU"
+    if x.dtype != dtype or weight.dtype != dtype or dtype not in DTYPES:
+        return f"numbers of type {str(x.dtype).removeprefix('torch.')}"
+    if not x.numel() or x.dim() < 2 or (weight.dim() == 4 and x.dim() != 4):
+        return "a batch of no samples, or without a dimension for them"
+    return ""
+
+
+class _Multiply(torch.autograd.Function):
+    """The products of a `SparseLayer`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SparseLayer) -> Tensor:
+        ctx.layer, ctx.version, ctx.biased = layer, layer.version, bias is not None
+        ctx.values = ctx.valued_by = None
+        ctx.save_for_backward(x, weight)
+        made = None
+        products = layer.products("forward")
+        if products is not None:
+            values = products.values(weight)
+            # Values that a product cannot use tell of a weight that is not sparse now: nothing is, then.
+            ctx.sparse = values is not None
+            if values is not None:
+                ctx.values, ctx.valued_by = values, products.name
+                made = products.forward(x, values, bias)
+        else:
+            ctx.sparse = True
+        return layer.operation.forward(x, weight, bias) if made is None else made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        layer: SparseLayer = ctx.layer
+        needs = ctx.needs_input_grad
+        of_input = of_weight = of_bias = None
+        # Who differentiates the backward pass gets operations that can be differentiated.
+        sparse = ctx.sparse and ctx.version == layer.version and not torch.is_grad_enabled() and not layer.suspended
+        if sparse and type(gradient) is Tensor and gradient.dtype == layer.dtype:
+            if needs[0]:
+                of_input = _input_gradient(ctx, layer, gradient, x, weight)
+            products = layer.products("weight_gradient")
+            if needs[1] and products is not None and not layer.whole_gradient:
+                of_weight = products.weight_gradient(gradient, x, weight, layer.contenders)
+        missing = (needs[0] and of_input is None, needs[1] and of_weight is None)
+        if any(missing):
+            dense = layer.operation.backward(gradient, x, weight, missing)
+            of_input = dense.input if missing[0] else of_input
+            of_weight = dense.weight if missing[1] else of_weight
+        if ctx.biased and needs[2]:
+            channels = 1 if weight.dim() == 4 else gradient.dim() - 1
+            of_bias = gradient.sum([d for d in range(gradient.dim()) if d != channels])
+        return of_input, of_weight, of_bias, None
+
+
+def _input_gradient(ctx: Any, layer: SparseLayer, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    products = layer.products("input_gradient")
+    if products is None:
+        return None
+    values = ctx.values if ctx.valued_by == products.name else products.values(weight)
+    return None if values is None else products.input_gradient(gradient, values, x)

@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs: built at their first use, called through ctypes."""
