@@ -28,6 +28,14 @@ MISTAKES = (
     ("audit", "--patern", "2:4"),
     ("export", "last.ckpt", "--format", "packed", "--output", "no/such/folder/model.safetensors"),
     ("report",),
+    ("train", "optimizer.lr=nan"),
+    ("train", "ckpt=nowhere.ckpt"),
+    ("train", "--hlep"),
+    ("audit", "nowhere.ckpt"),
+    ("audit", ".", "--pattern", "16:1"),
+    ("export", "nowhere.ckpt", "--format", "packed", "--output", "model.safetensors"),
+    ("report", "nowhere"),
+    ("compare", "nowhere"),
 )
 
 
@@ -85,7 +93,7 @@ def test_completion_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("audit", "nowhere.ckpt"), ("flops", "model=mlp"), ("compare", "nowhere"), ("report", "nowhere")],
+    [("audit", "."), ("flops", "model=mlp"), ("compare", "."), ("report", ".")],
     ids=" ".join,
 )
 def test_who_waits_at_a_terminal_is_told_at_once_what_for(tmp_path: Path, arguments: tuple[str, ...]) -> None:

@@ -1,8 +1,13 @@
 """Runs and sweeps that are told to stop: what they say, how they exit, and that they can be gone on with."""
 
 import json
+import os
+import pty
 import shlex
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,6 +65,43 @@ def test_a_sweep_that_is_stopped_lists_what_did_not_run(number: signal.Signals, 
     listed = [
         line for line in done.err.splitlines() if line.startswith("  ") and "seed=" in line and "bame-train" not in line
     ]
+    assert all("+callbacks.stop.seed=${seed}" in line for line in listed)
     assert ["seed=1" in listed[0], "seed=2" in listed[1], "seed=3" in listed[2], len(listed)] == [True, True, True, 3]
     assert "hydra.sweep.dir=s skip_finished=true" in done.err
     assert sorted(path.parent.name for path in tmp_path.glob("s/*/summary.json")) == ["0"]
+
+
+def test_a_job_that_is_stopped_in_its_test_has_ended(tmp_path: Path) -> None:
+    stop = stopping(tmp_path, signal.SIGTERM)
+    module = tmp_path / "stop.py"
+    module.write_text(
+        "import os\nfrom lightning import Callback\n\nclass At(Callback):\n"
+        "    def __init__(self, epoch, number):\n        self.number = number\n\n"
+        "    def on_test_batch_start(self, *_):\n        os.kill(os.getpid(), self.number)\n"
+    )
+    sweep = ("-m", *TINY, "trainer.max_epochs=1", "quiet=true", "method=static", "hydra.sweep.dir=s", "seed=0,1")
+    done = train(tmp_path, *sweep, *stop)
+    assert done.status == 143
+    assert f"The run had ended; all its results are in {tmp_path / 's/0'}." in done.err
+    assert "1 of the 2 jobs have not run to their end:\n  seed=1" in done.err.replace(" ".join(TINY) + " ", "").replace(
+        "trainer.max_epochs=1 quiet=True method=static ", ""
+    )
+    assert json.loads((tmp_path / "s/0/summary.json").read_text())["epochs"] == 1
+
+
+@pytest.mark.parametrize("command", ["audit", "report", "compare"])
+def test_commands_that_answer_end_in_a_line_too(command: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    program = Path(sys.executable).with_name(f"bame-{command}")
+    with subprocess.Popen([program, "."], cwd=tmp_path, stderr=theirs) as process:
+        os.close(theirs)
+        os.read(ours, 200)  # what it loads, which takes seconds
+        process.send_signal(signal.SIGINT)
+        said = b""
+        with suppress(OSError):  # the end of a terminal
+            while part := os.read(ours, 2000):
+                said += part
+        assert process.wait(60) == 130
+    os.close(ours)
+    assert said.decode().splitlines()[-1] == f"bame-{command}: stopped by Ctrl-C."
+    assert "Traceback" not in said.decode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bame_lightning.blocks.pattern import NMPattern
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments by which `audit_checkpoint` is told what to check."""
@@ -30,6 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="weights or modules whose input dimension is the first one, as in GPT-2's Conv1D; repeatable",
     )
+
+
+def check_given(checkpoint: Path, pattern: str | None) -> None:
+    """Find out about wrong arguments before anything heavy is imported.
+
+    Args:
+        checkpoint: Where the weights are.
+        pattern: What `--pattern` was.
+
+    Raises:
+        ValueError: If the path does not exist, or the pattern is none.
+    """
+    if not checkpoint.exists():
+        raise ValueError(f"`{checkpoint}` does not exist. Check the path.")
+    if pattern is not None:
+        NMPattern.parse(pattern)
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
 Compare the finished runs of a sweep: test accuracy (of language models: bits
@@ -32,6 +33,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
+@stoppable("bame-compare")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-compare`.
 
@@ -47,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--baseline", metavar="METHOD", help="the method that the others are compared with, e.g. sr_ste"
     )
     args = parser.parse_args(argv)
+    if not args.sweep_dir.is_dir():
+        print(
+            f"bame-compare: error: `SWEEP_DIR` must be a folder with runs; {args.sweep_dir} is none.", file=sys.stderr
+        )
+        return 1
     loading("bame-compare", "SciPy and Matplotlib")
     from bame_lightning.cli.side_by_side import show
     from bame_lightning.show.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown

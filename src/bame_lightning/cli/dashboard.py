@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bame_lightning.cli.account import base_url, logged_in
 from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
 Build a workspace in a W&B project, with sections Oscillation, Masks, FLOPs,
@@ -29,6 +30,7 @@ class DashboardError(Exception):
     """What keeps a workspace from being built, in one line for the user."""
 
 
+@stoppable("bame-dashboard")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-dashboard`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -85,6 +86,12 @@ def _composing(error: Exception, config: str) -> str:
         return (
             f"{error.override} cannot be read. Put quotes around the value, and others around them: {key}='\"{value}\"'"
         )
+    if choice := re.match(
+        r"In '[^']*': Could not find '([^']+)/([^'/]+)'.*Available options[^:]*:\s*(.*?)\s*Config", str(error), re.S
+    ):
+        close = difflib.get_close_matches(choice[2], choice[3].split(), 3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        return f"`{choice[1]}` has no option {choice[2]}.{hint} There are {', '.join(choice[3].split())}."
     return _message(error)
 
 

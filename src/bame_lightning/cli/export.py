@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bame_lightning.checkpoints.export.errors import ExportError
-from bame_lightning.cli.checkpoints import add_arguments, printable
+from bame_lightning.cli.checkpoints import add_arguments, check_given, printable
 from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.interruption import stoppable
 
 _FORMATS = ("dense", "packed", "semi_structured", "onnx")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -38,6 +39,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
+@stoppable("bame-export")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-export`.
 
@@ -50,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         _check(args)
+        check_given(args.checkpoint, args.pattern)
         loading("bame-export", "PyTorch")
         from bame_lightning.cli.exporting import export
 
         lines = export(args)
-    except (ExportError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"bame-export: error: {printable(str(error))}", file=sys.stderr)
         return 1
     for line in lines:

@@ -96,12 +96,17 @@ def training_stopped() -> Iterator[None]:
         raise StoppedError(signal.SIGINT) from None
 
 
-def check_stopped() -> None:
-    """End here if a signal came when training could not be interrupted any more, in its last batch.
+def check_stopped(*lines: str) -> None:
+    """End here if a signal came when training could not be interrupted any more, in its last batch or in the test.
+
+    Args:
+        *lines: What to tell.
 
     Raises:
         StoppedError: If it did.
     """
     if _handler.waiting:
         _handler.waiting = False
-        raise StoppedError(signal.SIGTERM)
+        stopped = StoppedError(signal.SIGTERM)
+        stopped.lines = [*lines]
+        raise stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bame_lightning.cli.claims import claim
 
@@ -114,7 +115,12 @@ def _planned(config: DictConfig) -> list[str]:
     if not str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         return []
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
+    # As they were written: `${seed}` is another value in every job.
+    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(task, list)
+    parsed = OverridesParser.create().parse_overrides([*given, *map(str, task)])
     return [
-        " ".join(words).replace(r"\:", ":") for batch in BasicSweeper.split_arguments(parsed, None) for words in batch
+        re.sub(r"\\([:{}])", r"\1", " ".join(words))
+        for batch in BasicSweeper.split_arguments(parsed, None)
+        for words in batch
     ]

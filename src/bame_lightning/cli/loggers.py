@@ -19,6 +19,7 @@ from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
 _PROJECT = "bame-lightning"
 _PATIENCE = 20  # seconds in which W&B must answer, unless WANDB_INIT_TIMEOUT is set; its own default is 90
 _RUN = "wandb_run_id"
+_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any) -> WandbLogger:
@@ -35,10 +36,16 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
 
     Returns:
         The logger.
+
+    Raises:
+        ValueError: If `WANDB_MODE` is none of W&B's.
     """
     import wandb
 
-    if "WANDB_MODE" not in os.environ and not logged_in():
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in _MODES:
+        raise ValueError(f"WANDB_MODE must be one of {', '.join(_MODES)}; got {mode}.")
+    if mode is None and not logged_in():
         kwargs["mode"] = "offline"
     ours = {"project": _PROJECT, "group": None, "name": None, "entity": None}
     if in_sweep():  # W&B takes names of 128 characters

@@ -170,8 +170,11 @@ def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **opti
     """
     try:
         return call(name, make, *arguments, what=what, **options)
-    except TypeError as error:
-        raise ValueError(f"`{name}` cannot be made of its values: {' '.join(str(error).split())}.") from None
+    except (TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, ValueError) and message.startswith("`"):  # names what is wrong itself
+            raise
+        raise ValueError(f"`{name}` cannot be made of its values: {message.rstrip('.')}.") from None
 
 
 def stepping(scheduler: Callable[..., Any]) -> Callable[[Any, int], Any]:

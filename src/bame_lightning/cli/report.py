@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
 Write report.html into a folder: one page that needs no network, for any
@@ -27,6 +28,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
+@stoppable("bame-report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-report`.
 
@@ -43,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     folder: Path = args.folder
+    if not folder.is_dir():
+        print(
+            f"bame-report: error: `RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; {folder} is none.",
+            file=sys.stderr,
+        )
+        return 1
     loading("bame-report", "PyTorch and SciPy")
     from bame_lightning.show.compare import CompareError
     from bame_lightning.show.report import ReportError, write_report

@@ -18,7 +18,8 @@ from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.conf import conf_dir
 from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.finished import experiment, finished
-from bame_lightning.cli.jobs import sweep_of
+from bame_lightning.cli.interruption import check_stopped
+from bame_lightning.cli.jobs import record, sweep_of
 from bame_lightning.cli.sweeps import in_sweep
 from bame_lightning.cli.values import check_values, standard_values
 from bame_lightning.show.find_runs import ERROR, strict_json
@@ -52,7 +53,11 @@ def _results(cfg: DictConfig) -> dict[str, Any]:
             loading("bame-train", "PyTorch and Lightning")
         from bame_lightning.cli.training import train
 
-        return train(cfg, config)
+        results = train(cfg, config)
+    if in_sweep() and first_process():
+        record(HydraConfig.get(), None)  # ended, whatever comes now
+    check_stopped(f"The run had ended; all its results are in {run_dir}.")
+    return results
 
 
 @contextmanager
@@ -87,6 +92,8 @@ def _check(cfg: DictConfig) -> None:
         raise FileNotFoundError(
             f"`ckpt_path` must be a checkpoint file to resume from; {cfg.ckpt_path} does not exist."
         )
+    if cfg.ckpt is not None and not Path(cfg.ckpt).exists():
+        raise FileNotFoundError(f"`ckpt` {cfg.ckpt} does not exist. Check the path.")
     if cfg.threads is not None and cfg.threads < 1:
         raise ValueError(f"`threads` must be at least 1, or null for torch's own choice; got {cfg.threads}.")
 

@@ -24,7 +24,7 @@ from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain
-from bame_lightning.cli.interruption import StoppedError, check_stopped, training_stopped
+from bame_lightning.cli.interruption import StoppedError, training_stopped
 from bame_lightning.cli.loggers import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.cli.models import build_model, data_shape
 from bame_lightning.cli.parts import call, find_here, fitted, made, stepping
@@ -101,7 +101,6 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_summary(summary, run_dir / SUMMARY)
         print_summary(summary, run_dir)
-    check_stopped()
     return summary
 
 

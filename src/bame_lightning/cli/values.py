@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -104,6 +105,8 @@ def _wanted(key: str, default: Any, value: Any) -> str | None:
         return None
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
     if key in _NUMBERS:
         return None if type(value) in (int, float) else "a number, or null"
     if isinstance(default, int | float):
@@ -141,7 +144,12 @@ def close_keys(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, 3, cutoff=0.5)
     if not names:
         return "It takes no values."
-    listed = [*close, *(other for other in names if other not in close)][:12]
-    more = ", ..." if len(names) > len(listed) else ""
-    named = ", ".join(f"`{parent}.{other}`" if parent else f"`{other}`" for other in listed)
-    return f"{'Did you mean' if close else 'There are'} {named}{more}{'?' if close else '.'}"
+    others = [other for other in names if other not in close][: 12 - len(close)]
+    more = ", ..." if len(names) > len(close) + len(others) else ""
+    meant, there = (
+        ", ".join(f"`{parent}.{other}`" if parent else f"`{other}`" for other in some) for some in (close, others)
+    )
+    sentences = [f"Did you mean {meant}?"] if close else []
+    if others:
+        sentences.append(f"There are {'also ' if close else ''}{there}{more or '.'}")
+    return " ".join(sentences)

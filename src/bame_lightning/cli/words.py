@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -60,6 +61,9 @@ def check_dashes(command: str, words: Iterable[str]) -> None:
     for word in words:
         flag, equals, _ = word.partition("=")
         if flag.startswith("--") and not any(known.startswith(flag) for known in flags):
+            if close := difflib.get_close_matches(flag, [*flags, "--version"], 1, cutoff=0.75):
+                print(f"{command}: error: {flag} is no flag. Did you mean {close[0]}?", file=sys.stderr)
+                sys.exit(2)
             example = word.lstrip("-") + ("" if equals else "=VALUE")
             print(
                 f"{command}: error: {word}: values are set without dashes, {example}. In the `command` of a W&B sweep "
