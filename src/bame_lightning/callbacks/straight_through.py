@@ -88,3 +88,13 @@ class TransposableSTE(SparseCallback):
         if refresh_every < 1:
             raise ValueError(f"`refresh_every` must be at least 1 optimizer step; got {refresh_every}.")
         super().__init__(pattern, Transposable(decay, refresh_every), layers=layers, verify=verify)
+
+    @property
+    def decay(self) -> float:
+        """Decay of pruned weights."""
+        return self.method.decay
+
+    @property
+    def refresh_every(self) -> int:
+        """Optimizer steps between two masks."""
+        return self.method.refresh_every
