@@ -74,7 +74,7 @@ def test_unusable_input_gets_one_line_and_exits_1(tmp_path: Path, capsys: pytest
     (tmp_path / "empty").mkdir()
     folder = sweep(tmp_path / "sweep")
     for argv, message in (
-        ([str(tmp_path / "nowhere")], "must be a folder of runs"),
+        ([str(tmp_path / "nowhere")], "must be a folder with runs"),
         ([str(tmp_path / "empty")], "holds no summary.json of a finished run"),
         ([folder, "--baseline", "rigl"], "(bame, sr_ste); got 'rigl'"),
     ):
