@@ -18,7 +18,7 @@ from bame_lightning.compute.operation import Operation
 
 MARGIN = 0.95
 """A sparse product must take less than this share of the dense one's time: clocks are not exact, and dense is the default."""
-_ROUNDS = 3
+_ROUNDS = 2
 _PHASES = dict(zip(PHASES, ("forward", "input gradient", "weight gradient"), strict=True))
 
 
