@@ -60,6 +60,7 @@ def row(name: str, pattern: NMPattern, args: argparse.Namespace) -> str:
             mask,
             pattern,
             Call(source, channels_last=len(source) == 4, contenders=count),
+            implementations=IMPLEMENTATIONS,
             rounds=args.rounds,
             clock=clock,
         ).milliseconds

@@ -47,6 +47,7 @@ struct More {
     unit.resize(m.count);
     first.assign(w.rows * w.sections + 1, m.count);
     const int64_t* end = m.number + m.count;
+#pragma omp parallel for num_threads(w.threads) schedule(static)
     for (int64_t row = 0; row < w.rows; row++) {
       int64_t start = row * m.row_length, extra = row / m.rows_of_group * m.group_units;
       const int64_t* from = std::lower_bound(m.number, end, start);
