@@ -502,7 +502,7 @@ class ContendingBlocks(EvolvingBlocks):
             pruned = (self.firsts[layer + 1] - self.firsts[layer]) * (self.pattern.m - self.pattern.n)
             share = 1.0 if everywhere else len(own) / max(1, pruned)
             if self.freeze_after is not None and share:
-                unfrozen = ~self.of(layer, self.frozen) if everywhere else self._unfrozen(own)
+                unfrozen = ~self.frozen_of(layer) if everywhere else self._unfrozen(own)
                 share *= float(unfrozen.float().mean())
             shares.append(share)
         return shares

@@ -139,6 +139,10 @@ class EvolvingBlocks(ABC):
         """Blocks whose mask is final."""
         return frozen_blocks(self.history.oscillations, self.freeze_after)
 
+    def frozen_of(self, layer: int) -> Bool[Tensor, " blocks"]:
+        """Those of one weight, without a look at the others."""
+        return frozen_blocks(self.of(layer, self.history.oscillations), self.freeze_after)
+
     @property
     def designated(self) -> Bool[Tensor, " blocks"]:
         """Blocks of which steps between two readings of all read something."""
@@ -189,7 +193,7 @@ class EvolvingBlocks(ABC):
             evidence=self.of(layer, self.evidence),
             oscillations=self.of(layer, history.oscillations),
             ages=self.of(layer, history.ages),
-            frozen=self.of(layer, self.frozen),
+            frozen=self.frozen_of(layer),
             freezes=self.freeze_after is not None,
             flips=self.masks.flips[layer],
             last_flips=self.masks.last_flips[layer],

@@ -40,7 +40,7 @@ class OneBatchBlocks(EvolvingBlocks):
             for layer, gradient in enumerate(gradients)
         ]
         unfrozen = (
-            float((~self.of(layer, self.frozen)).float().mean()) if self.freeze_after is not None else 1.0
+            float((~self.frozen_of(layer)).float().mean()) if self.freeze_after is not None else 1.0
             for layer in range(len(found))
         )
         self._read = found
@@ -63,7 +63,7 @@ class OneBatchBlocks(EvolvingBlocks):
             rate = reading.steps * block_rates(rule, moment, gradient, mask, self.pattern.n)
             # The optimizer's second moment may be poisoned as well.
             rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
-            may = ~mask & ~self.of(layer, self.frozen)[:, None]
+            may = ~mask & ~self.frozen_of(layer)[:, None]
             self.of(layer, self.evidence).addcmul_(zeroed(gradient, may), rate, value=-1)
 
     @override
@@ -87,7 +87,7 @@ class OneBatchBlocks(EvolvingBlocks):
         new = choose_masks(
             first_order_worth(old + evidence, gradient),
             mask,
-            ~self.of(layer, self.frozen),
+            ~self.frozen_of(layer),
             self.pattern.n,
             share=share,
             rows=sparse.rows,

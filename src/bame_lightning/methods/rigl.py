@@ -72,7 +72,7 @@ class DropAndGrow(Masked):
     def begin(self, restored: Mapping[str, Any] | None) -> None:
         if restored is not None or not self.run.steps:
             self.masks = None
-        self._follow_weights()
+        self.masks = MaskSet.following(self.masks, self.run.weights)
         assert self.masks is not None
         for place, sparse in enumerate(self.run.weights if restored is not None else ()):
             assert restored is not None
@@ -81,21 +81,10 @@ class DropAndGrow(Masked):
 
     @override
     def regroup(self) -> None:
-        self._follow_weights()
+        self.masks = MaskSet.following(self.masks, self.run.weights)
         names = {sparse.name for sparse in self.run.weights}
         self._gradients = {name: gradient for name, gradient in self._gradients.items() if name in names}
         super().regroup()
-
-    def _follow_weights(self) -> None:
-        """Go on counting flips of weights that stay."""
-        before = self.masks
-        if before is not None and before.weights == self.run.weights:
-            return
-        known = {} if before is None else {id(s): before.state(place) for place, s in enumerate(before.weights)}
-        self.masks = MaskSet(self.run.weights) if self.run.weights else None
-        for place, sparse in enumerate(self.run.weights):
-            if self.masks is not None and id(sparse) in known:
-                self.masks.load_state(place, known[id(sparse)])
 
     @override
     def reads(self, holder: Holder) -> bool:

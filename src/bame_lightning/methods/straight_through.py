@@ -60,13 +60,7 @@ class StraightThrough(Method):
     def regroup(self) -> None:
         known = {latent.sparse: latent for latent in self.latents}
         self.latents = [known.get(sparse) or LatentWeight(sparse) for sparse in self.run.weights]
-        before = self.masks
-        if before is None or before.weights != self.run.weights:
-            counted = {} if before is None else {id(s): before.state(place) for place, s in enumerate(before.weights)}
-            self.masks = MaskSet(self.run.weights) if self.run.weights else None
-            for place, sparse in enumerate(self.run.weights):
-                if self.masks is not None and id(sparse) in counted:
-                    self.masks.load_state(place, counted[id(sparse)])
+        self.masks = MaskSet.following(self.masks, self.run.weights)
 
     @override
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:

@@ -41,6 +41,18 @@ class MaskSet:
             kept = self._kept.as_strided(value.shape, value.stride(), start)
             sparse.kept = kept.copy_(sparse.kept)
 
+    @classmethod
+    def following(cls, before: MaskSet | None, weights: Sequence[SparseWeight]) -> MaskSet | None:
+        """Go on with other weights: those that stay keep what was counted; None without weights."""
+        if before is not None and before.weights == list(weights):
+            return before
+        masks = cls(weights) if weights else None
+        known = {} if before is None else {id(sparse): place for place, sparse in enumerate(before.weights)}
+        for place, sparse in enumerate(weights):
+            if masks is not None and before is not None and id(sparse) in known:
+                masks.load_state(place, before.state(known[id(sparse)]))
+        return masks
+
     def change(self, place: int, kept: Bool[Tensor, "out inp *kernel"]) -> None:
         """Put another mask in force for a weight, given by its place in the set."""
         sparse = self.weights[place]

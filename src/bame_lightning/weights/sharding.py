@@ -140,13 +140,6 @@ class Rows:
         index = index - self.part * size
         return index[(index >= 0) & (index < size)]
 
-    def gather_index(self, index: Int[Tensor, " own"], size: int) -> Int[Tensor, " chosen"]:
-        """Undo `own_index`, for ascending places."""
-        if self.whole:
-            return index
-        chosen = torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-        return self.gather(chosen).nonzero().squeeze(-1)
-
 
 ALL_ROWS = Rows()
 """Those of a weight that is not sharded."""
