@@ -29,9 +29,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from bame_lightning import BAMECallback
-from bame_lightning.callbacks.images import MaskImages
-from bame_lightning.callbacks.snapshots import MaskSnapshots
+from bame_lightning import BAMECallback, MaskImages, MaskSnapshots
 from bame_lightning.cli.loggers import wandb_logger
 from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.small_resnets import resnet20

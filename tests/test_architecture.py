@@ -84,6 +84,16 @@ def test_what_does_not_train_does_not_wait_for_lightning(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+def test_the_callback_costs_no_import_beyond_lightning() -> None:
+    # jaxtyping, in which annotations give shapes, takes 20 ms of the seconds that Lightning takes.
+    check = (
+        "import sys, lightning; before = set(sys.modules); from bame_lightning import BAMECallback; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert set(done.stdout.split()) <= {"bame_lightning", "jaxtyping"}
+
+
 def test_public_names_come_when_they_are_asked_for() -> None:
     for name in bame_lightning.__all__:
         found = getattr(bame_lightning, name)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
         StaticMask,
         TransposableSTE,
     )
+    from bame_lightning.callbacks.images import MaskImages
+    from bame_lightning.callbacks.prediction import PredictionCheck
+    from bame_lightning.callbacks.snapshots import MaskSnapshots
 
 __version__ = "0.1.0"
 
@@ -25,24 +28,30 @@ __all__ = [
     "BAMECallback",
     "Dense",
     "Evidence",
+    "MaskImages",
+    "MaskSnapshots",
     "NMPattern",
     "OneBatch",
     "OneShotMagnitude",
+    "PredictionCheck",
     "RigL",
     "Schedule",
     "StaticMask",
     "TransposableSTE",
 ]
 
-_CORE = {
+_ELSEWHERE = {
     "Evidence": "bame.evidence",
-    "OneBatch": "bame.evidence",
+    "MaskImages": "callbacks.images",
+    "MaskSnapshots": "callbacks.snapshots",
     "NMPattern": "blocks.pattern",
+    "OneBatch": "bame.evidence",
+    "PredictionCheck": "callbacks.prediction",
     "Schedule": "bame.schedule",
 }
 
 # Lightning takes seconds to import, and nothing of the core, nor commands such as bame-audit, needs it.
-__getattr__ = on_demand(__name__, {name: _CORE.get(name, "callbacks") for name in __all__})
+__getattr__ = on_demand(__name__, {name: _ELSEWHERE.get(name, "callbacks") for name in __all__})
 
 
 def __dir__() -> list[str]:

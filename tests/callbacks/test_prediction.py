@@ -15,8 +15,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional
 
-from bame_lightning import BAMECallback, Evidence, Schedule, StaticMask
-from bame_lightning.callbacks.prediction import PredictionCheck
+from bame_lightning import BAMECallback, Evidence, PredictionCheck, Schedule, StaticMask
 from tests.training import Task, tiny_model, trainer
 
 

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,15 @@ def test_a_broken_file_is_named(contents: bytes, tmp_path: Path) -> None:
         read_snapshots(tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / FILE).write_bytes(b"old")
-    (tmp_path / f"{FILE}.part").mkdir()
-    with pytest.raises(IsADirectoryError):
+
+    def write_half(self: Path, contents: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(contents[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space left"):
         write_snapshots(b"new", tmp_path / FILE)
-    assert (tmp_path / FILE).read_bytes() == b"old"
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

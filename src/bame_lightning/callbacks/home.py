@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
 from bame_lightning.weights.saved_state import restore_masks
 
@@ -38,9 +39,8 @@ class Home:
     def send(self, told: dict[str, Any], *, first: bool) -> None:
         """Call in every process when a fit has ended; what is told are tensors and plain types. Does nothing at home."""
         if self._away and first:
-            partial = self._path.with_suffix(".part")
-            torch.save(told, partial)
-            partial.replace(self._path)
+            with replacing(self._path) as part:
+                torch.save(told, part)
 
     def fetch(self) -> dict[str, Any] | None:
         """What a child process has told since the last call; None in the child itself."""

@@ -17,11 +17,12 @@ from bame_lightning.checkpoints.export import (
     read_packed,
     semi_structured_tensors,
 )
-from bame_lightning.checkpoints.export.files import replacing, same_bits, same_values, write_safetensors
+from bame_lightning.checkpoints.export.files import same_bits, same_values, write_safetensors
 from bame_lightning.checkpoints.export.onnx_model import Inputs, load_weights, write_onnx
 from bame_lightning.checkpoints.export.semi_structured import read_dense
 from bame_lightning.checkpoints.export.trained import layers_of
 from bame_lightning.checkpoints.files.exported import LAYERS
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.cli.export import shape_of
 from bame_lightning.cli.networks import network_of_function, network_of_run
 

@@ -49,7 +49,7 @@ class ReplacesResults(Callback):
         self._begun = False
         if not first_process():
             return
-        for part in (run_dir / "checkpoints").glob(".*.part"):
+        for part in (*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")):
             part.unlink()  # of a run that was killed while it wrote; the folder is ours
         if read_summary(run_dir) is None:
             describe(cfg, run_dir)

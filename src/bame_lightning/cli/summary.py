@@ -16,6 +16,7 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.audit import audit_checkpoint
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.ledger.flops import LABEL
 from bame_lightning.show.find_runs import strict_json
 from bame_lightning.show.narrow import Table
@@ -98,9 +99,8 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
         path: The file to write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(strict_json(summary), indent=2, allow_nan=False) + "\n")
-    draft.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(strict_json(summary), indent=2, allow_nan=False) + "\n")
 
 
 def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.show.maps import block_map, mask_map
 from bame_lightning.weights.layers import SparseWeight
 
@@ -199,6 +200,5 @@ def write_snapshots(contents: bytes, path: Path) -> None:
         path: The file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_bytes(contents)
-    draft.replace(path)
+    with replacing(path) as part:
+        part.write_bytes(contents)

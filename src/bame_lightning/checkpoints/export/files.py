@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files of tensors, written and compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bame_lightning.checkpoints.export.errors import ExportError
-from bame_lightning.checkpoints.replacing import replacing
-
-__all__ = ["replacing", "same_bits", "same_values", "write_safetensors"]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.show.find_runs import SUMMARY
 from bame_lightning.show.report.logs import METRICS, ReportError
 from bame_lightning.show.report.page import page
@@ -35,7 +36,6 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     else:
         report = sweep_report(folder, baseline)
     path = folder / _FILE
-    draft = path.with_suffix(".html.part")
-    draft.write_text(page(report), encoding="utf-8")
-    draft.replace(path)
+    with replacing(path) as part:
+        part.write_text(page(report), encoding="utf-8")
     return path
