@@ -35,6 +35,13 @@ METHODS: dict[str, Callable[..., Any]] = {
         **kwargs,
     ),
     "bame_one_batch": lambda **kwargs: BAMECallback("2:4", schedule=Schedule(every=3), evidence=OneBatch(), **kwargs),
+    "both_ways": lambda **kwargs: BAMECallback(
+        "1:4",
+        schedule=Schedule(every=2),
+        evidence=Evidence(read_every=3, contenders=0.5, step_size=4.0),
+        both_ways=True,
+        **kwargs,
+    ),
     "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), **kwargs),
     "sr_ste": lambda **kwargs: SRSTE("2:4", **kwargs),
     "static": lambda **kwargs: StaticMask("2:4", init="random", **kwargs),
@@ -202,6 +209,7 @@ def refused(folder: Path, ranks: int) -> None:
         "tensor_parallel": (StaticMask("2:4"), Sharded(), [], (1, ranks)),
         "averaging": (StaticMask("2:4"), Sharded(), [averaging], (ranks, 1)),
         "transposable": (TransposableSTE("2:4"), Odd(), [], (ranks, 1)),
+        "both_ways": (BAMECallback("1:4", both_ways=True), Odd(), [], (ranks, 1)),
     }
     for name, (callback, task, more, (data, tensor)) in cases.items():
         strategy = ModelParallelStrategy(data, tensor, process_group_backend="gloo")

@@ -20,6 +20,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "bame_one_batch": lambda **kwargs: BAMECallback(
         "2:4", schedule=Schedule(every=3), evidence=OneBatch(), verify=True, **kwargs
     ),
+    "both_ways": lambda **kwargs: BAMECallback(
+        "1:4",
+        schedule=Schedule(every=3),
+        evidence=Evidence(read_every=4, contenders=0.5, step_size=4.0),
+        both_ways=True,
+        verify=True,
+        **kwargs,
+    ),
     "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), verify=True, **kwargs),
     "sr_ste": lambda **kwargs: SRSTE("2:4", verify=True, **kwargs),
     "static": lambda **kwargs: StaticMask("2:4", verify=True, **kwargs),

@@ -136,6 +136,7 @@ def test_shards_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         "columns": "`model.1.weight` is a DTensor placed as (Shard(dim=1),), which cuts its blocks",
         "tensor_parallel": "`strategy` ModelParallelStrategy has `tensor_parallel_size` 2",
         "averaging": "`callbacks` holds EMAWeightAveraging",
+        "both_ways": "2 processes hold 2 rows of `model.1` each, which 4 does not divide",
         "transposable": "4 does not divide its output dimension 4 / 2 processes",
     }
     for name, message in expected.items():

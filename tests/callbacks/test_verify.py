@@ -57,6 +57,14 @@ def swap_in_mask(victim: BAMECallback, trainer: L.Trainer) -> None:
             value[row, kept] = 0
 
 
+def crowd(victim: BAMECallback, trainer: L.Trainer) -> None:
+    # One of four inputs in every row, all of them the first one.
+    for sparse in victim.weights[2:3]:
+        sparse.kept.zero_()[:, ::4] = True
+        victim.method._expected[sparse.name] = sparse.kept.clone()
+        victim.method.enforce([sparse])
+
+
 def drift(victim: BAMECallback, trainer: L.Trainer) -> None:
     victim.weights[2].kept[first_pruned(victim)] = True
 
@@ -68,6 +76,16 @@ FAULTS = {
     "Mask": swap_in_mask,
     "Count": drift,
 }
+
+
+def test_a_column_that_holds_too_many_is_noticed_where_masks_hold_both_ways() -> None:
+    victim = BAMECallback("1:4", schedule=Schedule(stop=2), both_ways=True, verify=True)
+    saboteur = Saboteur("on_train_batch_end", crowd, victim)
+    message = (
+        r"^Both ways: after step 5, `model\.6\.weight` \(1:4\) keeps 4 weights in column 0 of the four rows from 0 on"
+    )
+    with pytest.raises(InvariantError, match=message):
+        trainer(victim, saboteur).fit(Task())
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

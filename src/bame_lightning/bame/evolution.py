@@ -16,6 +16,7 @@ from typing_extensions import override
 from bame_lightning.bame.contenders import choose, closeness, count_in_share, first
 from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
 from bame_lightning.bame.reading import Reading, noise_step
+from bame_lightning.bame.room import Room
 from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.blocks.masks import kept_places, pieces, zero_pruned_
 from bame_lightning.weights.layers import SparseWeight
@@ -85,6 +86,7 @@ class ContendingBlocks(EvolvingBlocks):
         unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
             step by which a typical gradient moves evidence as far as a typical weight; shape (weights,).
         reading: Dense gradients that this step has read; None if it has not.
+        room: What refuses swaps, so that masks stay 2:4 along the output dimension, too; None refuses none.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], config: Evidence, freeze_after: int | None) -> None:
@@ -98,6 +100,7 @@ class ContendingBlocks(EvolvingBlocks):
         self.noise = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.unit = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.reading: DenseGradient | None = None
+        self.room: Room | None = None
         self._block_split = [end - start for start, end in pairwise(self.firsts)]
         self._blocks_of = torch.tensor(self._block_split, device=device)
         self._split: list[int] = []
@@ -105,6 +108,10 @@ class ContendingBlocks(EvolvingBlocks):
         self._places: Tensor | None = None
         self._kept: Tensor | None = None
         self._set_contenders([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
+
+    @override
+    def keep_both_ways(self) -> None:
+        self.room = Room(self.weights)
 
     # Readings.
 
@@ -267,9 +274,9 @@ class ContendingBlocks(EvolvingBlocks):
         share = self.config.contenders if share is None else share
         weakest = self._kept_weights().abs().amin(-1, keepdim=True)
         ratios = closeness(self.evidence, weakest, self.kept_places)
-        if self.freeze_after is not None:
-            # What is frozen comes last, but what is kept never contends.
-            least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(self.frozen[:, None], 0)
+        if self.freeze_after is not None or self.room is not None:
+            # What may not swap comes last, but what is kept never contends.
+            least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(self._closed(), 0)
             ratios = torch.where(ratios < 0, ratios, least)
         chosen = []
         for own, sparse in zip(torch.split(ratios.view(-1), self._sizes(self.pattern.m)), self.weights, strict=True):
@@ -277,6 +284,13 @@ class ContendingBlocks(EvolvingBlocks):
             pruned = len(own) // self.pattern.m // rows * (self.pattern.m - self.pattern.n)
             chosen.append(self.choose(own.view(rows, -1), count_in_share(share, pruned)))
         self._set_contenders(chosen)
+
+    def _closed(self) -> Bool[Tensor, "blocks places"]:
+        """Positions that may not swap now: in frozen blocks, or without room in their column; 1 place for all of a block."""
+        closed = self.frozen[:, None]
+        if self.room is not None:
+            closed = closed | torch.cat([self.room.full(layer) for layer in range(len(self.weights))])
+        return closed
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
         """Choose the contenders of each row of a weight, numbered within the weight."""
@@ -334,6 +348,9 @@ class ContendingBlocks(EvolvingBlocks):
         m, position = self.pattern.m, challenge.position
         dropped = challenge.block * m + self.kept_places[challenge.block, challenge.place]
         of, rows = self._layer_of(position)
+        if self.room is not None:
+            urgency = _ratio(challenge.evidence, challenge.weakest.abs())
+            swapped = self.room.admit(position, dropped, of, urgency, swapped)
         places = self._contested()[challenge.slot]
         revived, pruned = places[:, 0], places.gather(1, challenge.place[:, None] + 1).squeeze(1)
         self._predict(challenge, swapped, started, of)
@@ -353,7 +370,7 @@ class ContendingBlocks(EvolvingBlocks):
         kept = take(self._values(), torch.split(self._contested()[:, 1:], self._split)).to(self.dtype)
         sizes, place = kept.abs().min(-1)
         evidence = self.evidence.view(-1)[self.contenders]
-        near = evidence.abs() / sizes.clamp_min_(torch.finfo(self.dtype).tiny)
+        near = _ratio(evidence, sizes)
         trained = self.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
             # Somebody has frozen a layer since: a weight that moved would be no frozen one.
@@ -361,6 +378,11 @@ class ContendingBlocks(EvolvingBlocks):
         may = trained.repeat_interleave(self._counts, output_size=len(contested))
         if self.freeze_after is not None:
             may = may & self._unfrozen(self.contenders)
+        if self.room is not None:
+            # Where there is none, the next contender challenges in its row.
+            layers = torch.arange(len(self.weights), device=near.device)
+            of = layers.repeat_interleave(self._counts, output_size=len(near))
+            may = may & self.room.has(self.contenders, of, may & (near > 1 + self.config.margin))
         near = torch.where(may & (near == near), near, -1)
         if self.config.one_per_row:
             rows = len(self._row_layer)
@@ -438,8 +460,9 @@ class ContendingBlocks(EvolvingBlocks):
     @override
     def _layer(self, layer: int) -> EvolvingLayer:
         mean = None if self.mean_gradient is None else self.of(layer, self.mean_gradient)
+        refused = None if self.room is None else self.room.refused[layer]
         known = super()._layer(layer)
-        return replace(known, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer])
+        return replace(known, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer], refused=refused)
 
     @override
     def end_step(self) -> None:
@@ -470,6 +493,8 @@ class ContendingBlocks(EvolvingBlocks):
         }
         if self.mean_gradient is not None:
             state["mean_gradient"] = rows.gather(self.of(layer, self.mean_gradient)[pruned])
+        if self.room is not None:
+            state["refused"] = rows.total(self.room.refused[layer])
         return super().state(layer) | {key: value.detach().cpu().clone() for key, value in state.items()}
 
     @override
@@ -480,6 +505,9 @@ class ContendingBlocks(EvolvingBlocks):
         self.of(layer, self.kept_places).copy_(kept_places(mask, self.pattern.n))
         if self.mean_gradient is not None:
             self.of(layer, self.mean_gradient).copy_(self.laid_out(layer, ~mask, state["mean_gradient"]))
+        if self.room is not None:
+            self.room.recount(layer)
+            self.room.refused[layer] = sparse.rows.part_of(state["refused"].to(mask.device))
         self.noise[layer], self.unit[layer] = (state[name].to(self.noise) for name in ("noise", "unit"))
         own = [self._own_contenders(place) for place in range(len(self.weights))]
         own[layer] = sparse.rows.own(state["contenders"]).to(mask.device).long() + self._row_starts(layer)
@@ -506,3 +534,8 @@ class ContendingBlocks(EvolvingBlocks):
                 share *= float(unfrozen.float().mean())
             shares.append(share)
         return shares
+
+
+def _ratio(evidence: Tensor, weakest: Tensor) -> Tensor:
+    """How close contenders are to a swap; never divided by zero."""
+    return evidence.abs() / weakest.clamp_min(torch.finfo(weakest.dtype).tiny)

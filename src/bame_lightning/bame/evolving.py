@@ -37,6 +37,7 @@ class EvolvingLayer:
         mean_gradient: Running mean of the gradients read, like `evidence`; None where none is kept.
         noise: Running mean of squared gradients of pruned weights; scalar, None where none is kept.
         unit: How far a typical gradient moves evidence; scalar, None where none is kept.
+        refused: Swaps refused so far for lack of room in their columns; scalar, None without `both_ways`.
     """
 
     sparse: SparseWeight
@@ -51,6 +52,7 @@ class EvolvingLayer:
     mean_gradient: Float[Tensor, "blocks m"] | None = None
     noise: Float[Tensor, ""] | None = None
     unit: Float[Tensor, ""] | None = None
+    refused: Int[Tensor, ""] | None = None
 
 
 class EvolvingBlocks(ABC):
@@ -86,6 +88,17 @@ class EvolvingBlocks(ABC):
         self.evidence = torch.zeros(self.firsts[-1], self.pattern.m, dtype=self.dtype, device=device)
         self.predicted = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.read_shares = [0.0] * len(weights)
+
+    def keep_both_ways(self) -> None:
+        """Refuse swaps that put a third kept weight into four consecutive rows of a column, from now on.
+
+        Raises:
+            ValueError: If the rule cannot.
+        """
+        raise ValueError(
+            "`both_ways=True` needs a rule that can refuse a swap, as `Evidence` does; got one whose blocks are "
+            f"`{type(self).__name__}`. Use evidence=Evidence(), or both_ways=False."
+        )
 
     # What a rule implements, in the order of a step.
 

@@ -1,12 +1,17 @@
-"""Masks that are N:M along the input *and* along the output dimension."""
+"""Masks that have a pattern along the input *and* along the output dimension."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Int8, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.blocks.pattern import NMPattern
+
+ROWS, MOST = 4, 2
+"""What sparse tensor cores multiply: at most 2 kept of 4 consecutive weights."""
 
 
 def transposable_mask(scores: Shaped[Tensor, "out inp *kernel"], n: int, m: int) -> Bool[Tensor, "out inp *kernel"]:
@@ -42,44 +47,121 @@ def transposable_mask(scores: Shaped[Tensor, "out inp *kernel"], n: int, m: int)
     blocks = to_blocks(scores, m)
     grid = blocks.view(len(scores) // m, m, -1, m).transpose(1, 2)
     tiles = grid.reshape(-1, m, m)
-    kept = _fill(_greedy(tiles, n), tiles, n)
+    kept = _fill(_greedy(tiles, n, n), tiles, n, n)
     return from_blocks(kept.view(grid.shape).transpose(1, 2).reshape(-1, m), scores.shape)
 
 
-def _greedy(tiles: Shaped[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "tiles m m"]:
-    count, m, _ = tiles.shape
-    order = tiles.reshape(count, m * m).argsort(dim=-1, descending=True, stable=True)
+def fits_forward(pattern: NMPattern) -> bool:
+    """Whether every mask of a pattern keeps at most 2 of 4 consecutive inputs.
+
+    Example:
+        >>> [fits_forward(NMPattern.parse(pattern)) for pattern in ("1:16", "2:4", "4:8")]
+        [True, True, False]
+    """
+    return (pattern.n == 1 and pattern.m > 1) or (pattern.n == MOST and pattern.m % ROWS == 0)
+
+
+def column_counts(mask: Bool[Tensor, "blocks m"], rows: int) -> Int8[Tensor, "groups columns"]:
+    """Count what is kept of every four consecutive rows of a column; the last group may have fewer rows.
+
+    Args:
+        mask: True where kept, in the order of `to_blocks`.
+        rows: Rows of the weight.
+
+    Example:
+        >>> column_counts(torch.tensor([[True, False]] * 5), rows=5)
+        tensor([[4, 0],
+                [1, 0]], dtype=torch.int8)
+    """
+    matrix = functional.pad(mask.view(rows, -1), (0, 0, 0, -rows % ROWS))
+    return matrix.view(-1, ROWS, matrix.shape[1]).sum(1, dtype=torch.int8)
+
+
+def fits_both_ways(mask: Bool[Tensor, "blocks m"], rows: int) -> bool:
+    """Whether a mask keeps at most 2 of any four consecutive rows of a column; waits for the device."""
+    return not bool((column_counts(mask, rows) > MOST).any())
+
+
+def both_ways_mask(
+    mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], rows: int
+) -> Bool[Tensor, "blocks m"]:
+    """Repair a mask so that it keeps at most 2 of any four consecutive rows of a column, and N in each block as before.
+
+    The four blocks that lie below each other know of no others. Where a column holds too many, such a tile is made anew:
+    what was kept first, then what was pruned, both by magnitude, as in `transposable_mask` (ours).
+
+    Args:
+        mask: The mask, exactly N kept per block, of a pattern that `fits_forward`; in the order of `to_blocks`.
+        weight: The weights.
+        rows: Rows of the weight.
+
+    Returns:
+        The repaired mask.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 0.0, 0.5]])
+        >>> both_ways_mask(weight == weight.amax(1, keepdim=True), weight, rows=3).int()
+        tensor([[1, 0, 0],
+                [1, 0, 0],
+                [0, 0, 1]], dtype=torch.int32)
+    """
+    kept, scores = _tiles(mask, rows), _tiles(weight.abs(), rows)
+    broken = (kept.sum(1) > MOST).any(-1).nonzero().squeeze(-1)
+    if not len(broken):
+        return mask
+    # Ranks, so that what was kept comes before what was not, whatever the scale.
+    order = scores[broken].flatten(1).argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(order.shape[1], 0, -1, dtype=torch.float32, device=mask.device).expand(order.shape)
+    ranked = torch.empty_like(ranks).scatter_(1, order, ranks).view(-1, *kept.shape[1:])
+    ranked += kept[broken] * order.shape[1]
+    n = int(kept[0, 0].sum())
+    kept = kept.index_copy(0, broken, _fill(_greedy(ranked, n, MOST), ranked, n, MOST))
+    return kept.view(-(-rows // ROWS), -1, ROWS, mask.shape[1]).transpose(1, 2).reshape(-1, mask.shape[1])[: len(mask)]
+
+
+def _tiles(blocks: Shaped[Tensor, "blocks m"], rows: int) -> Shaped[Tensor, "tiles 4 m"]:
+    """Put the blocks that lie below each other in four rows together; rows that are missing at the end are zero."""
+    grid = functional.pad(blocks.reshape(rows, -1), (0, 0, 0, -rows % ROWS))
+    return grid.view(-1, ROWS, grid.shape[1] // blocks.shape[1], blocks.shape[1]).transpose(1, 2).flatten(0, 1)
+
+
+def _greedy(tiles: Shaped[Tensor, "tiles side m"], n: int, most: int) -> Bool[Tensor, "tiles side m"]:
+    """Take the highest scores unless their row holds `n` already, or their column `most`."""
+    count, side, m = tiles.shape
+    order = tiles.flatten(1).argsort(dim=-1, descending=True, stable=True)
     every = torch.arange(count, device=tiles.device)
     kept = torch.zeros(tiles.shape, dtype=torch.bool, device=tiles.device)
-    rows, columns = (torch.zeros(count, m, dtype=torch.int32, device=tiles.device) for _ in range(2))
-    for rank in range(m * m):
+    rows, columns = (torch.zeros(count, size, dtype=torch.int32, device=tiles.device) for size in (side, m))
+    for rank in range(side * m):
         row, column = order[:, rank] // m, order[:, rank] % m
-        free = (rows[every, row] < n) & (columns[every, column] < n)
+        free = (rows[every, row] < n) & (columns[every, column] < most)
         kept[every, row, column] = free
         rows[every, row] += free
         columns[every, column] += free
     return kept
 
 
-def _fill(kept: Bool[Tensor, "tiles m m"], tiles: Shaped[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "tiles m m"]:
-    """Complete rows and columns that hold fewer than `n`, one weight per tile and round."""
+def _fill(
+    kept: Bool[Tensor, "tiles side m"], tiles: Shaped[Tensor, "tiles side m"], n: int, most: int
+) -> Bool[Tensor, "tiles side m"]:
+    """Complete rows that hold fewer than `n` where columns hold fewer than `most`, one weight per tile and round."""
     while (short := (kept.sum(-1) < n).any(-1)).any():
         index = short.nonzero().squeeze(-1)
         part, scores = kept[index], tiles[index]
         every = torch.arange(len(index), device=kept.device)
-        row_short, column_short = part.sum(2) < n, part.sum(1) < n
+        row_short, column_short = part.sum(2) < n, part.sum(1) < most
         # Where a short row meets a short column at a free place, take it.
         open_places = row_short[:, :, None] & column_short[:, None, :] & ~part
         simple = open_places.flatten(1).any(-1)
         place = open_places.flatten(1).int().argmax(-1)
-        row = torch.where(simple, place // part.shape[1], row_short.int().argmax(-1))
-        column = torch.where(simple, place % part.shape[1], column_short.int().argmax(-1))
+        row = torch.where(simple, place // part.shape[2], row_short.int().argmax(-1))
+        column = torch.where(simple, place % part.shape[2], column_short.int().argmax(-1))
         # Else (row, column) is taken: move a weight (r, c) that leaves (row, c) and (r, column) free to hold one each.
         in_row, in_column = part[every, row], part[every, :, column]
         movable = part & ~in_row[:, None, :] & ~in_column[:, :, None]
         gain = scores[every, row][:, None, :] + scores[every, :, column][:, :, None] - scores
         best = gain.masked_fill(~movable, -torch.inf).flatten(1).argmax(-1)
-        r, c = best // part.shape[1], best % part.shape[1]
+        r, c = best // part.shape[2], best % part.shape[2]
         part[every[simple], row[simple], column[simple]] = True
         moved = ~simple
         part[every[moved], r[moved], c[moved]] = False

@@ -33,6 +33,9 @@ class BAMECallback(SparseCallback):
             weights that are N:M sparse already.
         rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
             irrelevant (`weights.scale.alignment`). Right from scratch, wrong for a trained network.
+        both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
+            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
+            pattern 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -56,6 +59,7 @@ class BAMECallback(SparseCallback):
         freeze_after: int | None = None,
         init: Init = "magnitude",
         rescale: bool = True,
+        both_ways: bool = False,
         verify: bool = False,
     ) -> None:
         if freeze_after is not None and (not isinstance(freeze_after, int) or freeze_after < 0):
@@ -66,7 +70,11 @@ class BAMECallback(SparseCallback):
             raise ValueError(
                 f"`evidence` must be an `Evidence` or a `OneBatch`, as in Evidence(contenders=0.1); got {evidence!r}."
             )
-        method = BAME(evidence, schedule, freeze_after, rescale=rescale)
+        if both_ways and isinstance(evidence, OneBatch):
+            raise ValueError(
+                "`both_ways=True` refuses single swaps, which `OneBatch` does not make; use evidence=Evidence()."
+            )
+        method = BAME(evidence, schedule, freeze_after, rescale=rescale, both_ways=both_ways)
         super().__init__(pattern, method, layers=layers, init=init, verify=verify)
 
     @property

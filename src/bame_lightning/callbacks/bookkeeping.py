@@ -23,16 +23,20 @@ class Bookkeeper:
 
     Args:
         densities: N / M of each weight that is kept sparse, by name.
-        transposable: Whether the masks are N:M in both directions.
+        transposed_share: As in `Ledger`.
         restored: State of the ledger to go on from.
     """
 
     def __init__(
-        self, densities: Mapping[str, float], *, transposable: bool = False, restored: Mapping[str, float] | None = None
+        self,
+        densities: Mapping[str, float],
+        *,
+        transposed_share: float = 1,
+        restored: Mapping[str, float] | None = None,
     ) -> None:
         self.ledger: Ledger | None = None
         self._densities = dict(densities)
-        self._transposable = transposable
+        self._transposed_share = transposed_share
         self._restored = dict(restored or {})
         self._counting: CountedStep | None = None
         self._due, self._warned = True, False
@@ -83,7 +87,7 @@ class Bookkeeper:
     def _open(self) -> None:
         """Open the ledger for what was counted, with what was booked so far."""
         booked = self.state_dict()
-        self.ledger = Ledger(*self._costs, self._densities, transposable=self._transposable)
+        self.ledger = Ledger(*self._costs, self._densities, transposed_share=self._transposed_share)
         if booked:
             self.ledger.load_state_dict(booked)
 

@@ -27,6 +27,8 @@ class StaticMask(SparseCallback):
         layers: Rules that override the default choice of layers, as in `BAMECallback`.
         init: Which weights the masks keep, as in `BAMECallback`.
         rescale: Whether to rescale what is kept at first, as in `BAMECallback`.
+        both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
+            with the transposed weight, too. The first mask is repaired. Needs 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -44,9 +46,10 @@ class StaticMask(SparseCallback):
         layers: Mapping[str, str | NMPattern] | None = None,
         init: Init = "magnitude",
         rescale: bool = True,
+        both_ways: bool = False,
         verify: bool = False,
     ) -> None:
-        super().__init__(pattern, Masked(rescale=rescale), layers=layers, init=init, verify=verify)
+        super().__init__(pattern, Masked(rescale=rescale, both_ways=both_ways), layers=layers, init=init, verify=verify)
 
 
 class OneShotMagnitude(SparseCallback):

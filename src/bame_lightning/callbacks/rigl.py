@@ -25,6 +25,9 @@ class RigL(SparseCallback):
         share: Share of blocks that swap at the start, rho.
         init: Which weights the masks keep at first, as in `BAMECallback`.
         rescale: Whether to rescale what is kept at first, as in `BAMECallback`.
+        both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
+            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
+            pattern 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
 
     Raises:
@@ -42,11 +45,12 @@ class RigL(SparseCallback):
         share: float = 0.3,
         init: Init = "magnitude",
         rescale: bool = True,
+        both_ways: bool = False,
         verify: bool = False,
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"`share` is a share of blocks in (0, 1]; got {share}.")
-        method = DropAndGrow(schedule, share, rescale=rescale)
+        method = DropAndGrow(schedule, share, rescale=rescale, both_ways=both_ways)
         super().__init__(pattern, method, layers=layers, init=init, verify=verify)
 
     @property

@@ -37,7 +37,7 @@ class _Method:
     title: str
     formula: str
     shares: Callable[[float], Shares]
-    transposable: bool = False
+    transposed_share: float = 1.0
 
 
 def count(cfg: DictConfig) -> dict[str, Any]:
@@ -121,18 +121,18 @@ def _methods(bame: float, rigl: float) -> dict[str, _Method]:
     return {
         "dense": _Method("dense", "3", lambda density: Shares()),
         "sr_ste": _Method("SR-STE", "f + 2", Shares.sr_ste),
-        "bi_mask": _Method("Bi-Mask", "2f + 1", Shares.bi_mask, transposable=True),
+        "bi_mask": _Method("Bi-Mask", "2f + 1", Shares.bi_mask, transposed_share=0.0),
         "bame": _Method("BAME", "3f + r(1-f)", lambda density: Shares.bame(density, bame)),
         "rigl": _Method("RigL", "3f + r(1-f)", lambda density: Shares.bame(density, rigl)),
         "static": _Method("static", "3f", Shares.static),
-        "static_transposable": _Method("transposable", "3f", Shares.static, transposable=True),
+        "static_transposable": _Method("transposable", "3f", Shares.static, transposed_share=0.0),
     }
 
 
 def _costs(
     method: _Method, counter: MacCounter, densities: dict[str, float], dense_forward: float, samples: int
 ) -> dict[str, dict[str, float]]:
-    ledger = Ledger(counter.weights, counter.other, densities, transposable=method.transposable)
+    ledger = Ledger(counter.weights, counter.other, densities, transposed_share=method.transposed_share)
     ledger.book({name: method.shares(density) for name, density in densities.items()})
     metrics = ledger.metrics()
     columns = {}

@@ -266,13 +266,14 @@ class Ledger:
 
     Two columns. The algorithmic one takes the shares as they are. The hardware one books only what a kernel for row-wise
     N:M weights can do: the input gradient multiplies with the transposed weight, which is not N:M, so it is dense,
-    unless the masks are transposable.
+    unless the masks have a pattern in that direction, too.
 
     Args:
         weights: Dense cost of each weight for one batch, as `MacCounter` found it.
         other: Dense cost of products without a weight.
         densities: N / M of each weight that SR-STE and the method keep sparse, by name.
-        transposable: Whether masks are N:M in both directions, or the input gradient has a mask of its own.
+        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where its
+            mask has no pattern, 1/2 where it is 2:4, 0 where it is N:M, or the input gradient has a mask of its own.
 
     Example:
         >>> ledger = Ledger({"fc": Macs(100, 100, 100)}, Macs(), {"fc": 0.25})
@@ -287,9 +288,9 @@ class Ledger:
         other: Macs,
         densities: Mapping[str, float],
         *,
-        transposable: bool = False,
+        transposed_share: float = 1.0,
     ) -> None:
-        self.transposable = transposable
+        self.transposed_share = transposed_share
         self.uncounted = sorted(name for name in densities if name not in weights)
         """Sparse weights that no counted product multiplies with; they are missing in the ledger."""
         self._weights = dict(weights)
@@ -318,9 +319,12 @@ class Ledger:
             mask_search: Multiply-accumulates of the search for masks in this step, if it has any.
             only: Which `parts` to book; all of them unless given.
         """
-        rows = {name: Shares(share.forward, 1.0, share.weight_gradient) for name, share in shares.items()}
-        algorithmic = self._macs(shares, only)
-        hardware = algorithmic if self.transposable else self._macs(rows, only)
+        least = self.transposed_share
+        executable = {
+            name: Shares(share.forward, max(least, share.input_gradient), share.weight_gradient)
+            for name, share in shares.items()
+        }
+        algorithmic, hardware = self._macs(shares, only), self._macs(executable, only)
         self._booked["algorithmic"] += batches * algorithmic + mask_search
         self._booked["hardware"] += batches * hardware + mask_search
         self._booked["dense"] += batches * self._macs({}, only)

@@ -36,6 +36,7 @@ class BAME(Masked):
         schedule: When masks adapt.
         freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
         rescale: As in `Masked`.
+        both_ways: As in `Masked`; swaps that do not fit are refused.
 
     Attributes:
         groups: The weights that evolve together.
@@ -54,8 +55,9 @@ class BAME(Masked):
         freeze_after: int | None = None,
         *,
         rescale: bool = False,
+        both_ways: bool = False,
     ) -> None:
-        super().__init__(rescale=rescale)
+        super().__init__(rescale=rescale, both_ways=both_ways)
         self.evidence = evidence
         self.schedule = schedule
         self.freeze_after = freeze_after
@@ -110,6 +112,8 @@ class BAME(Masked):
                     (known[0].state(known[1]) if known else None) for known in (before.get(id(s)) for s in weights)
                 ]
                 group = self.evidence.begin(weights, self.freeze_after)
+                if self.both_ways:
+                    group.keep_both_ways()
                 for layer, state in enumerate(states):
                     if state is not None:
                         group.load_state(layer, state)
@@ -248,6 +252,9 @@ class BAME(Masked):
             "bame/discarded_readings": self.discarded.float(),
             "bame/mask_age": pooled_mean(layer.ages for layer in layers),
         }
+        refused = [layer.refused * layer.sparse.rows.parts for layer in layers if layer.refused is not None]
+        if refused:
+            found["bame/refused_swaps"] = torch.stack(refused).sum().float()
         for layer, frequency in zip(layers, frequencies, strict=True):
             key = f"bame/layer/{layer.sparse.label}"
             found[f"{key}/oscillation_frequency"] = frequency.mean()
@@ -309,9 +316,11 @@ class BAME(Masked):
             "oscillation_frequency": pooled_mean(frequencies),
             "frozen_fraction": pooled_mean(layer.frozen for layer in layers),
         }
+        refused = [layer.sparse.rows.total(layer.refused) for layer in layers if layer.refused is not None]
         return {
             "adaptations": self.adaptations,
             "flips": sum(group.masks.total() for group in self.groups),
             "discarded_readings": int(self.discarded),
+            **({"refused_swaps": sum(map(int, refused))} if refused else {}),
             **{name: float(value) for name, value in mean(means).items()},
         }

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from bame_lightning.blocks.masks import as_integers, zero_pruned_
+from bame_lightning.blocks.transposable import ROWS, both_ways_mask, fits_both_ways, fits_forward
 from bame_lightning.ledger.flops import Shares
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.method import Method
 from bame_lightning.weights import invariants
-from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.layers import LayerPlan, SparseWeight
 from bame_lightning.weights.scale import CHANCE, alignment
 from bame_lightning.weights.sharding import local
 from bame_lightning.weights.weight_state import WeightState, restart_
@@ -34,10 +35,14 @@ class Masked(Method):
 
     Args:
         rescale: As in `Method`.
+        both_ways: Keep masks 2:4 along the output dimension, too: of four consecutive rows at most two keep a weight in a
+            column, so that sparse tensor cores multiply with the transposed weight as well.
     """
 
-    def __init__(self, *, rescale: bool = False) -> None:
+    def __init__(self, *, rescale: bool = False, both_ways: bool = False) -> None:
         super().__init__(rescale=rescale)
+        self.both_ways = both_ways
+        self.transposed_share = 0.5 if both_ways else 1.0
         self._withheld: dict[str, Tensor] = {}
         self._states: dict[int, WeightState] = {}
         self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
@@ -76,11 +81,36 @@ class Masked(Method):
     # The verbs.
 
     @override
+    def first_mask(
+        self, mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], plan: LayerPlan
+    ) -> Bool[Tensor, "blocks m"]:
+        if not self.both_ways:
+            return mask
+        assert plan.pattern is not None
+        if not fits_forward(plan.pattern):
+            raise ValueError(
+                f"`both_ways=True` makes masks 2:4 in both directions, so `pattern` must keep at most 2 of 4 consecutive "
+                f"inputs, as 1:M and 2:4 do; got {plan.pattern}."
+            )
+        return both_ways_mask(mask, weight, len(plan.values) * plan.rows.parts)
+
+    @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
         self._withheld, self._states = {}, {}
+        if self.both_ways and restored is not None:
+            self._check_restored()
         self.begin(restored)
         self.enforce()
         self._remember_masks()
+
+    def _check_restored(self) -> None:
+        for sparse in self.run.weights:
+            if not fits_both_ways(sparse.mask(), len(sparse.kept)):
+                raise ValueError(
+                    f"`both_ways=True` goes on with masks that are 2:4 in both directions, but that of `{sparse.label}` in the "
+                    "checkpoint is not: its run did not set `both_ways`. Resume with both_ways=False, or load the weights and "
+                    "start a new run with `init='nonzero'`, which prunes what does not fit."
+                )
 
     @override
     def regroup(self) -> None:
@@ -149,11 +179,23 @@ class Masked(Method):
 
     @override
     def before_update(self, holder: Holder) -> None:
+        if self.both_ways:
+            # Not earlier: the first backward pass may show that the layer is the classifier, which stays dense.
+            self._check_rows()
         self._touched = self._written(holder)
         # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
         # the optimizer is about to differentiate the gradient.
         if self.rescaling:
             self._rescale([sparse for sparse in holder.weights if not sparse.has_graph])
+
+    def _check_rows(self) -> None:
+        for sparse in self.run.weights:
+            if not sparse.rows.whole and len(sparse.kept) % ROWS:
+                raise ValueError(
+                    f"`both_ways=True` looks at {ROWS} consecutive rows of a weight, but {sparse.rows.parts} processes hold "
+                    f"{len(sparse.kept)} rows of `{sparse.label}` each, which {ROWS} does not divide. Use another number of "
+                    f"processes, or keep it dense with layers={{'{sparse.label}': 'dense'}}."
+                )
 
     def _rescale(self, weights: Iterable[SparseWeight]) -> None:
         for sparse in weights:
@@ -198,6 +240,8 @@ class Masked(Method):
         invariants.check_counts(weights, steps)
         invariants.check_masks(weights, self._expected, steps)
         invariants.check_weights(weights, steps)
+        if self.both_ways:
+            invariants.check_both_ways(weights, steps)
         for holder in self.run.holders:
             invariants.check_optimizer_state(holder.weights, self.state_of(holder), steps)
 

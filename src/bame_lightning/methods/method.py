@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.ledger.flops import Shares
 from bame_lightning.methods.holder import Holder
-from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.layers import LayerPlan, SparseWeight
 
 
 class Copy(NamedTuple):
@@ -68,13 +69,14 @@ class Method(ABC):
         name: What messages call it.
         schedule: When masks change, for methods that change them now and then.
         never: What never happens if the window of the schedule is too short for a change; begins a sentence.
-        transposable: Whether masks are N:M along the output dimension, too.
+        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where its
+            mask has no pattern, 1/2 where it is 2:4 along the output dimension, too, 0 where it is N:M.
     """
 
     name = "StaticMask"
     schedule: Schedule | None = None
     never = ""
-    transposable = False
+    transposed_share = 1.0
 
     def __init__(self, *, rescale: bool = False) -> None:
         self.run = Run()
@@ -88,6 +90,12 @@ class Method(ABC):
         Args:
             restored: The state of a checkpoint; None in a new run, or in a second fit that goes on where the first one ended.
         """
+
+    def first_mask(
+        self, mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], plan: LayerPlan
+    ) -> Bool[Tensor, "blocks m"]:
+        """The mask that a weight starts with, given what `init` makes of it; both of all rows, wherever they lie."""
+        return mask
 
     def regroup(self) -> None:
         """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense."""

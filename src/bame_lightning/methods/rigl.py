@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
 from bame_lightning.bame.contenders import count_in_share
+from bame_lightning.bame.room import admitted, group_of
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.blocks.transposable import column_counts
 from bame_lightning.ledger.flops import Shares
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.masked import Masked
@@ -22,7 +24,11 @@ from bame_lightning.weights.mask_set import MaskSet, flip_rates
 
 
 def drop_and_grow(
-    weight: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"], mask: Bool[Tensor, "blocks m"], share: float
+    weight: Float[Tensor, "blocks m"],
+    gradient: Float[Tensor, "blocks m"],
+    mask: Bool[Tensor, "blocks m"],
+    share: float,
+    rows: int | None = None,
 ) -> Bool[Tensor, "blocks m"]:
     """Swap one weight in some blocks: the kept one of smallest |w| for the pruned one of largest |g|.
 
@@ -34,6 +40,7 @@ def drop_and_grow(
         gradient: Their dense gradient.
         mask: True where kept; at least one kept and one pruned per block.
         share: Share of the blocks that swap, rounded up.
+        rows: Rows of the weight, to refuse swaps that put a third kept weight into four consecutive rows of a column.
 
     Returns:
         The new mask, as many kept per block as before.
@@ -42,9 +49,20 @@ def drop_and_grow(
     grow = gradient.abs().masked_fill(mask, -1).argmax(-1)
     chosen = smallest.argsort(stable=True)[: count_in_share(share, len(mask))]
     new = mask.clone()
-    new[chosen, drop[chosen]] = False
-    new[chosen, grow[chosen]] = True
+    swaps = _fitting(chosen, grow[chosen], mask, rows) if rows else torch.ones_like(chosen, dtype=torch.bool)
+    new[chosen, drop[chosen]] = ~swaps
+    new[chosen, grow[chosen]] = swaps
     return new
+
+
+def _fitting(
+    blocks: Int[Tensor, " swaps"], places: Int[Tensor, " swaps"], mask: Bool[Tensor, "blocks m"], rows: int
+) -> Bool[Tensor, " swaps"]:
+    """Which swaps fit together, the first ones first, given the places that they grow in their blocks."""
+    counts = column_counts(mask, rows)
+    group = group_of(blocks * mask.shape[1] + places, counts.shape[1])
+    urgency = torch.arange(len(blocks), 0, -1, dtype=torch.float32, device=mask.device)
+    return admitted(group, counts.view(-1)[group], urgency, torch.ones_like(blocks, dtype=torch.bool))
 
 
 class DropAndGrow(Masked):
@@ -54,22 +72,28 @@ class DropAndGrow(Masked):
         schedule: When to swap.
         share: Share of blocks that swap at the start, rho.
         rescale: As in `Masked`.
+        both_ways: As in `Masked`; swaps that do not fit are refused.
     """
 
     name = "RigL"
     never = "RigL will never swap a weight"
     schedule: Schedule
 
-    def __init__(self, schedule: Schedule, share: float, *, rescale: bool = False) -> None:
-        super().__init__(rescale=rescale)
+    def __init__(self, schedule: Schedule, share: float, *, rescale: bool = False, both_ways: bool = False) -> None:
+        super().__init__(rescale=rescale, both_ways=both_ways)
         self.schedule = schedule
         self.share = share
         self.masks: MaskSet | None = None
         self._gradients: dict[str, Tensor] = {}
         self._swapped = False
+        self.refused = torch.zeros((), dtype=torch.int64)
+        """Swaps refused so far, of all rows wherever they lie."""
 
     @override
     def begin(self, restored: Mapping[str, Any] | None) -> None:
+        self.refused = self.refused.to(self.run.weights[0].kept.device)
+        if restored is not None or not self.run.steps:
+            self.refused = torch.zeros_like(self.refused) + (restored or {}).get("refused", 0)
         if restored is not None or not self.run.steps:
             self.masks = None
         self.masks = MaskSet.following(self.masks, self.run.weights)
@@ -130,8 +154,12 @@ class DropAndGrow(Masked):
         assert self.masks is not None
         # The share is one of the blocks of all rows.
         rows, old, blocks = sparse.rows, sparse.mask(), to_blocks(sparse.values, sparse.pattern.m)
-        new = rows.own(drop_and_grow(rows.gather(blocks), rows.gather(gradient), rows.gather(old), share))
-        kept = from_blocks(torch.where(finite, new, old), sparse.kept.shape)
+        before, confined = rows.gather(old), len(sparse.kept) * rows.parts if self.both_ways else None
+        after = drop_and_grow(rows.gather(blocks), rows.gather(gradient), before, share, confined)
+        if self.both_ways:
+            wanted, swapped = count_in_share(share, len(before)), (after & ~before).sum()
+            self.refused += torch.where(finite, wanted - swapped, 0)
+        kept = from_blocks(torch.where(finite, rows.own(after), old), sparse.kept.shape)
         self.masks.change(self.masks.weights.index(sparse), kept)
 
     @override
@@ -141,7 +169,10 @@ class DropAndGrow(Masked):
 
     @override
     def metrics(self) -> dict[str, Tensor]:
-        return flip_rates([self.masks]) if self.masks is not None else {}
+        if self.masks is None:
+            return {}
+        refused = {"bame/refused_swaps": self.refused.float()} if self.both_ways else {}
+        return flip_rates([self.masks]) | refused
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -151,7 +182,7 @@ class DropAndGrow(Masked):
         return {
             sparse.name: {name: value.cpu().clone() for name, value in masks.state(place).items()}
             for place, sparse in enumerate(masks.weights)
-        }, {}
+        }, ({"refused": int(self.refused)} if self.both_ways else {})
 
     @override
     def forget(self) -> None:
@@ -160,4 +191,5 @@ class DropAndGrow(Masked):
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
-        return {"flips": 0 if self.masks is None else self.masks.total()}
+        refused = {"refused_swaps": int(self.refused)} if self.both_ways else {}
+        return {"flips": 0 if self.masks is None else self.masks.total(), **refused}

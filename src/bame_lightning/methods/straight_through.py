@@ -159,7 +159,7 @@ class Transposable(StraightThrough):
     """
 
     name = "TransposableSTE"
-    transposable = True
+    transposed_share = 0.0
 
     def __init__(self, decay: float, refresh_every: int) -> None:
         super().__init__(decay)

@@ -125,7 +125,8 @@ class SparseTraining:
         # Of all rows, wherever they lie: the mask is that of a single process.
         blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
         try:
-            return SparseWeight.of(plan, _MASKS[self.init](blocks, plan.pattern.n))
+            mask = _MASKS[self.init](blocks, plan.pattern.n)
+            return SparseWeight.of(plan, self.method.first_mask(mask, blocks, plan))
         except ValueError as error:
             label = plan.name.removesuffix(".weight")
             raise ValueError(f"`{label}`: {error} Or keep it dense: layers={{'{label}': 'dense'}}.") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from jaxtyping import Bool
 from torch import Tensor
 
+from bame_lightning.blocks.transposable import MOST, ROWS, column_counts
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.weight_state import WeightState
 
@@ -80,6 +81,29 @@ def check_counts(weights: Iterable[SparseWeight], step: int) -> None:
             raise InvariantError(
                 f"Count: after step {step}, `{sparse.name}` ({sparse.pattern}) keeps {int(kept[block])} positions in block "
                 f"{block}, and a wrong number in {int(wrong.sum())} of {len(kept)} blocks: the mask has drifted."
+            )
+
+
+def check_both_ways(weights: Iterable[SparseWeight], step: int) -> None:
+    """Check that masks are 2:4 along the output dimension, too.
+
+    Args:
+        weights: Weights under masks of a run with `both_ways=True`.
+        step: Optimizer steps done, for the message.
+
+    Raises:
+        InvariantError: If four consecutive rows of a column keep more than two weights.
+    """
+    for sparse in weights:
+        counts = column_counts(sparse.mask(), len(sparse.kept))
+        wrong = (counts > MOST).nonzero()
+        if len(wrong):
+            group, column = wrong[0].tolist()
+            most = int(counts[group, column])
+            raise InvariantError(
+                f"Both ways: after step {step}, `{sparse.name}` ({sparse.pattern}) keeps {most} weights in "
+                f"column {column} of the four rows from {group * ROWS} on, where {MOST} fit, and too many in {len(wrong)} such "
+                "places: the mask has drifted."
             )
 
 
