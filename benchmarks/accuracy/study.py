@@ -81,6 +81,10 @@ ATTEMPTS = {
 """What was tried beside: names in `attempts.py`."""
 VARIANTS |= {name: [_attempt(kind)] for name, kind in ATTEMPTS.items()}
 
+BOTH_WAYS = "both ways"
+"""Variant of a method: its masks are 2:4 along the output dimension, too."""
+OVERRIDES = VARIANTS | {BOTH_WAYS: ["method.both_ways=true"]}
+
 LONGER = {"half as long again": 1.5, "twice the epochs": 2, "four times the epochs": 4}
 """Variants of any method: the epochs of the recipe times this, rounded down, with the same schedule over them."""
 AS_COSTLY = "for the FLOPs of BAME"
@@ -88,7 +92,7 @@ AS_COSTLY = "for the FLOPs of BAME"
 
 
 class Cell(NamedTuple):
-    """One run; `variant` names one of `VARIANTS` or `LONGER`, is `AS_COSTLY`, or empty."""
+    """One run; `variant` names one of `OVERRIDES` or `LONGER`, is `AS_COSTLY`, or empty."""
 
     recipe: str
     pattern: str
@@ -137,13 +141,22 @@ def longer() -> Iterator[Cell]:
                 yield from (Cell(recipe, "1:16", method, variant, str(seed)) for method in ("bame", *rivals))
 
 
+def both_ways() -> Iterator[Cell]:
+    """What masks cost in accuracy that are 2:4 along the output dimension, too, beside transposable ones."""
+    for recipe, seeds in (("fashion_mnist_mlp", 3), ("python_source_gpt", 1)):
+        for seed in range(seeds):
+            for pattern in ("1:16", "1:8", "1:4", "2:4"):
+                for method, variant in (("bame", BOTH_WAYS), ("transposable", ""), ("bame", "")):
+                    yield Cell(recipe, pattern, method, variant, str(seed))
+
+
 def _grid(recipe: str, patterns: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Cell]:
     for pattern in patterns:
         for seed in range(seeds):
             yield from (Cell(recipe, pattern, method, "", str(seed)) for method in methods)
 
 
-SUITES = {"headline": headline, "equal": equal, "longer": longer, "ablation": ablation}
+SUITES = {"headline": headline, "equal": equal, "longer": longer, "ablation": ablation, "both_ways": both_ways}
 
 
 def main() -> None:
@@ -169,7 +182,12 @@ def main() -> None:
 def run(cell: Cell) -> Row:
     # Hydra takes commas and quotes for something else.
     folder = Path("outputs/study") / re.sub(r"[^\w.-]+", "_", "-".join(cell).replace(":", "of"))
-    arguments = [f"recipe={cell.recipe}", f"method={cell.method}", f"seed={cell.seed}", *VARIANTS.get(cell.variant, [])]
+    arguments = [
+        f"recipe={cell.recipe}",
+        f"method={cell.method}",
+        f"seed={cell.seed}",
+        *OVERRIDES.get(cell.variant, []),
+    ]
     arguments += [f"pattern={cell.pattern}"] if cell.pattern else []
     if cell.variant in LONGER:
         arguments.append(f"trainer.max_epochs={int(LONGER[cell.variant] * recipe_epochs(cell.recipe))}")

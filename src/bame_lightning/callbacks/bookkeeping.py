@@ -31,7 +31,7 @@ class Bookkeeper:
         self,
         densities: Mapping[str, float],
         *,
-        transposed_share: float = 1,
+        transposed_share: float = 1.0,
         restored: Mapping[str, float] | None = None,
     ) -> None:
         self.ledger: Ledger | None = None
