@@ -143,6 +143,11 @@ class SparseCallback(KeepsBooks):
         return self.method.rescale
 
     @property
+    def both_ways(self) -> bool:
+        """Whether masks are 2:4 along the output dimension, too."""
+        return self.method.both_ways
+
+    @property
     def verify(self) -> bool:
         """Whether all invariants are checked after every step."""
         return self.training.run.verify

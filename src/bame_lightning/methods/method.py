@@ -69,6 +69,7 @@ class Method(ABC):
         name: What messages call it.
         schedule: When masks change, for methods that change them now and then.
         never: What never happens if the window of the schedule is too short for a change; begins a sentence.
+        both_ways: Whether masks are 2:4 along the output dimension, too.
         transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where its
             mask has no pattern, 1/2 where it is 2:4 along the output dimension, too, 0 where it is N:M.
     """
@@ -76,6 +77,7 @@ class Method(ABC):
     name = "StaticMask"
     schedule: Schedule | None = None
     never = ""
+    both_ways = False
     transposed_share = 1.0
 
     def __init__(self, *, rescale: bool = False) -> None:
