@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "weights": {"blocks"},
     "compute": {"blocks"},
     "bame": {"blocks", "weights"},
-    "ledger": {"bame"},
+    "ledger": set(),
     "methods": {"blocks", "weights", "bame", "ledger"},
     "checkpoints": {"blocks", "weights"},
     "show": {"blocks", "weights", "checkpoints"},

@@ -21,7 +21,9 @@ from scipy.stats import t as student  # type: ignore[import-untyped]
 
 from bame_lightning import Evidence, Schedule
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.ledger.flops import Shares
+from bame_lightning.ledger.cost import SR_STE
+from bame_lightning.methods.bame import BAME
+from bame_lightning.methods.masked import Masked
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
     AS_COSTLY,
@@ -233,7 +235,7 @@ def over_sparse_layers(pattern: str) -> str:
     density = NMPattern.parse(pattern).density
     base, bame, static = (
         shares.forward + shares.input_gradient + shares.weight_gradient
-        for shares in (Shares.sr_ste(density), Shares.bame(density, read), Shares.static(density))
+        for shares in (SR_STE.shares(density), BAME.cost.shares(density, read), Masked.cost.shares(density))
     )
     return (
         f"Over the N:M layers alone SR-STE costs {base / bame:.2f}x the training FLOPs of BAME; of a static mask, the bound, "

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
-from bame_lightning.bame.evidence import Evidence, OneBatch
-from bame_lightning.bame.schedule import Schedule
-from bame_lightning.ledger.flops import Ledger, MacCounter, Macs, Shares, mean_read_share
+from bame_lightning.ledger.cost import Shares
+from bame_lightning.ledger.flops import Ledger, MacCounter, Macs
 
 
 def forward_macs(model: nn.Module, *inputs: Tensor) -> tuple[dict[str, int], int]:
@@ -307,28 +306,33 @@ def resnet_densities(density: float = 1 / 16) -> dict[str, float]:
     return {name: density for name in resnet50_by_hand() if name not in ("conv1.weight", "fc.weight")}
 
 
+def shares_of(density: float, sparse: int, read: float = 0.0) -> Shares:
+    """Of a step whose first `sparse` products are sparse: forward, input gradient, and weight gradient but for what is read."""
+    forward, input_gradient, weight_gradient = [density] * sparse + [1.0] * (3 - sparse)
+    return Shares(forward, input_gradient, weight_gradient + read * (1 - weight_gradient))
+
+
 @pytest.mark.parametrize(
-    ("shares", "transposed", "algorithmic", "hardware"),
+    ("sparse", "read", "transposed_share", "algorithmic", "hardware"),
     [
-        (lambda d: Shares(), 1.0, 1.0, 1.0),
-        (Shares.sr_ste, 1.0, 0.697, 0.697),
-        (Shares.bi_mask, 0.0, 0.393, 0.393),
-        (Shares.bi_mask, 1.0, 0.393, 0.697),
-        (Shares.static, 1.0, 0.090, 0.393),
-        (Shares.static, 0.0, 0.090, 0.090),
+        (0, 0.0, 1.0, 1.0, 1.0),
+        (1, 0.0, 1.0, 0.697, 0.697),
+        (2, 0.0, 0.0, 0.393, 0.393),
+        (2, 0.0, 1.0, 0.393, 0.697),
+        (3, 0.0, 1.0, 0.090, 0.393),
+        (3, 0.0, 0.0, 0.090, 0.090),
         # (2f + h) / 3 with an input gradient h in which sparse layers cost half: h = 1 - 8/15 (1 - f)
-        (Shares.static, 0.5, 0.090, 0.231577),
-        (lambda d: Shares.bame(d, read=0.0), 1.0, 0.090, 0.393),
-        (lambda d: Shares.bame(d, read=1.0), 1.0, 0.393, 0.697),
+        (3, 0.0, 0.5, 0.090, 0.231577),
+        (3, 1.0, 1.0, 0.393, 0.697),
         # (3f + 0.25 (1 - f)) / 3 and, with a dense input gradient, (2f + 1 + 0.25 (1 - f)) / 3; f = 0.0900258
-        (lambda d: Shares.bame(d, read=0.25), 1.0, 0.165857, 0.469182),
+        (3, 0.25, 1.0, 0.165857, 0.469182),
     ],
 )
 def test_resnet50_at_1_16_costs_what_is_published(
-    shares: Callable[[float], Shares], transposed: float, algorithmic: float, hardware: float
+    sparse: int, read: float, transposed_share: float, algorithmic: float, hardware: float
 ) -> None:
-    ledger = Ledger(resnet_costs(), Macs(), resnet_densities(), transposed_share=transposed)
-    ledger.book({name: shares(density) for name, density in resnet_densities().items()})
+    ledger = Ledger(resnet_costs(), Macs(), resnet_densities(), transposed_share=transposed_share)
+    ledger.book({name: shares_of(density, sparse, read) for name, density in resnet_densities().items()})
     metrics = ledger.metrics()
     assert metrics["flops/train_vs_dense"] == pytest.approx(algorithmic, abs=5e-4)
     assert metrics["flops/hardware/train_vs_dense"] == pytest.approx(hardware, abs=5e-4)
@@ -338,10 +342,10 @@ def test_resnet50_at_1_16_costs_what_is_published(
 
 def test_a_fully_sparse_resnet50_costs_7_7_times_less_than_sr_ste() -> None:
     ledger = Ledger(resnet_costs(), Macs(), resnet_densities())
-    ledger.book({name: Shares.static(1 / 16) for name in resnet_densities()})
+    ledger.book({name: shares_of(1 / 16, 3) for name in resnet_densities()})
     assert 1 / ledger.metrics()["flops/train_vs_sr_ste"] == pytest.approx(7.74, abs=0.005)
     ledger = Ledger(resnet_costs(), Macs(), resnet_densities(), transposed_share=0.0)
-    ledger.book({name: Shares.bi_mask(1 / 16) for name in resnet_densities()})
+    ledger.book({name: shares_of(1 / 16, 2) for name in resnet_densities()})
     assert 1 / ledger.metrics()["flops/train_vs_sr_ste"] == pytest.approx(1.77, abs=0.005)
 
 
@@ -355,7 +359,7 @@ def ledger() -> Ledger:
 def test_bame_is_booked_as_by_hand(ledger: Ledger) -> None:
     # Steps read all unfrozen blocks, 10 %, nothing, and, when 20 % are frozen, 80 %.
     for read in (1.0, 0.1, 0.0, 0.8):
-        ledger.book({"sparse": Shares.bame(0.25, read), "unused": Shares.bame(0.25, read)})
+        ledger.book({"sparse": shares_of(0.25, 3, read), "unused": shares_of(0.25, 3, read)})
     rest = 4 * 3 * 11
     weight_gradients = 100 + (25 + 7.5) + 25 + (25 + 60)
     total = rest + 4 * 25 + 4 * 25 + weight_gradients
@@ -381,7 +385,7 @@ def test_weights_left_out_are_dense(ledger: Ledger) -> None:
 
 
 def test_an_accumulated_step_costs_its_batches_and_one_search(ledger: Ledger) -> None:
-    ledger.book({"sparse": Shares.static(0.25)}, batches=3, mask_search=7.0)
+    ledger.book({"sparse": shares_of(0.25, 3)}, batches=3, mask_search=7.0)
     assert ledger.metrics()["flops/train_total"] == 2 * (3 * (33 + 75) + 7)
     assert ledger.metrics()["flops/hardware/train_total"] == 2 * (3 * (33 + 150) + 7)
     assert ledger.metrics()["flops/train_vs_dense"] == (3 * (33 + 75) + 7) / (3 * 333)
@@ -397,7 +401,7 @@ def test_a_resumed_ledger_goes_on_exactly(ledger: Ledger) -> None:
 
     def book(ledger: Ledger, steps: range) -> None:
         for step in steps:
-            ledger.book({"sparse": Shares.bame(0.3, step / 10)})
+            ledger.book({"sparse": shares_of(0.3, 3, step / 10)})
 
     straight, first, second = new(), new(), new()
     book(straight, range(10))
@@ -409,24 +413,3 @@ def test_a_resumed_ledger_goes_on_exactly(ledger: Ledger) -> None:
     assert second.metrics() == straight.metrics()
     assert first.metrics() != straight.metrics()
     assert state == first.state_dict()  # booking on does not change what was saved
-
-
-# BAME's readings over a run.
-
-
-@pytest.mark.parametrize(
-    ("schedule", "evidence", "steps", "share"),
-    [
-        # everywhere at 2 and 5, contenders at 3, 4, 6 and 7
-        (Schedule(2, 8, every=3), Evidence(read_every=3, contenders=0.5), 10, (2 + 4 * 0.5) / 10),
-        # the run ends inside the window: everywhere at 2, contenders at 3
-        (Schedule(2, 20, every=3), Evidence(read_every=3, contenders=0.5), 4, (1 + 0.5) / 4),
-        # at the adaptations after 4 and 7
-        (Schedule(2, 8, every=3), OneBatch(share=0.5), 10, 2 / 10),
-        (Schedule(), Evidence(), 1000, 0.9 * (0.05 + 0.95 * 0.05)),
-    ],
-)
-def test_the_mean_read_share_is_that_by_hand(
-    schedule: Schedule, evidence: Evidence | OneBatch, steps: int, share: float
-) -> None:
-    assert mean_read_share(schedule, evidence, steps) == pytest.approx(share)

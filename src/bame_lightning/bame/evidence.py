@@ -95,7 +95,7 @@ class Evidence:
         length = self.step_size * rest
         if (step - window.start) % self.read_every == 0:
             return Reading(everywhere=True, steps=round(math.sqrt(self.read_every)) * length, forgets=rest)
-        return Reading(everywhere=False, steps=length, forgets=rest)
+        return Reading(everywhere=False, steps=length, forgets=rest, share=self.contenders)
 
     def adaptable_share(self, step: int, window: Window) -> float:
         """Share of a layer's blocks that may adapt after `step`: all of them."""

@@ -14,11 +14,13 @@ class Reading(NamedTuple):
         steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
             optimizer's (`OneBatch`).
         forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
+        share: Share of the pruned positions that it reads.
     """
 
     everywhere: bool
     steps: float
     forgets: float = 0.0
+    share: float = 1.0
 
 
 def noise_step(steps: int, m: int) -> float:

@@ -14,7 +14,8 @@ from typing_extensions import override
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.counting import CountedStep
 from bame_lightning.callbacks.home import Home
-from bame_lightning.ledger.flops import Ledger, Macs, Shares
+from bame_lightning.ledger.cost import Shares
+from bame_lightning.ledger.flops import Ledger, Macs
 from bame_lightning.weights.layers import parse_rules
 
 

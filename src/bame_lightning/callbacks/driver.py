@@ -398,7 +398,7 @@ class SparseCallback(KeepsBooks):
         # What a step costs is counted anew: layers may have been unfrozen, and batches changed.
         booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
         densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
-        self.books = Bookkeeper(densities, transposed_share=self.method.transposed_share, restored=booked)
+        self.books = Bookkeeper(densities, transposed_share=self.method.cost.transposed_share, restored=booked)
         rank_zero_info(f"{type(self).__name__}({self.pattern})\n{layer_table(plans)}")
         if trainer.is_global_zero:
             record_config(trainer.loggers, type(self).__name__, str(self.pattern), plans)

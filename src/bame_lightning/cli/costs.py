@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from rich import box
 from rich.console import Console
 from torch import nn
 
-from bame_lightning.bame.evidence import OneBatch
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.models import Build, build_model, input_of
 from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.questions import layer_rules
-from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter, Shares, mean_read_share
+from bame_lightning.ledger.cost import PRODUCTS, Cost
+from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter
 from bame_lightning.show.narrow import Table
-from bame_lightning.weights.layers import plan_layers
+from bame_lightning.weights.layers import LayerPlan, plan_layers
 
 CONVENTION = (
     "MACs of matrix products and convolutions; forward, input gradient and weight gradient of a layer cost the same, the "
@@ -30,14 +29,6 @@ CONVENTION = (
 )
 # Two samples, since batch normalisation cannot train on one.
 _SAMPLES = 2
-
-
-@dataclass(frozen=True)
-class _Method:
-    title: str
-    formula: str
-    shares: Callable[[float], Shares]
-    transposed_share: float = 1.0
 
 
 def count(cfg: DictConfig) -> dict[str, Any]:
@@ -58,24 +49,17 @@ def count(cfg: DictConfig) -> dict[str, Any]:
     build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
     model, counter = _trace(build, shape, classes)
-
     plans = plan_layers(model, pattern, layer_rules(cfg))
-    densities = {plan.name: plan.pattern.density for plan in plans if plan.pattern}
-    forward = {name: macs.forward / _SAMPLES for name, macs in counter.weights.items()}
-    other = counter.other.forward / _SAMPLES
-    dense = sum(forward.values()) + other
-    sparse = sum(densities.get(name, 1.0) * macs for name, macs in forward.items()) + other
-
-    reads = {
-        "bame": mean_read_share(instantiate(cfg.schedule), instantiate(cfg.evidence), cfg.steps),
-        "rigl": mean_read_share(instantiate(cfg.rigl_schedule), OneBatch(), cfg.steps),
-    }
-    samples = cfg.steps * cfg.batch_size
-    methods: dict[str, Any] = {
-        name: {"formula": method.formula, **_costs(method, counter, densities, dense, samples)}
-        for name, method in _methods(**reads).items()
-    }
-    bound = methods["static"]["algorithmic"]
+    patterns = {plan.name: plan.pattern for plan in plans if plan.pattern}
+    bound = _costs(cfg, Cost("static", PRODUCTS), counter, patterns, {})
+    methods, reads = dict[str, Any](), dict[str, float]()
+    for name in map(str, cfg.methods):
+        made = instantiate(cfg.methods[name], _convert_="all")
+        cost = made if isinstance(made, Cost) else made.cost
+        read = {p: made.mean_read_share(p, cfg.steps) for p in {pattern, *patterns.values()}} if cost.reads else {}
+        methods[name] = {"title": cost.title, "formula": cost.formula, **_costs(cfg, cost, counter, patterns, read)}
+        if read:
+            reads[name] = read[pattern]
     return {
         "label": LABEL,
         "convention": CONVENTION,
@@ -83,24 +67,12 @@ def count(cfg: DictConfig) -> dict[str, Any]:
         "input_shape": list(shape),
         "num_classes": classes,
         "pattern": str(pattern),
-        "dense_forward_macs": dense,
-        "f": sparse / dense,
-        "sparse_weights": len(densities),
-        "layers": [
-            {
-                "name": plan.name,
-                "forward_macs": forward.get(plan.name, 0.0),
-                "pattern": str(plan.pattern) if plan.pattern else None,
-                "reason": plan.reason,
-            }
-            for plan in plans
-        ],
-        "products_without_weight_macs": other,
+        **_forward(counter, plans),
         "steps": cfg.steps,
         "batch_size": cfg.batch_size,
         "read_share": reads,
         "methods": methods,
-        "static_mask_bound": {key: bound[key] for key in ("vs_dense", "vs_sr_ste")},
+        "static_mask_bound": {key: bound["algorithmic"][key] for key in ("vs_dense", "vs_sr_ste")},
     }
 
 
@@ -117,34 +89,51 @@ def _trace(build: Build, shape: tuple[int, ...], classes: int) -> tuple[nn.Modul
     return model, counter
 
 
-def _methods(bame: float, rigl: float) -> dict[str, _Method]:
+def _forward(counter: MacCounter, plans: Sequence[LayerPlan]) -> dict[str, Any]:
+    """The forward pass of one sample, whole and by layer."""
+    macs = {name: found.forward / _SAMPLES for name, found in counter.weights.items()}
+    densities = {plan.name: plan.pattern.density for plan in plans if plan.pattern}
+    other = counter.other.forward / _SAMPLES
+    dense = sum(macs.values()) + other
+    sparse = sum(densities.get(name, 1.0) * own for name, own in macs.items()) + other
     return {
-        "dense": _Method("dense", "3", lambda density: Shares()),
-        "sr_ste": _Method("SR-STE", "f + 2", Shares.sr_ste),
-        "bi_mask": _Method("Bi-Mask", "2f + 1", Shares.bi_mask, transposed_share=0.0),
-        "bame": _Method("BAME", "3f + r(1-f)", lambda density: Shares.bame(density, bame)),
-        "rigl": _Method("RigL", "3f + r(1-f)", lambda density: Shares.bame(density, rigl)),
-        "static": _Method("static", "3f", Shares.static),
-        "static_transposable": _Method("transposable", "3f", Shares.static, transposed_share=0.0),
+        "dense_forward_macs": dense,
+        "f": sparse / dense,
+        "sparse_weights": len(densities),
+        "layers": [
+            {
+                "name": plan.name,
+                "forward_macs": macs.get(plan.name, 0.0),
+                "pattern": str(plan.pattern) if plan.pattern else None,
+                "reason": plan.reason,
+            }
+            for plan in plans
+        ],
+        "products_without_weight_macs": other,
     }
 
 
 def _costs(
-    method: _Method, counter: MacCounter, densities: dict[str, float], dense_forward: float, samples: int
-) -> dict[str, dict[str, float]]:
-    ledger = Ledger(counter.weights, counter.other, densities, transposed_share=method.transposed_share)
-    ledger.book({name: method.shares(density) for name, density in densities.items()})
-    metrics = ledger.metrics()
-    columns = {}
-    for column, prefix in (("algorithmic", "flops/"), ("hardware", "flops/hardware/")):
-        flops = metrics[f"{prefix}train_total"] / _SAMPLES
-        columns[column] = {
-            "step_in_dense_forwards": flops / (2 * dense_forward),
+    cfg: DictConfig,
+    cost: Cost,
+    counter: MacCounter,
+    patterns: Mapping[str, NMPattern],
+    read: Mapping[NMPattern, float],
+) -> dict[str, Any]:
+    """What a step and the run cost, in both columns, given the share that is read of each pattern."""
+    densities = {name: pattern.density for name, pattern in patterns.items()}
+    ledger = Ledger(counter.weights, counter.other, densities, transposed_share=cost.transposed_share)
+    ledger.book({name: cost.shares(pattern.density, read.get(pattern, 0.0)) for name, pattern in patterns.items()})
+    metrics, dense = ledger.metrics(), sum(macs.forward for macs in counter.weights.values()) + counter.other.forward
+    return {
+        column: {
+            "step_in_dense_forwards": metrics[f"{prefix}train_total"] / (2 * dense),
             "vs_dense": metrics[f"{prefix}train_vs_dense"],
             "vs_sr_ste": metrics[f"{prefix}train_vs_sr_ste"],
-            "run_flops": flops * samples,
+            "run_flops": metrics[f"{prefix}train_total"] / _SAMPLES * cfg.steps * cfg.batch_size,
         }
-    return columns
+        for column, prefix in (("algorithmic", "flops/"), ("hardware", "flops/hardware/"))
+    }
 
 
 def show(report: dict[str, Any]) -> None:
@@ -155,11 +144,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"{report['model']}, {shape} -> {report['num_classes']} classes, {report['pattern']}")
     console.print(_forward_table(report))
     console.print(_method_table(report))
-    reads, bound = report["read_share"], report["static_mask_bound"]
+    methods, bound = report["methods"], report["static_mask_bound"]
+    any_cost = next(iter(methods.values()))["algorithmic"]
+    reads = ", ".join(f"{methods[name]['title']} {read:.4g}" for name, read in report["read_share"].items())
     console.print(
-        f"r, the share of dense weight gradients that is read: BAME {reads['bame']:.4g} (an upper bound: frozen blocks are "
-        f"not read), RigL {reads['rigl']:.4g}. Dense training for {report['steps']:,} steps of {report['batch_size']} "
-        f"samples takes {report['methods']['dense']['algorithmic']['run_flops']:.3g} FLOPs."
+        f"r, the share of dense weight gradients that is read, at most (frozen blocks are not): {reads}. Dense training for "
+        f"{report['steps']:,} steps of {report['batch_size']} samples takes "
+        f"{any_cost['run_flops'] / any_cost['vs_dense']:.3g} FLOPs."
     )
     console.print(
         f"Bound: no N:M mask trains for less than a static one, {bound['vs_dense']:.3f} of dense, "
@@ -199,8 +190,8 @@ def _method_table(report: dict[str, Any]) -> Table:
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     for title in ("counted\ncost", "\n/dense", "\n/SR-STE", "hardware\ncost", "\n/dense", "\n/SR-STE"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, method in _methods(**report["read_share"]).items():
-        costs = [report["methods"][name][column] for column in ("algorithmic", "hardware")]
+    for method in report["methods"].values():
+        costs = [method[column] for column in ("algorithmic", "hardware")]
         keys = ("step_in_dense_forwards", "vs_dense", "vs_sr_ste")
-        table.add_row(method.title, method.formula, *(f"{cost[key]:.3f}" for cost in costs for key in keys))
+        table.add_row(method["title"], method["formula"], *(f"{cost[key]:.3f}" for cost in costs for key in keys))
     return table

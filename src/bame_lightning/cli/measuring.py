@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -15,15 +13,11 @@ from rich import box
 from rich.console import Console
 from torch import Tensor
 
-from bame_lightning.callbacks import SRSTE, BAMECallback, StaticMask
 from bame_lightning.cli.models import build_model, input_of
 from bame_lightning.cli.parts import fit_parts
-from bame_lightning.cli.questions import layer_rules
-from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
+from bame_lightning.cli.turns import CYCLE, Fit, take_turns
 from bame_lightning.show.narrow import Table
 from bame_lightning.tasks import Classifier
-
-METHODS = ("dense", "sr_ste", "static", "bame")
 
 
 def bench(cfg: DictConfig) -> dict[str, Any]:
@@ -42,7 +36,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     cfg = fit_parts(cfg)
     shape, _ = input_of(instantiate(cfg.model), cfg.get("data"))
-    turns = take_turns({method: partial(make_fit, cfg, method) for method in METHODS}, cfg.cycles)
+    turns = take_turns({name: partial(make_fit, cfg, name) for name in map(str, cfg.methods)}, cfg.cycles)
     return {
         "model": HydraConfig.get().runtime.choices["model"],
         "input_shape": list(shape),
@@ -50,7 +44,10 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "methods": {name: times.summary(turns["dense"]) for name, times in turns.items()},
+        "methods": {
+            name: {"adapts": "schedule" in (cfg.methods[name] or {}), **times.summary(turns["dense"])}
+            for name, times in turns.items()
+        },
     }
 
 
@@ -59,21 +56,17 @@ def make_fit(cfg: DictConfig, method: str) -> Fit:
 
     Args:
         cfg: The composed configuration.
-        method: One of `METHODS`.
+        method: Its name among the configuration's `methods`.
 
     Returns:
         Module, callbacks and batch.
     """
-    build, layers = instantiate(cfg.model), layer_rules(cfg)
+    build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
-    callbacks: dict[str, Callable[[], L.Callback]] = {
-        "sr_ste": lambda: SRSTE(cfg.pattern, layers=layers),
-        "static": lambda: StaticMask(cfg.pattern, layers=layers),
-        "bame": lambda: BAMECallback(cfg.pattern, layers=layers, schedule=FOREVER),
-    }
+    callback = instantiate(cfg.methods[method], _convert_="all")
     torch.manual_seed(0)
     task = Classifier(build_model(build, shape, classes), instantiate(cfg.optimizer))
-    return Fit(task, [callbacks[method]()] if method in callbacks else [], random_batch(shape, classes, cfg.batch_size))
+    return Fit(task, [callback] if callback else [], random_batch(shape, classes, cfg.batch_size))
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int) -> list[Tensor]:
@@ -97,8 +90,10 @@ def show(report: dict[str, Any]) -> None:
     for name in methods:
         table.add_column(name, justify="right", no_wrap=True)
     for title, key in _ROWS.items():
-        only_bame = key in ("reads_some", "adapts_some", "reads_all", "adapts_all")
-        table.add_row(title, *("" if only_bame and name != "bame" else _shown(methods[name][key]) for name in methods))
+        of_cycle = key in ("reads_some", "adapts_some", "reads_all", "adapts_all")
+        table.add_row(
+            title, *(_shown(None if of_cycle and not found["adapts"] else found[key]) for found in methods.values())
+        )
     console.print(table)
     console.print(
         "Medians of steps that methods take in turns; each is compared with the dense step beside it. The mean is that of the "

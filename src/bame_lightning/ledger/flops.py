@@ -20,8 +20,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bame_lightning.bame.evidence import Evidence, OneBatch
-from bame_lightning.bame.schedule import Schedule
+from bame_lightning.ledger.cost import SR_STE, Shares
 
 LABEL = "counted, not executed"
 """Belongs beside every number of a ledger, unless a sparse kernel ran."""
@@ -64,45 +63,6 @@ class Macs:
     def total(self) -> int:
         """All three together."""
         return self.forward + self.input_gradient + self.weight_gradient
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Share of the dense cost of one weight that a training step needs.
-
-    Args:
-        forward: Share of the forward pass.
-        input_gradient: Share of the gradient with respect to the input.
-        weight_gradient: Share of the gradient with respect to the weight.
-
-    Example:
-        >>> Shares.bame(density=0.25, read=0.5)
-        Shares(forward=0.25, input_gradient=0.25, weight_gradient=0.625)
-    """
-
-    forward: float = 1.0
-    input_gradient: float = 1.0
-    weight_gradient: float = 1.0
-
-    @classmethod
-    def sr_ste(cls, density: float) -> Shares:
-        """Sparse forward; both gradients dense (straight-through methods)."""
-        return cls(density, 1.0, 1.0)
-
-    @classmethod
-    def bi_mask(cls, density: float) -> Shares:
-        """Sparse forward and input gradient; weight gradient dense."""
-        return cls(density, density, 1.0)
-
-    @classmethod
-    def static(cls, density: float) -> Shares:
-        """Everything sparse: what a mask costs that never changes. No N:M method can cost less."""
-        return cls(density, density, density)
-
-    @classmethod
-    def bame(cls, density: float, read: float) -> Shares:
-        """Everything sparse but the weight gradient, of which the share `read` of the pruned positions is computed, too."""
-        return cls(density, density, density + read * (1 - density))
 
 
 class MacCounter(TorchDispatchMode):
@@ -272,12 +232,11 @@ class Ledger:
         weights: Dense cost of each weight for one batch, as `MacCounter` found it.
         other: Dense cost of products without a weight.
         densities: N / M of each weight that SR-STE and the method keep sparse, by name.
-        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where its
-            mask has no pattern, 1/2 where it is 2:4, 0 where it is N:M, or the input gradient has a mask of its own.
+        transposed_share: As in `Cost`.
 
     Example:
         >>> ledger = Ledger({"fc": Macs(100, 100, 100)}, Macs(), {"fc": 0.25})
-        >>> ledger.book({"fc": Shares.static(0.25)})
+        >>> ledger.book({"fc": Shares(0.25, 0.25, 0.25)})
         >>> ledger.metrics()["flops/train_total"], ledger.metrics()["flops/hardware/train_total"]
         (150.0, 300.0)
     """
@@ -295,7 +254,7 @@ class Ledger:
         """Sparse weights that no counted product multiplies with; they are missing in the ledger."""
         self._weights = dict(weights)
         self._other = other
-        self._sr_ste = {name: Shares.sr_ste(density) for name, density in densities.items()}
+        self._sr_ste = {name: SR_STE.shares(density) for name, density in densities.items()}
         self._booked = dict.fromkeys(("algorithmic", "hardware", "dense", "sr_ste"), 0.0)
 
     @property
@@ -369,29 +328,3 @@ class Ledger:
 
 
 _DENSE = Shares()
-
-
-def mean_read_share(schedule: Schedule, evidence: Evidence | OneBatch, steps: int) -> float:
-    """Share of the dense weight gradients that BAME reads, on average over a run: an upper bound.
-
-    Frozen blocks are not read, so a real run reads less; that contenders are rounded up in each row is left out.
-
-    Args:
-        schedule: When masks adapt.
-        evidence: Which gradients are read.
-        steps: Optimizer steps of the run.
-
-    Returns:
-        A share of all pruned positions in all steps.
-
-    Example:
-        >>> round(mean_read_share(Schedule(), Evidence(), steps=1000), 4)  # 0.9 (1/20 + 19/20 0.05)
-        0.0877
-    """
-    window = schedule.window(steps)
-    readings = (evidence.reading(step, window) for step in range(steps))
-    return sum(_read_share(evidence, reading.everywhere) for reading in readings if reading) / steps
-
-
-def _read_share(evidence: Evidence | OneBatch, everywhere: bool) -> float:
-    return 1.0 if everywhere else getattr(evidence, "contenders", 0.0)

@@ -16,8 +16,9 @@ from bame_lightning.bame.oscillation import oscillation_frequency
 from bame_lightning.bame.reading import Reading
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.masks import zero_pruned_
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.blocks.statistics import percentiles, pooled_mean
-from bame_lightning.ledger.flops import Shares
+from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.masked import Masked
 from bame_lightning.methods.method import Copy
@@ -46,6 +47,7 @@ class BAME(Masked):
 
     name = "BAMECallback"
     never = "BAME will never adapt a mask"
+    cost = Cost("BAME", PRODUCTS, reads=True)
     schedule: Schedule
 
     def __init__(
@@ -226,12 +228,19 @@ class BAME(Masked):
         return [group for group in self.groups if id(group.weights[0]) in here]
 
     @override
-    def costs(self, holder: Holder) -> dict[str, Shares]:
+    def read_shares(self, holder: Holder) -> Mapping[str, float]:
         return {
-            sparse.name: Shares.bame(sparse.pattern.density, share)
+            sparse.name: share
             for group in self._groups_of(holder)
             for sparse, share in zip(group.weights, group.read_shares, strict=True)
         }
+
+    @override
+    def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
+        # Frozen blocks are not read, so that a run reads less; that contenders are rounded up in each row is left out.
+        window = self.schedule.window(steps)
+        readings = (self.evidence.reading(step, window) for step in range(steps))
+        return sum(reading.share for reading in readings if reading is not None) / steps
 
     @override
     def metrics(self) -> dict[str, Tensor]:

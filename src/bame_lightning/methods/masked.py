@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from typing_extensions import override
 
 from bame_lightning.blocks.masks import as_integers, zero_pruned_
 from bame_lightning.blocks.transposable import ROWS, both_ways_mask, fits_both_ways, fits_forward
-from bame_lightning.ledger.flops import Shares
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.method import Method
 from bame_lightning.weights import invariants
@@ -42,7 +42,8 @@ class Masked(Method):
     def __init__(self, *, rescale: bool = False, both_ways: bool = False) -> None:
         super().__init__(rescale=rescale)
         self.both_ways = both_ways
-        self.transposed_share = 0.5 if both_ways else 1.0
+        if both_ways:
+            self.cost = replace(self.cost, transposed_share=0.5)
         self._withheld: dict[str, Tensor] = {}
         self._states: dict[int, WeightState] = {}
         self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
@@ -229,10 +230,6 @@ class Masked(Method):
         if evolved:
             self._remember_masks()
         self._remember_versions(holder.weights)
-
-    @override
-    def costs(self, holder: Holder) -> dict[str, Shares]:
-        return {sparse.name: Shares.static(sparse.pattern.density) for sparse in holder.weights}
 
     @override
     def check(self) -> None:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bame_lightning.bame.schedule import Schedule, Window
-from bame_lightning.ledger.flops import Shares
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.ledger.cost import PRODUCTS, Cost, Shares
 from bame_lightning.methods.holder import Holder
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
 
@@ -70,15 +71,14 @@ class Method(ABC):
         schedule: When masks change, for methods that change them now and then.
         never: What never happens if the window of the schedule is too short for a change; begins a sentence.
         both_ways: Whether masks are 2:4 along the output dimension, too.
-        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where its
-            mask has no pattern, 1/2 where it is 2:4 along the output dimension, too, 0 where it is N:M.
+        cost: What a step costs.
     """
 
     name = "StaticMask"
     schedule: Schedule | None = None
     never = ""
     both_ways = False
-    transposed_share = 1.0
+    cost = Cost("static", PRODUCTS)
 
     def __init__(self, *, rescale: bool = False) -> None:
         self.run = Run()
@@ -125,9 +125,18 @@ class Method(ABC):
     def after_update(self, holder: Holder) -> None:
         """Make the weights sparse again, and evolve; not called for a step that a loss scaler skips."""
 
-    @abstractmethod
+    def read_shares(self, holder: Holder) -> Mapping[str, float]:
+        """Share of the pruned positions whose dense gradient the step just taken has read, by name; else none."""
+        return {}
+
+    def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
+        """That share on average over a run of so many steps, an upper bound."""
+        return 0.0
+
     def costs(self, holder: Holder) -> dict[str, Shares]:
         """Share of the dense cost of each weight that the step just taken has moved, by name."""
+        read = self.read_shares(holder)
+        return {s.name: self.cost.shares(s.pattern.density, read.get(s.name, 0.0)) for s in holder.weights}
 
     @abstractmethod
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:

@@ -15,8 +15,9 @@ from bame_lightning.bame.contenders import count_in_share
 from bame_lightning.bame.room import admitted, group_of
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.layout import from_blocks, to_blocks
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.blocks.transposable import column_counts
-from bame_lightning.ledger.flops import Shares
+from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.masked import Masked
 from bame_lightning.weights.layers import SparseWeight
@@ -77,6 +78,7 @@ class DropAndGrow(Masked):
 
     name = "RigL"
     never = "RigL will never swap a weight"
+    cost = Cost("RigL", PRODUCTS, reads=True)
     schedule: Schedule
 
     def __init__(self, schedule: Schedule, share: float, *, rescale: bool = False, both_ways: bool = False) -> None:
@@ -163,9 +165,12 @@ class DropAndGrow(Masked):
         self.masks.change(self.masks.weights.index(sparse), kept)
 
     @override
-    def costs(self, holder: Holder) -> dict[str, Shares]:
-        read = float(self._swapped)
-        return {sparse.name: Shares.bame(sparse.pattern.density, read) for sparse in holder.weights}
+    def read_shares(self, holder: Holder) -> Mapping[str, float]:
+        return {sparse.name: float(self._swapped) for sparse in holder.weights}
+
+    @override
+    def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
+        return sum(map(self.schedule.window(steps).adapts, range(steps))) / steps
 
     @override
     def metrics(self) -> dict[str, Tensor]:

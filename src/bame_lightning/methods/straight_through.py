@@ -13,7 +13,7 @@ from typing_extensions import override
 from bame_lightning.blocks.layout import from_blocks
 from bame_lightning.blocks.masks import top_n_mask
 from bame_lightning.blocks.transposable import transposable_mask
-from bame_lightning.ledger.flops import Shares
+from bame_lightning.ledger.cost import FORWARD, INPUT_GRADIENT, SR_STE, Cost
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.latent import LatentWeight
 from bame_lightning.methods.method import Copy, Method
@@ -32,6 +32,7 @@ class StraightThrough(Method):
     """
 
     name = "SRSTE"
+    cost = SR_STE
 
     def __init__(self, decay: float) -> None:
         super().__init__()
@@ -111,10 +112,6 @@ class StraightThrough(Method):
         return [latent for latent in self.latents if id(latent.sparse) in here]
 
     @override
-    def costs(self, holder: Holder) -> dict[str, Shares]:
-        return {sparse.name: Shares.sr_ste(sparse.pattern.density) for sparse in holder.weights}
-
-    @override
     def check(self) -> None:
         invariants.check_counts(self.run.weights, self.run.steps)
         invariants.check_weights(self.run.weights, self.run.steps)
@@ -159,7 +156,7 @@ class Transposable(StraightThrough):
     """
 
     name = "TransposableSTE"
-    transposed_share = 0.0
+    cost = Cost("transposable STE", (FORWARD, INPUT_GRADIENT), transposed_share=0.0)
 
     def __init__(self, decay: float, refresh_every: int) -> None:
         super().__init__(decay)
@@ -205,10 +202,6 @@ class Transposable(StraightThrough):
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
         super().before_update(holder)
-
-    @override
-    def costs(self, holder: Holder) -> dict[str, Shares]:
-        return {sparse.name: Shares.bi_mask(sparse.pattern.density) for sparse in holder.weights}
 
 
 def _transposable(latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"]:
