@@ -3,8 +3,8 @@
     python -m benchmarks.optimizers [--only torch,timm] [--results outputs/optimizers.jsonl]
 
 Each runs in a process of its own, first alone, then under `BAMECallback`: every step must be counted, every block must obey
-after every step, and state that holds one value per weight must be zero where weights are pruned. What was tried already
-is kept in the results, so that a run that was cut off goes on; remove the file to begin anew.
+after every step, and state that holds one value per weight must rest at one constant where weights are pruned. What was
+tried already is kept in the results, so that a run that was cut off goes on; remove the file to begin anew.
 """
 
 from __future__ import annotations
@@ -122,17 +122,23 @@ class Watch(L.Callback):
 
     def __init__(self, method: BAMECallback) -> None:
         self.method, self.over, self.stale = method, 0, 0
+        self.state: WeightState | None = None
+        self.rests: dict[str, float] = {}
         self.values: set[str] = set()
         self.copies: set[str] = set()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        state = WeightState(trainer.optimizers[0])
+        state = self.state = self.state or WeightState(trainer.optimizers[0])
         for sparse in self.method.weights:
             blocks = sparse.weight.detach().movedim(1, -1).reshape(-1, 4)
             self.over += int(((blocks != 0).sum(-1) > 2).sum())
             copies = state.copies(sparse.weight, sparse.name)
             for key, value in state.elementwise(sparse.weight, sparse.name):
-                self.stale += int((value[~sparse.kept] != 0).sum())
+                pruned = value[~sparse.kept]
+                if pruned.min() == pruned.max() != 0:
+                    self.rests[key] = float(pruned.min())
+                else:
+                    self.stale += int((pruned != 0).sum())
                 (self.copies if any(value is copy for copy in copies) else self.values).add(key)
 
 
@@ -214,6 +220,7 @@ def try_one(cls: type) -> dict[str, Any]:
         "why": "; ".join(found),
         "values": sorted(watch.values),
         "copies": sorted(watch.copies),
+        "rests": {key: f"{rest:.3g}" for key, rest in sorted(watch.rests.items())},
         "graph": way["graph"],
     }
 
@@ -276,12 +283,13 @@ HEAD = """# Optimizers
 
 Every optimizer that these libraries publish, under `BAMECallback("2:4")` with masks that adapt every other step: a network of
 two convolutions and three linear layers, 24 steps. *Trains* means that every step was counted, every block obeyed after every
-step, and state that holds one value per weight was zero where weights are pruned. What does not train alone in this test,
+step, and state that holds one value per weight was at rest where weights are pruned. What does not train alone in this test,
 without the callback, is listed last.
 
-How state is treated: one value per weight is zeroed where weights are pruned, so that a revived weight starts fresh. A copy of
-the weights (*copies*) is zeroed there, too, and starts anew at the revived weight. State in another basis or layout is left
-alone: a matrix factor or a projector beside it gives it away. Codes of quantised optimizers are refused.
+How state is treated: one value per weight is zeroed where weights are pruned, so that a revived weight starts fresh. What
+does not start at zero *rests* at the constant that the first step leaves where weights are pruned. A copy of the weights
+(*copies*) is zeroed there, too, and starts anew at the revived weight. State in another basis or layout is left alone: a
+matrix factor or a projector beside it gives it away. Codes of quantised optimizers are refused.
 `benchmarks/optimizers.py` writes this page:
 
 ```
@@ -303,8 +311,10 @@ def document(rows: list[dict[str, Any]]) -> str:
         lines = [f"\n## {library}\n\n| optimizer | | one value per weight | copies | remarks |\n|---|---|---|---|---|"]
         for row in sorted(own, key=lambda row: (row["result"] == "not tried", row["optimizer"].lower())):
             keys = [", ".join(f"`{key}`" for key in row.get(kind, ())) for kind in ("values", "copies")]
-            why = _cell(row["why"]) or ("gradients keep their graph" if row.get("graph") else "")
-            lines.append(f"| {row['optimizer']} | {row['result']} | {keys[0]} | {keys[1]} | {why} |")
+            remarks = [_cell(row["why"])] if row["why"] else []
+            remarks += ["gradients keep their graph"] if row.get("graph") else []
+            remarks += [f"`{key}` rests at {rest}" for key, rest in row.get("rests", {}).items()]
+            lines.append(f"| {row['optimizer']} | {row['result']} | {keys[0]} | {keys[1]} | {'; '.join(remarks)} |")
         tables.append("\n".join(lines))
     return "\n".join(parts) + "\n" + "\n".join(tables) + "\n"
 

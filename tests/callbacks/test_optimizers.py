@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
 from bame_lightning import SRSTE, BAMECallback, Evidence, RigL, Schedule, StaticMask
@@ -100,6 +102,57 @@ def test_a_copy_of_the_weights_starts_anew_at_a_revived_weight() -> None:
     trainer(callback, Spy(look), max_epochs=4).fit(Task(optimizer=Slow))
     assert callback.summary()["flips"] > 0
     assert max(moved) < 1e-6
+
+
+class Summing(Optimizer):
+    """Divides by the root of a sum of squares that starts at a constant, as DAdaptAdaGrad and VSGD do: 0 / 0 without it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            total = self.state[p].setdefault("total", torch.full_like(p, 1e-6))
+            total.addcmul_(p.grad, p.grad)
+            p.addcdiv_(p.grad, total.sqrt(), value=-self.param_groups[0]["lr"])
+        return loss
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Optimizer Summing is unknown", "ignore:How far Summing moves", "ignore:Checkpoint dir"
+)
+@pytest.mark.parametrize("name", ["bame", "rigl"])
+def test_state_that_starts_at_a_constant_starts_there_again_at_revival_and_after_resuming(
+    name: str, tmp_path: Path
+) -> None:
+    revived = 0
+
+    def run(resumed: Path | None = None) -> dict[str, torch.Tensor]:
+        callback, task = METHODS[name](), Task(optimizer=Summing)
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        before: dict[str, torch.Tensor] = {}
+
+        def look(*_: Any) -> None:
+            nonlocal revived
+            for sparse in callback.weights:
+                total = task.trainer.optimizers[0].state[sparse.weight]["total"]
+                new = sparse.kept & ~before.get(sparse.name, sparse.kept)
+                revived += int(new.sum())
+                assert (total[new | ~sparse.kept] == torch.tensor(1e-6)).all()
+                before[sparse.name] = sparse.kept.clone()
+
+        fit = trainer(callback, Spy(look), saving, max_epochs=4, enable_checkpointing=True).fit
+        fit(task, ckpt_path=resumed)
+        return task.state_dict()
+
+    whole = run()
+    resumed = run(tmp_path / "epoch=1.ckpt")
+    assert revived > 0
+    for key, value in whole.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, resumed[key])
 
 
 class Curved(Optimizer):

@@ -154,12 +154,40 @@ class TestKinds:
         factor = Kept([square, other], lambda w: {"unknown": torch.eye(len(w)), "exp_avg": torch.ones_like(w)})
         assert found(factor, square) == found(factor, other) == {}
 
-    def test_what_starts_at_a_constant_is_left_there(self) -> None:
+    def test_what_starts_at_a_constant_rests_there_and_later_steps_do_not_hide_it(self) -> None:
         # As DAdaptAdaGrad's accumulators, by whose root it divides.
         weight = matrix(6, 4)
         weight.data[:, ::2] = 0
-        start = Kept([weight], lambda w: {"alphak": w.detach().square() + 1e-6, "moment": w.detach() * 3})
-        assert [*found(start, weight)] == ["moment"]
+        optimizer = Kept([weight], lambda w: {"alphak": w.detach().square() + 1e-6, "moment": w.detach() * 3})
+        state = WeightState(optimizer)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert {key for key, _ in state.elementwise(weight, "fc.weight")} == {"alphak", "moment"}
+        messages = {str(warning.message).partition("it is ")[2] for warning in told}
+        assert messages == {"put to 1e-06 where weights are pruned.", "zeroed where weights are pruned."}
+        assert state.rest("alphak") == float(torch.tensor(1e-6))
+        assert state.rest("moment") == 0
+        # A mask has moved since: values are no longer alike where the weight is zero.
+        weight.data = weight.data.roll(1, dims=1)
+        resumed, other = WeightState(optimizer), WeightState(torch.optim.SGD([weight], lr=0.1))
+        for later in (resumed, other):
+            later.take_over(state.state_dict())
+            found(optimizer, weight)
+        assert [resumed.rest("alphak"), resumed.rest("moment")] == [float(torch.tensor(1e-6)), 0]
+        assert other.rest("alphak") == 0
+
+    def test_views_that_an_optimizer_has_written_to_can_be_read(self) -> None:
+        # A view made without gradients whose base is written to with gradients on, as heavyball's states.
+        weight = matrix(6, 4)
+
+        def keep(held: nn.Parameter) -> dict[str, Tensor]:
+            base = torch.zeros(24)
+            with torch.no_grad():
+                view = base.view(6, 4)
+            base.add_(held.view(24))
+            return {"moment": view}
+
+        assert [*found(Kept([weight], keep), weight)] == ["moment"]
 
     def test_tensor_subclasses_are_refused_by_name(self) -> None:
         class Codes(Tensor):

@@ -194,9 +194,8 @@ class BAME(Masked):
 
     def _adapt(self, holder: Holder, groups: list[EvolvingBlocks]) -> None:
         share = self.evidence.adaptable_share(holder.steps, holder.window)
-        state = self.state_of(holder)
         for group in groups:
-            held = {s.name for s in group.weights if state.copies(s.weight, s.name)}
+            held = {s.name for s in group.weights if holder.state.copies(s.weight, s.name)}
             before = {sparse.name: sparse.kept.clone() for sparse in group.weights if sparse.name in held}
             swaps = group.adapt(share)
             if swaps is None:
@@ -207,12 +206,14 @@ class BAME(Masked):
             self.restart_copies(holder, before)
 
     def _follow_swaps(self, holder: Holder, group: EvolvingBlocks, swaps: Swaps) -> None:
-        """Zero optimizer state where weights were pruned."""
-        state = self.state_of(holder)
+        """Put optimizer state to rest where weights were pruned."""
         for sparse, pruned in zip(group.weights, swaps.pruned, strict=True):
-            for _, value in state.elementwise(sparse.weight, sparse.name):
+            for key, value in holder.state.elementwise(sparse.weight, sparse.name):
+                rest = holder.state.rest(key)
                 if sparse.oriented(value).stride() == sparse.kept.stride():
-                    self._memory(value).index_fill_(0, pruned, 0)
+                    self._memory(value).index_fill_(0, pruned, rest)
+                elif rest:
+                    sparse.oriented(value).masked_fill_(~sparse.kept, rest)
                 else:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
 

@@ -15,6 +15,7 @@ from bame_lightning.methods.pace import Pace
 from bame_lightning.weights.fixed_point import keeps_zeros
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
+from bame_lightning.weights.weight_state import WeightState
 
 AfterStep = Callable[[Optimizer, Any, Any], None]
 
@@ -27,6 +28,7 @@ class Holder:
         weights: The sparse weights that it holds.
 
     Attributes:
+        state: What the optimizer keeps of its weights.
         steps: Optimizer steps so far.
         pace: How its steps go with the batches of the run.
         window: When masks of its weights adapt, in its own steps.
@@ -38,6 +40,7 @@ class Holder:
 
     def __init__(self, optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
         self.optimizer = optimizer
+        self.state = WeightState(optimizer)
         self.weights: list[SparseWeight] = []
         self.steps = 0
         self.pace = Pace()
@@ -66,6 +69,7 @@ class Holder:
         for clock in clocks:
             if names & set(clock["layers"]):
                 self.steps, self.pace = int(clock["steps"]), Pace.restored(clock["pace"])
+                self.state.take_over(clock.get("state", {}))  # earlier releases did not save it
                 return
 
     def clock(self) -> dict[str, Any]:
@@ -74,6 +78,7 @@ class Holder:
             "layers": [sparse.name for sparse in self.weights],
             "steps": self.steps,
             "pace": self.pace.state_dict(),
+            "state": self.state.state_dict(),
         }
 
     def attach(self, before_inner: Callable[[Holder], None], after: AfterStep) -> None:

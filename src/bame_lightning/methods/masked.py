@@ -20,7 +20,7 @@ from bame_lightning.weights import invariants
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
 from bame_lightning.weights.scale import CHANCE, alignment
 from bame_lightning.weights.sharding import local
-from bame_lightning.weights.weight_state import WeightState, restart_
+from bame_lightning.weights.weight_state import restart_
 
 LOOK_EVERY = 16
 """Steps between two passes over the weights of an optimizer that keeps zeros: somebody else may have written to them."""
@@ -45,7 +45,6 @@ class Masked(Method):
         if both_ways:
             self.cost = replace(self.cost, transposed_share=0.5)
         self._withheld: dict[str, Tensor] = {}
-        self._states: dict[int, WeightState] = {}
         self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._touched: list[SparseWeight] = []
@@ -97,7 +96,7 @@ class Masked(Method):
 
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        self._withheld, self._states = {}, {}
+        self._withheld = {}
         if self.both_ways and restored is not None:
             self._check_restored()
         self.begin(restored)
@@ -218,7 +217,6 @@ class Masked(Method):
             self._rescale([sparse for sparse in holder.weights if sparse.has_graph])
         if self.run.verify:
             invariants.check_gradients(holder.weights, self.run.steps)
-        state = self.state_of(holder)
         if not holder.keeps_zeros or holder.steps % LOOK_EVERY == 0:
             self.enforce(holder.weights)
         else:
@@ -226,7 +224,7 @@ class Masked(Method):
         evolved = self.evolve(holder)
         for sparse in holder.weights:
             self._withheld.pop(sparse.name, None)
-        state.check_shown((sparse.name, sparse.weight) for sparse in holder.weights)
+        holder.state.check_shown((sparse.name, sparse.weight) for sparse in holder.weights)
         if evolved:
             self._remember_masks()
         self._remember_versions(holder.weights)
@@ -240,7 +238,7 @@ class Masked(Method):
         if self.both_ways:
             invariants.check_both_ways(weights, steps)
         for holder in self.run.holders:
-            invariants.check_optimizer_state(holder.weights, self.state_of(holder), steps)
+            invariants.check_optimizer_state(holder.weights, holder.state, steps)
 
     @override
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
@@ -249,22 +247,22 @@ class Masked(Method):
             return
         found = [(as_integers(local(sparse.weight.detach())), self._factor(sparse)) for sparse in weights]
         wanted = {id(sparse) for sparse in weights}
+        resting: list[tuple[Tensor, Tensor, float]] = []
         for holder in self.run.holders:
-            state = self.state_of(holder)
             for sparse in holder.weights:
                 if id(sparse) in wanted:
-                    kept = state.elementwise(sparse.weight, sparse.name)
-                    found += [(as_integers(value.detach()), self._factor(sparse)) for _, value in kept]
+                    for key, value in holder.state.elementwise(sparse.weight, sparse.name):
+                        found.append((as_integers(value.detach()), self._factor(sparse)))
+                        if rest := holder.state.rest(key):
+                            resting.append((value, sparse.oriented(sparse.kept), rest))
         torch._foreach_mul_(*zip(*found, strict=True))
+        for value, kept, rest in resting:
+            value.masked_fill_(~kept, rest)
         self._remember_versions(weights)
 
     @override
     def forget(self) -> None:
         self.rescaling, self._withheld, self._versions, self._factors, self._touched = set(), {}, {}, {}, []
-
-    @override
-    def end(self) -> None:
-        self._states = {}
 
     def restart_copies(self, holder: Holder, before: Mapping[str, Bool[Tensor, "out inp *kernel"]]) -> None:
         """Start copies of weights that an optimizer keeps anew where weights were revived.
@@ -273,16 +271,9 @@ class Masked(Method):
             holder: The optimizer.
             before: Copies of masks as they were, by name of the weight.
         """
-        state = self.state_of(holder)
         for sparse in holder.weights:
-            for copy in state.copies(sparse.weight, sparse.name) if sparse.name in before else ():
+            for copy in holder.state.copies(sparse.weight, sparse.name) if sparse.name in before else ():
                 restart_(sparse.oriented(copy), sparse.values, sparse.kept & ~before[sparse.name])
-
-    def state_of(self, holder: Holder) -> WeightState:
-        """What an optimizer keeps of its weights."""
-        if id(holder.optimizer) not in self._states:
-            self._states[id(holder.optimizer)] = WeightState(holder.optimizer)
-        return self._states[id(holder.optimizer)]
 
     @override
     def suspects(self, holder: Holder) -> Sequence[SparseWeight]:

@@ -136,8 +136,7 @@ class DropAndGrow(Masked):
         if not found:
             return False
         self.enforce(holder.weights)  # what is grown starts at zero
-        state = self.state_of(holder)
-        before = {s.name: s.kept.clone() for s in holder.weights if state.copies(s.weight, s.name)}
+        before = {s.name: s.kept.clone() for s in holder.weights if holder.state.copies(s.weight, s.name)}
         finite = self.run.everywhere(torch.stack([gradient.isfinite().all() for gradient in found]).all())
         share = self.window_share(holder)
         for sparse in holder.weights:

@@ -27,7 +27,7 @@ def check_weights(weights: Iterable[SparseWeight], step: int) -> None:
         InvariantError: If one is not.
     """
     for sparse in weights:
-        _check_zero(sparse, sparse.values, "weight", "something changed weights after the optimizer step", step)
+        _check(sparse, sparse.values, 0.0, "weight", "something changed weights after the optimizer step", step)
 
 
 def check_gradients(weights: Iterable[SparseWeight], step: int) -> None:
@@ -43,11 +43,11 @@ def check_gradients(weights: Iterable[SparseWeight], step: int) -> None:
     for sparse in weights:
         if sparse.gradient is not None:
             cause = "something changed gradients after they were masked in `on_before_optimizer_step`"
-            _check_zero(sparse, sparse.gradient, "gradient", cause, step)
+            _check(sparse, sparse.gradient, 0.0, "gradient", cause, step)
 
 
 def check_optimizer_state(weights: Iterable[SparseWeight], state: WeightState, step: int) -> None:
-    """Check that element-wise optimizer state is exactly zero where weights are pruned.
+    """Check that element-wise optimizer state is exactly zero, or what it started with, where weights are pruned.
 
     Args:
         weights: Weights under masks.
@@ -60,7 +60,7 @@ def check_optimizer_state(weights: Iterable[SparseWeight], state: WeightState, s
     for sparse in weights:
         for key, value in state.elementwise(sparse.weight, sparse.name):
             cause = "something changed the optimizer's state after its step"
-            _check_zero(sparse, sparse.oriented(value), f"optimizer state '{key}'", cause, step)
+            _check(sparse, sparse.oriented(value), state.rest(key), f"optimizer state '{key}'", cause, step)
 
 
 def check_counts(weights: Iterable[SparseWeight], step: int) -> None:
@@ -127,11 +127,11 @@ def check_masks(weights: Iterable[SparseWeight], expected: dict[str, Bool[Tensor
             )
 
 
-def _check_zero(sparse: SparseWeight, value: Tensor, what: str, cause: str, step: int) -> None:
-    wrong = (value != 0) & ~sparse.kept
+def _check(sparse: SparseWeight, value: Tensor, rest: float, what: str, cause: str, step: int) -> None:
+    wrong = (value != rest) & ~sparse.kept
     if wrong.any():
         first = tuple(wrong.nonzero()[0].tolist())
         raise InvariantError(
             f"{what.capitalize()}: after step {step}, {int(wrong.sum())} pruned positions of `{sparse.name}` "
-            f"({sparse.pattern}) are not zero, the first at {first}: {cause}."
+            f"({sparse.pattern}) are not {rest or 'zero'}, the first at {first}: {cause}."
         )

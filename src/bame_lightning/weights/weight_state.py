@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from bame_lightning.weights.nested_optimizers import nested_optimizers
 from bame_lightning.weights.sharding import local
 
-Kind = Literal["value", "copy", "start"]
+Kind = Literal["value", "copy"]
 # State of torch's optimizers that holds one value per weight, and of others that use the same names.
 ELEMENTWISE = set(
     {
@@ -44,8 +44,10 @@ class WeightState:
 
     Three kinds are told apart. One value per weight follows the mask. So does a copy of the weights, as Lookahead's slow
     weights, which starts anew where a weight is revived. State in another basis or layout is left alone: a matrix
-    factor, a list with one or a projector beside it gives it away, whatever it is called (SOAP, Shampoo, GaLore). So is what
-    starts at a constant other than zero and stays there where weights are pruned, as step sizes do: zero would stop it.
+    factor, a list with one or a projector beside it gives it away, whatever it is called (SOAP, Shampoo, GaLore).
+
+    Values rest at zero where weights are pruned, or at another constant if that is what the first step leaves there (the
+    accumulators of D-Adaptation, by whose root it divides): so a revived weight starts as at the first step.
 
     Args:
         optimizer: An optimizer; others may be nested in it. What is known of its state is remembered, so keep this object.
@@ -55,6 +57,7 @@ class WeightState:
         self.optimizer = optimizer
         self._holders = [optimizer, *nested_optimizers(optimizer)]
         self._kinds: dict[str, Kind] = {}
+        self._rests: dict[str, float] = {}
         self._factors: dict[tuple[int, str], bool] = {}
         self._shown: set[int] = set()
         self._told: set[str] = set()
@@ -68,8 +71,21 @@ class WeightState:
                     found[path if path not in found else f"{type(holder).__name__}.{path}"] = value
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the first steps have shown of the state, in plain types: later ones no longer show it."""
+        return {"optimizer": self._name(), "kinds": dict(self._kinds), "rests": dict(self._rests)}
+
+    def take_over(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` has returned, if it was of an optimizer of the same name."""
+        if saved.get("optimizer") == self._name():
+            self._kinds, self._rests = dict(saved["kinds"]), dict(saved["rests"])
+
+    def rest(self, key: str) -> float:
+        """What state holds where weights are pruned, by its key: 0, or the constant that it started with."""
+        return self._rests.get(key, 0.0)
+
     def elementwise(self, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the state that is zero where the weight is pruned: values and copies.
+        """Yield the state that rests where the weight is pruned: values and copies.
 
         Args:
             weight: A parameter that the optimizer holds.
@@ -130,17 +146,17 @@ class WeightState:
             self._check_type(key, value, name)
             if key not in self._kinds and _last(key) not in ELEMENTWISE:
                 self._check_square(weight, name, key)
-            if self._kind(key, weight) == "start":
-                continue
-            if self._kinds[key] == "value" and _last(key) not in ELEMENTWISE:
-                kind = type(self.optimizer).__name__
+            if self._kind(key) == "value" and _last(key) not in ELEMENTWISE:
+                rest = self.rest(key)
                 self._tell(
-                    f"Optimizer {kind} is unknown; its state '{key}' has the shape of the weights and is "
-                    "taken to hold one value per weight: it is zeroed where weights are pruned."
+                    f"Optimizer {type(self.optimizer).__name__} is unknown; its state '{key}' has the shape of the weights and "
+                    f"is taken to hold one value per weight: it is {f'put to {rest:g}' if rest else 'zeroed'} where weights "
+                    "are pruned."
                 )
             yield key, value
 
-    def _kind(self, key: str, weight: nn.Parameter) -> Kind:
+    @torch.no_grad()
+    def _kind(self, key: str) -> Kind:
         """What the state under a key is, decided by all matrices when it is first seen."""
         if _last(key) in COPIES:
             self._kinds[key] = "copy"
@@ -151,14 +167,14 @@ class WeightState:
             starts: set[float] = set()
             for parameter, value in self._matrices(key):
                 if value.shape == parameter.shape:
-                    here, there = local(parameter.detach()).double(), local(value).double()
+                    here, there = local(parameter).double(), local(value).double()
                     off += float((there - here)[here != 0].square().sum())
                     size += float(here.square().sum())
                     if (here == 0).any():
                         starts |= {float(bound) for bound in there[here == 0].aminmax()}
             self._kinds[key] = "copy" if off < _NEAR * size else "value"
-            if self._kinds[key] == "value" and size and len(starts) == 1 and starts != {0.0}:
-                self._kinds[key] = "start"
+            if self._kinds[key] == "value" and size and len(starts) == 1:
+                self._rests[key] = starts.pop()
         return self._kinds[key]
 
     def _check_type(self, key: str, value: Tensor, name: str) -> None:
