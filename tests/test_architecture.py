@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "compute": {"blocks"},
     "bame": {"blocks", "weights"},
     "ledger": set(),
-    "methods": {"blocks", "weights", "bame", "ledger"},
+    "methods": {"blocks", "weights", "compute", "bame", "ledger"},
     "checkpoints": {"blocks", "weights"},
     "show": {"blocks", "weights", "checkpoints"},
     "callbacks": {"blocks", "weights", "bame", "ledger", "methods", "checkpoints", "show"},

@@ -48,7 +48,10 @@ def test_every_block_may_adapt_by_accumulated_evidence() -> None:
 
 def test_one_batch_reads_everything_when_masks_adapt_and_at_no_other_step() -> None:
     kinds = [OneBatch().reading(step, Window(2, 9, 3)) for step in range(12)]
-    assert {step: kind for step, kind in enumerate(kinds) if kind} == {4: (EVERYWHERE, 1, 0, 1), 7: (EVERYWHERE, 1, 0, 1)}
+    assert {step: kind for step, kind in enumerate(kinds) if kind} == {
+        4: (EVERYWHERE, 1, 0, 1),
+        7: (EVERYWHERE, 1, 0, 1),
+    }
 
 
 def test_one_batch_anneals_its_share_by_a_cosine() -> None:

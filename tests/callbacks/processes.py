@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
+from bame_lightning.compute.choice import Choice
 from bame_lightning.weights.invariants import InvariantError
 from tests.callbacks.gan import EPOCHS, Gan
 from tests.training import Spy, Task, trainer
@@ -26,6 +27,23 @@ ROOT = Path(__file__).parents[2]
 BATCH = 8
 """Images in a step, over all ranks."""
 SPARSE = (2, 4, 6)
+
+
+def computed(**kwargs: Any) -> BAMECallback:
+    """BAME whose layers are multiplied sparsely, as the first rank finds."""
+    callback = BAMECallback(
+        "2:4", schedule=Schedule(every=2), evidence=Evidence(read_every=3), compute="auto", **kwargs
+    )
+    callback.training.execution.choose = kernels_on_the_first
+    return callback
+
+
+def kernels_on_the_first(*args: Any) -> Choice:
+    """Find the kernels fastest; only the first rank is asked."""
+    assert not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return Choice("kernels", "kernels", "kernels", "of a test")
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "bame": lambda **kwargs: BAMECallback(
         "2:4",
@@ -34,6 +52,7 @@ METHODS: dict[str, Callable[..., Any]] = {
         freeze_after=2,
         **kwargs,
     ),
+    "bame_computed": lambda **kwargs: computed(**kwargs),
     "bame_one_batch": lambda **kwargs: BAMECallback("2:4", schedule=Schedule(every=3), evidence=OneBatch(), **kwargs),
     "both_ways": lambda **kwargs: BAMECallback(
         "1:4",

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from tests.callbacks.registry import MASKED, METHODS, every_method
+from tests.callbacks.registry import COMPUTED, MASKED, METHODS, every_method
 from tests.callbacks.scenarios import SAM, SCENARIOS, Groups, Manual, ManualHalves, scaled
 from tests.callbacks.test_base import assert_same
 from tests.callbacks.watch import Watch, most_in_a_block
@@ -232,7 +232,8 @@ def test_validating_testing_and_predicting_alone_change_nothing(name: str, tmp_p
         plain = tiny_model()
         plain.load_state_dict({key.removeprefix("model."): value for key, value in trained.items()})
         with torch.no_grad():
-            assert torch.equal(predicted, torch.cat([plain(part) for part in images.split(8)]))
+            densely = torch.cat([plain(part) for part in images.split(8)])
+        assert torch.allclose(predicted, densely, atol=1e-6) if name in COMPUTED else torch.equal(predicted, densely)
 
 
 class TestOneCallback:
@@ -334,7 +335,9 @@ class TestCompiled:
                 task.model = torch.compile(task.model, backend="eager")
             trainer(callback).fit(task)
             runs.append([*task.parameters(), *(sparse.kept for sparse in callback.weights)])
-        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        # What is compiled is computed densely.
+        same = torch.allclose if name in COMPUTED else torch.equal
+        assert all(same(a, b) for a, b in zip(*runs, strict=True))
 
 
 class Plain(Task):

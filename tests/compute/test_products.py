@@ -30,7 +30,7 @@ def compare(operation, products, mask, x, weight, bias) -> None:
     close(products.input_gradient(gradient, values, x), of_input)
     if isinstance(products, BagProducts):
         return
-    also = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(4))[: mask.numel() // 7]
+    also = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(4))[: mask.numel() // 7].sort().values
     kept = products.weight_gradient(gradient, x, weight)
     close(kept, of_weight * mask)
     assert kept.stride() == weight.stride()
@@ -123,14 +123,25 @@ def test_weights_beside_the_mask_are_noticed(kind) -> None:
         assert products.values(other) is None
 
 
-def test_positions_in_any_order_and_none_of_the_weight() -> None:
+@pytest.mark.parametrize(
+    ("operation", "shape", "source"), [(Linear(), (24, 32), (40, 32)), (Conv2d(), (6, 16, 3, 3), (5, 16, 7, 7))]
+)
+def test_positions_in_any_order_within_a_row(operation, shape, source) -> None:
+    mask = random_mask(shape, FOUR)
+    weight, x = torch.randn(shape) * mask, torch.randn(source)
+    gradient = torch.randn_like(operation.forward(x, weight, None))
+    products = KernelProducts(operation, mask, FOUR, torch.float32)
+    row = weight[0].numel()
+    also = torch.cat([row * place + torch.randperm(row)[: 7 * (place % 3)] for place in range(shape[0])])
+    ordered = products.weight_gradient(gradient, x, weight, also.sort().values)
+    assert torch.equal(products.weight_gradient(gradient, x, weight, also), ordered)
+    assert torch.equal(products.weight_gradient(gradient, x, weight, also.view(-1, 7)), ordered)
+
+
+@pytest.mark.parametrize("wrong", [[5, -1], [5, 24 * 32], [24 * 32, 5], [40, 5], [5, 70, 6], [-3, 5]])
+def test_positions_of_no_weight_or_of_mixed_rows_are_refused(wrong) -> None:
     mask = random_mask((24, 32), FOUR)
     weight, x, gradient = torch.randn(24, 32) * mask, torch.randn(40, 32), torch.randn(40, 24)
     products = KernelProducts(Linear(), mask, FOUR, torch.float32)
-    also = torch.randperm(24 * 32)[:100]
-    ordered = products.weight_gradient(gradient, x, weight, also.sort().values)
-    assert torch.equal(products.weight_gradient(gradient, x, weight, also), ordered)
-    assert torch.equal(products.weight_gradient(gradient, x, weight, also.view(50, 2)), ordered)
-    for wrong in (-1, 24 * 32):
-        with pytest.raises(ValueError, match=f"positions from 0 to 767; got {wrong}"):
-            products.weight_gradient(gradient, x, weight, torch.tensor([5, wrong]))
+    with pytest.raises(ValueError, match="positions from 0 to 767, all of a row before those of the next"):
+        products.weight_gradient(gradient, x, weight, torch.tensor(wrong))

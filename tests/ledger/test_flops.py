@@ -358,12 +358,21 @@ def ledger() -> Ledger:
 
 def test_bame_is_booked_as_by_hand(ledger: Ledger) -> None:
     # Steps read all unfrozen blocks, 10 %, nothing, and, when 20 % are frozen, 80 %.
-    for read in (1.0, 0.1, 0.0, 0.8):
-        ledger.book({"sparse": shares_of(0.25, 3, read), "unused": shares_of(0.25, 3, read)})
+    # The first is computed densely, of the second only the forward pass is not.
+    ran = [
+        {},
+        {"sparse": Shares(1.0, 0.25, 0.325)},
+        {"sparse": Shares(0.25, 0.25, 0.25)},
+        {"sparse": Shares(0.25, 0.25, 0.85)},
+    ]
+    for read, executed in zip((1.0, 0.1, 0.0, 0.8), ran, strict=True):
+        shares = {"sparse": shares_of(0.25, 3, read), "unused": shares_of(0.25, 3, read)}
+        ledger.book(shares, executed=executed)
     rest = 4 * 3 * 11
     weight_gradients = 100 + (25 + 7.5) + 25 + (25 + 60)
     total = rest + 4 * 25 + 4 * 25 + weight_gradients
     hardware = rest + 4 * 25 + 4 * 100 + weight_gradients
+    executed_macs = rest + 300 + (100 + 25 + 32.5) + 75 + (25 + 25 + 85)
     dense, sr_ste = 4 * 333, 4 * (33 + 225)
     assert ledger.metrics() == pytest.approx(
         {
@@ -373,6 +382,9 @@ def test_bame_is_booked_as_by_hand(ledger: Ledger) -> None:
             "flops/hardware/train_total": 2 * hardware,
             "flops/hardware/train_vs_dense": hardware / dense,
             "flops/hardware/train_vs_sr_ste": hardware / sr_ste,
+            "flops/executed/train_total": 2 * executed_macs,
+            "flops/executed/train_vs_dense": executed_macs / dense,
+            "flops/executed/train_vs_sr_ste": executed_macs / sr_ste,
         }
     )
     assert ledger.uncounted == ["unused"]

@@ -323,6 +323,12 @@ class ContendingBlocks(EvolvingBlocks):
         chosen = torch.zeros(self.firsts[-1], dtype=torch.bool, device=self.evidence.device)
         return chosen.index_fill_(0, self.contenders // self.pattern.m, True) & ~self.frozen
 
+    @override
+    def contended(self) -> list[Int[Tensor, " contenders"]]:
+        starts = torch.tensor(self.positions.starts[:-1], device=self.contenders.device)
+        within = self.contenders - starts.repeat_interleave(self._counts, output_size=len(self.contenders))
+        return list(torch.split(within, self._split))
+
     @property
     @override
     def contender_count(self) -> int:

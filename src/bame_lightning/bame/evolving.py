@@ -161,6 +161,10 @@ class EvolvingBlocks(ABC):
         """Blocks of which steps between two readings of all read something."""
         return torch.zeros_like(self.frozen)
 
+    def contended(self) -> list[Int[Tensor, " contenders"]]:
+        """Positions of each weight that steps between two readings of all read, numbered within it, row by row."""
+        return [torch.empty(0, dtype=torch.int64, device=self.evidence.device)] * len(self.weights)
+
     @property
     def contender_count(self) -> int:
         """Positions that steps between two readings of all read."""

@@ -10,6 +10,7 @@ from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.methods.bame import BAME
+from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.training import Init
 
 
@@ -37,6 +38,8 @@ class BAMECallback(SparseCallback):
             with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
             pattern 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
+        compute: How products of sparse layers are computed on CPUs: "dense" as ever, "auto" by what is measured to be fastest,
+            "sparse" by sparse products throughout, or an error (`docs/performance.md`).
 
     Raises:
         ValueError: If an argument is malformed.
@@ -61,6 +64,7 @@ class BAMECallback(SparseCallback):
         rescale: bool = True,
         both_ways: bool = False,
         verify: bool = False,
+        compute: Compute = "dense",
     ) -> None:
         if freeze_after is not None and (not isinstance(freeze_after, int) or freeze_after < 0):
             raise ValueError(f"`freeze_after` must be a number of oscillations >= 0, or None; got {freeze_after!r}.")
@@ -75,7 +79,7 @@ class BAMECallback(SparseCallback):
                 "`both_ways=True` refuses single swaps, which `OneBatch` does not make; use evidence=Evidence()."
             )
         method = BAME(evidence, schedule, freeze_after, rescale=rescale, both_ways=both_ways)
-        super().__init__(pattern, method, layers=layers, init=init, verify=verify)
+        super().__init__(pattern, method, layers=layers, init=init, verify=verify, compute=compute)
 
     @property
     def evidence(self) -> Evidence | OneBatch:

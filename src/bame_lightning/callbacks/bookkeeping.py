@@ -105,14 +105,21 @@ class Bookkeeper:
             self._batches = max(0, self._batches - 1)
         self.end_batch()
 
-    def book(self, shares: Mapping[str, Shares], ranks: int) -> None:
+    def book(self, shares: Mapping[str, Shares], ranks: int, executed: Mapping[str, Shares] | None = None) -> None:
         """Book one optimizer step with all batches since the last one, those of skipped steps too."""
         if self.ledger is not None:
-            self.ledger.book(shares, batches=self._batches * ranks)
+            self.ledger.book(shares, executed=executed, batches=self._batches * ranks)
             self._warn(self.ledger)
         self._batches = 0
 
-    def book_part(self, shares: Mapping[str, Shares], ranks: int, batches: int, sparse: Set[str]) -> None:
+    def book_part(
+        self,
+        shares: Mapping[str, Shares],
+        ranks: int,
+        batches: int,
+        sparse: Set[str],
+        executed: Mapping[str, Shares] | None = None,
+    ) -> None:
         """Book a step of one of several optimizers that hold sparse weights.
 
         Args:
@@ -120,9 +127,10 @@ class Bookkeeper:
             ranks: Processes that train.
             batches: Batches since its last step whose gradients have reached them.
             sparse: Names of all sparse weights. What else the network computes is booked once for each batch.
+            executed: What was computed of the weights' dense cost.
         """
         if self.ledger is not None:
-            self.ledger.book(shares, batches=batches * ranks, only=shares.keys())
+            self.ledger.book(shares, executed=executed, batches=batches * ranks, only=shares.keys())
             self.ledger.book({}, batches=self._batches * ranks, only=self.ledger.parts - sparse)
             self._warn(self.ledger)
         self._batches = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from functools import partial
 from typing import Any
@@ -32,13 +32,14 @@ from bame_lightning.callbacks.refusals import (
     refuse_unknown_masks,
 )
 from bame_lightning.callbacks.run_length import progress, resolve_window, window_at_pace
-from bame_lightning.callbacks.table import layer_table
+from bame_lightning.callbacks.table import layer_table, products_table
+from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.method import Method
 from bame_lightning.methods.training import Init, SparseTraining
 from bame_lightning.weights import invariants
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
-from bame_lightning.weights.saved_state import STATE_VERSION, VERSION_KEY, check_version, restore_masks
+from bame_lightning.weights.saved_state import STATE_VERSION, VERSION_KEY, check_version, restore_masks, saved_masks
 
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
 """Metrics that the progress bar shows."""
@@ -72,6 +73,7 @@ class SparseCallback(KeepsBooks):
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
         verify: Check all invariants after every step (slow, for debugging).
+        compute: How products of sparse layers are computed: "dense", "auto" or "sparse" (`methods.execution.Execution`).
 
     Attributes:
         method: The method.
@@ -89,9 +91,10 @@ class SparseCallback(KeepsBooks):
         layers: Mapping[str, str | NMPattern] | None = None,
         init: Init = "magnitude",
         verify: bool = False,
+        compute: Compute = "dense",
     ) -> None:
         self.method = method
-        self.training = SparseTraining(method, init)
+        self.training = SparseTraining(method, init, compute)
         method.run.verify = verify
         self._brought: dict[str, Any] | None = None
         super().__init__(pattern, layers)
@@ -148,6 +151,11 @@ class SparseCallback(KeepsBooks):
         return self.method.both_ways
 
     @property
+    def compute(self) -> Compute:
+        """How products of sparse layers are computed."""
+        return self.training.execution.compute
+
+    @property
     def verify(self) -> bool:
         """Whether all invariants are checked after every step."""
         return self.training.run.verify
@@ -161,7 +169,7 @@ class SparseCallback(KeepsBooks):
 
         Returns:
             Pattern, pattern by layer, share of non-zeros, survival of the initial masks, optimizer steps, training FLOPs
-            (counted, not executed), and what the method counts.
+            (counted, and executed), what computes the layers, and what the method counts.
 
         Raises:
             RuntimeError: Before the first fit.
@@ -180,6 +188,7 @@ class SparseCallback(KeepsBooks):
             "survival": float(masks["bame/survival"]),
             "steps": self.steps,
             "flops": {name: float(value) for name, value in self._mean(self.books.metrics()).items()},
+            "compute": {name: choice.words for name, choice in self.training.execution.choices.items()} or "dense",
             **self.method.summary(self._mean),
         }
 
@@ -199,6 +208,7 @@ class SparseCallback(KeepsBooks):
             **self.training.state(),
             **self._members.state_dict(),
             "flops": {name: float(booked) for name, booked in flops.items()},
+            "compute": self.training.execution.state(),
         }
 
     @override
@@ -311,6 +321,8 @@ class SparseCallback(KeepsBooks):
         if self.training.stray and not self.steps and self.books.unbooked >= FEW * trainer.accumulate_grad_batches:
             self._tell_of_no_step()
         self.averages.follow()
+        if chosen := self.training.execution.news():
+            rank_zero_info(f"{type(self).__name__} computes with compute={self.compute!r}:\n{products_table(chosen)}")
         if self.verify:
             self.method.check()
         if trainer._logger_connector.should_update_logs:
@@ -322,6 +334,7 @@ class SparseCallback(KeepsBooks):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         self._tell_of_intruders(_FORWARD)
+        self._compute_outside_fit(trainer, pl_module)
 
     @override
     def on_validation_batch_start(
@@ -333,6 +346,23 @@ class SparseCallback(KeepsBooks):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell_of_intruders("validation has judged a network that is not sparse")
+        self._release_outside_fit(trainer)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._compute_outside_fit(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._release_outside_fit(trainer)
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._compute_outside_fit(trainer, pl_module)
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._release_outside_fit(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -386,6 +416,8 @@ class SparseCallback(KeepsBooks):
         self._members.begin(restored)
         plans, known = self._choose_weights(trainer, pl_module, restored)
         self._members.try_masks(known, restored)
+        if restored:
+            self.training.execution.load_state(restored.get("compute", {}))
         self.ranks = Ranks(trainer.world_size, self.weights)
         self._intruders = Intruders(self.ranks)
         self.training.run.everywhere = self.ranks.all
@@ -430,9 +462,25 @@ class SparseCallback(KeepsBooks):
         self.training.on_step = partial(self._after_step, trainer)
         # The optimizers' state may come from a checkpoint of dense training.
         self.method.enforce()
-        self.training.attach()
+        self.training.execution.share = partial(_on_the_first, trainer)
+        self.training.execution.bind(pl_module, self.weights)
         for holder in self.training.run.holders:
             self._keep_pace(trainer, holder)
+        self.training.attach()
+
+    def _compute_outside_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compute as training has, by the masks of the last fit, or of the checkpoint that was loaded."""
+        if trainer.state.fn == "fit" or self.compute == "dense":
+            return
+        weights = self.weights
+        if self._restored:
+            weights = saved_masks(self._restored["layers"], pl_module)
+            self.training.execution.load_state(self._restored.get("compute", {}))
+        self.training.execution.bind(pl_module, weights, watching=False)
+
+    def _release_outside_fit(self, trainer: L.Trainer) -> None:
+        if trainer.state.fn != "fit":
+            self.training.execution.release()
 
     def _before_step(self, pl_module: L.LightningModule, holder: Holder) -> None:
         self._intruders.look(self.method.suspects(holder))
@@ -442,13 +490,14 @@ class SparseCallback(KeepsBooks):
 
     def _after_step(self, trainer: L.Trainer, holder: Holder) -> None:
         """Book a step, and compare what ranks hold."""
-        run = self.training.run
+        run, costs = self.training.run, self.method.costs(holder)
+        executed = self.training.execution.shares(costs)
         if len(run.holders) == 1:
-            self.books.book(self.method.costs(holder), self.ranks.count)
+            self.books.book(costs, self.ranks.count, executed)
         else:
             # Of the network, or of the layers that the optimizer holds where several hold sparse ones.
             sparse = {weight.name for weight in run.weights}
-            self.books.book_part(self.method.costs(holder), self.ranks.count, holder.batches, sparse)
+            self.books.book_part(costs, self.ranks.count, holder.batches, sparse, executed)
         holder.batches = 0
         self.ranks.compare(self.method.copies(), run.steps, every=1 if run.verify else COMPARE_EVERY)
         if not trainer.lightning_module.automatic_optimization:
@@ -476,6 +525,7 @@ class SparseCallback(KeepsBooks):
         joined = set(weights) - set(self.weights)
         self.training.run.weights = weights
         self.refollow(trainer)
+        self.training.execution.bind(trainer.lightning_module, weights)
         self.averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
         self.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
 
@@ -509,3 +559,8 @@ class SparseCallback(KeepsBooks):
     def _mean(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Metrics over all rows, where ranks hold different ones."""
         return self.ranks.mean(metrics, self.weights[0].kept.device) if self.weights else dict(metrics)
+
+
+def _on_the_first(trainer: L.Trainer, function: Callable[[], Any]) -> Any:
+    """Call a function in the first process; all of them return what it returned there."""
+    return trainer.strategy.broadcast(function() if trainer.is_global_zero else None)

@@ -12,6 +12,7 @@ from typing_extensions import override
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.files import load_weights
+from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.masked import Masked
 from bame_lightning.methods.training import Init
 from bame_lightning.weights.saved_state import VERSION_KEY
@@ -30,6 +31,7 @@ class StaticMask(SparseCallback):
         both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
             with the transposed weight, too. The first mask is repaired. Needs 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
+        compute: How products of sparse layers are computed, as in `BAMECallback`.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -48,8 +50,16 @@ class StaticMask(SparseCallback):
         rescale: bool = True,
         both_ways: bool = False,
         verify: bool = False,
+        compute: Compute = "dense",
     ) -> None:
-        super().__init__(pattern, Masked(rescale=rescale, both_ways=both_ways), layers=layers, init=init, verify=verify)
+        super().__init__(
+            pattern,
+            Masked(rescale=rescale, both_ways=both_ways),
+            layers=layers,
+            init=init,
+            verify=verify,
+            compute=compute,
+        )
 
 
 class OneShotMagnitude(SparseCallback):
@@ -65,6 +75,7 @@ class OneShotMagnitude(SparseCallback):
             types are read from it.
         layers: Rules that override the default choice of layers, as in `BAMECallback`.
         verify: Check all invariants after every step (slow, for debugging).
+        compute: How products of sparse layers are computed, as in `BAMECallback`.
 
     Raises:
         ValueError: If an argument is malformed, or the checkpoint cannot be read or does not fit the model.
@@ -77,8 +88,9 @@ class OneShotMagnitude(SparseCallback):
         *,
         layers: Mapping[str, str | NMPattern] | None = None,
         verify: bool = False,
+        compute: Compute = "dense",
     ) -> None:
-        super().__init__(pattern, Masked(), layers=layers, verify=verify)
+        super().__init__(pattern, Masked(), layers=layers, verify=verify, compute=compute)
         if checkpoint is None:
             raise ValueError(
                 "`checkpoint` must name a trained dense network to prune; got None. With bame-train: ckpt=PATH, from a run "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.rigl import DropAndGrow
 from bame_lightning.methods.training import Init
 
@@ -29,6 +30,7 @@ class RigL(SparseCallback):
             with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
             pattern 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
+        compute: How products of sparse layers are computed, as in `BAMECallback`.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -47,11 +49,12 @@ class RigL(SparseCallback):
         rescale: bool = True,
         both_ways: bool = False,
         verify: bool = False,
+        compute: Compute = "dense",
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"`share` is a share of blocks in (0, 1]; got {share}.")
         method = DropAndGrow(schedule, share, rescale=rescale, both_ways=both_ways)
-        super().__init__(pattern, method, layers=layers, init=init, verify=verify)
+        super().__init__(pattern, method, layers=layers, init=init, verify=verify, compute=compute)
 
     @property
     def share(self) -> float:

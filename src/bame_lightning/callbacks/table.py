@@ -7,6 +7,7 @@ from io import StringIO
 
 from rich.console import Console
 
+from bame_lightning.methods.execution import Computed
 from bame_lightning.show.narrow import Table
 from bame_lightning.weights.layers import LayerPlan
 
@@ -28,9 +29,32 @@ def layer_table(plans: Sequence[LayerPlan]) -> str:
         table.add_row(
             name, plan.kind, shape, blocks, str(plan.pattern or f"dense: {plan.reason.removeprefix('dense ')}")
         )
+    return f"{_text(table)}{_totals(plans)}"
+
+
+def products_table(layers: Sequence[Computed]) -> str:
+    """Render what computes the products of the sparse layers, and why; layers that are computed alike share a row.
+
+    Args:
+        layers: The modules that hold sparse weights.
+
+    Returns:
+        The table as text as wide as the terminal, 80 columns where there is none.
+    """
+    alike: dict[str, list[str]] = {}
+    for layer in layers:
+        words = "to be chosen" if layer.choice is None else layer.choice.words
+        alike.setdefault(words, []).append(layer.name or layer.sparse.label)
+    table = Table("Products", "Layers")
+    for words, names in alike.items():
+        table.add_row(words, ", ".join(names))
+    return _text(table)
+
+
+def _text(table: Table) -> str:
     with StringIO() as text:
         Console(file=text, width=min(100, Console(stderr=True).width), markup=False, highlight=False).print(table)
-        return f"{text.getvalue()}{_totals(plans)}"
+        return text.getvalue()
 
 
 def _totals(plans: Sequence[LayerPlan]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import MethodType
 from typing import Any
@@ -13,8 +14,9 @@ from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.compute.choice import Choice
-from bame_lightning.compute.layer import SparseLayer
+from bame_lightning.compute.choice import PHASES, Choice
+from bame_lightning.compute.choose import Call
+from bame_lightning.compute.layer import SparseLayer, why_not_now
 from bame_lightning.compute.operation import Conv2d, Linear, Operation
 
 BYPASSED = "inside nn.MultiheadAttention, which multiplies by itself"
@@ -28,23 +30,45 @@ class BoundForward:
 
     Args:
         module: A linear layer or a two-dimensional convolution.
-        layer: What multiplies.
+        layer: What multiplies; without it the module computes as ever, and calls are watched.
+
+    Attributes:
+        call: The largest call that was watched; None if there was none.
+        why_dense: Why that could not have been computed sparsely; empty if it could.
     """
 
-    def __init__(self, module: nn.Module, layer: SparseLayer) -> None:
+    def __init__(self, module: nn.Module, layer: SparseLayer | None) -> None:
         self.module, self.layer = module, layer
+        self.call: Call | None = None
+        self.why_dense = ""
         self.__wrapped__ = MethodType(type(module).forward, module)  # its signature is that of the method
         self.__code__ = type(module).forward.__code__  # torch.export reads the names of arguments here
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the module."""
         x: Any = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(x, Tensor) or self.layer.why_dense(x, self._weight):
+        if self.layer is None or not isinstance(x, Tensor) or self._falls_back(x):
+            if self.layer is None and isinstance(x, Tensor) and not torch.compiler.is_compiling():
+                self._watch(x)
             # Its own arithmetic: where nothing is sparse nothing is different, either.
             made: Tensor = self.__wrapped__(*args, **kwargs)
             return made
         module: Any = self.module
         return self.layer(_padded(module, x), self._weight, module.bias)
+
+    def _falls_back(self, x: Tensor) -> bool:
+        """Whether a call is computed densely, although it was to be sparse."""
+        assert self.layer is not None
+        why = self.layer.why_dense(x, self._weight)
+        if why and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.why_dense = why
+            self.layer.note(dense=PHASES)
+        return bool(why)
+
+    def _watch(self, x: Tensor) -> None:
+        call = Call.of(_padded(self.module, x))
+        if torch.is_grad_enabled() and (self.call is None or math.prod(call.shape) > math.prod(self.call.shape)):
+            self.call, self.why_dense = call, why_not_now()
 
     @property
     def _weight(self) -> Tensor:
@@ -85,9 +109,23 @@ def bind(module: nn.Module, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPa
         raise ValueError(f"`module` {type(module).__name__} can only be computed densely: {why}.")
     operation = operation_of(module)
     assert operation is not None
-    layer = SparseLayer(operation, mask, pattern, choice, module.weight.dtype)  # type: ignore[arg-type]
-    bound = BoundForward(module, layer)
-    module.forward = bound
+    return _put(BoundForward(module, SparseLayer(operation, mask, pattern, choice, module.weight.dtype)))  # type: ignore[arg-type]
+
+
+def watch(module: nn.Module) -> BoundForward:
+    """Watch how a module is called, from now on until `unbind`.
+
+    Args:
+        module: A module of which `why_not` has nothing to say.
+
+    Returns:
+        What was put in place of its forward pass; it remembers the largest call.
+    """
+    return _put(BoundForward(module, None))
+
+
+def _put(bound: BoundForward) -> BoundForward:
+    bound.module.forward = bound
     return bound
 
 
@@ -96,7 +134,7 @@ def why_not(module: nn.Module, root: nn.Module | None = None) -> str:
 
     Args:
         module: The module.
-        root: The model, if attention may hide in it.
+        root: The model, if attention or a compiled module may hold the module.
     """
     weight = module._parameters.get("weight")
     if _bypassed(module, root):
@@ -106,6 +144,10 @@ def why_not(module: nn.Module, root: nn.Module | None = None) -> str:
         return "its class has a forward pass of its own" if own else f"no product for {type(module).__name__}"
     if "forward" in vars(module):
         return "somebody has replaced its forward pass"
+    if root is not None and any(
+        module is m for compiled in root.modules() if _is_compiled(compiled) for m in compiled.modules()
+    ):
+        return "inside a compiled module"
     if weight is None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
@@ -152,6 +194,10 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
 def _bypassed(module: nn.Module, root: nn.Module | None) -> bool:
     parents = () if root is None else (m for m in root.modules() if isinstance(m, nn.MultiheadAttention))
     return isinstance(module, NonDynamicallyQuantizableLinear) or any(m is module for p in parents for m in p.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _conv1d() -> Any:

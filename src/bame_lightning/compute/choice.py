@@ -47,6 +47,22 @@ class Choice:
         """Whether all is dense."""
         return not self.used
 
+    @property
+    def words(self) -> str:
+        """What computes the three phases, and why.
+
+        Example:
+            >>> Choice("kernels", "kernels", "dense", "asked for").words
+            'kernels (weight gradient dense): asked for'
+        """
+        names = [getattr(self, phase) for phase in PHASES]
+        first = next((name for name in names if name != "dense"), "dense")
+        other = [
+            f"{phase.replace('_', ' ')} {name}" for phase, name in zip(PHASES, names, strict=True) if name != first
+        ]
+        words = f"{first} ({', '.join(other)})" if other else first
+        return f"{words}: {self.reason}" if self.reason else words
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint or a broadcast."""
         return asdict(self)

@@ -14,6 +14,7 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.choice import PHASES, Choice
 from bame_lightning.compute.layer import DTYPES, IMPLEMENTATIONS, Products
 from bame_lightning.compute.native.build import UnavailableError
+from bame_lightning.compute.native.products import KernelProducts
 from bame_lightning.compute.operation import Operation
 
 MARGIN = 0.95
@@ -100,6 +101,32 @@ def choose(
         best["input_gradient"] = _fastest(times["input_gradient"], margin)
     del times["gather"], best["gather"]
     return Choice(**best, reason=_reason(best, times), milliseconds=times)  # type: ignore[arg-type]
+
+
+def without_dense(
+    operation: Operation, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, dtype: torch.dtype
+) -> Choice:
+    """Choose what computes as much as possible sparsely, without measuring.
+
+    Args:
+        operation: What the layer computes.
+        mask: True where kept.
+        pattern: N:M.
+        dtype: Of the weight.
+
+    Raises:
+        UnavailableError: If nothing else than the dense products can be had; it says why.
+    """
+    reasons = []
+    for name, kind in IMPLEMENTATIONS.items():
+        try:
+            made = kind(operation, mask, pattern, dtype)
+        except (UnavailableError, TypeError, ValueError) as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        weight_gradient = "kernels" if isinstance(made, KernelProducts) else "dense"
+        return Choice(name, name, weight_gradient, reason="asked for")  # type: ignore[arg-type]
+    raise UnavailableError("; ".join(reasons))
 
 
 def _measure(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.bags import BagProducts
-from bame_lightning.compute.choice import Choice
+from bame_lightning.compute.choice import PHASES, Choice
 from bame_lightning.compute.native.products import KernelProducts
 from bame_lightning.compute.operation import Operation
 
@@ -54,7 +56,8 @@ class SparseLayer:
     the choice cannot do is done densely: no number ever differs by more than the order of sums makes it. So it is where
     inputs, gradients or weights are not finite (0 * inf = nan in a dense product), where pruned weights are not zero
     (somebody swaps values in, an average for example), under autocast, a compiler, a tracer, `torch.func`, a dispatch
-    mode, forward-mode differentiation, and when the backward pass is to be differentiated itself.
+    mode, forward-mode differentiation, and when the backward pass is to be differentiated itself. A dispatch mode that
+    has a method `count_product(macs, input, weight)` is told of the products, which it cannot see.
 
     Args:
         operation: What the layer computes.
@@ -89,6 +92,10 @@ class SparseLayer:
         """Whether all is dense for now."""
         self.version = 0
         """Counts changes of the mask."""
+        self.ran: set[str] = set()
+        """Phases that training has computed sparsely since somebody emptied this."""
+        self.fell: set[str] = set()
+        """Those that it has computed densely."""
 
     def update(self, mask: Bool[Tensor, "out inp *kernel"], rows: Int[Tensor, " chosen"] | None = None) -> int:
         """Follow a mask that has changed.
@@ -111,17 +118,12 @@ class SparseLayer:
         """Why a call is computed densely; empty if it need not be."""
         if self.suspended or self.choice.dense:
             return "suspended" if self.suspended else self.choice.reason or "chosen"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast computes in another type"
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return "a compiler sees dense products only"
-        if torch._C._are_functorch_transforms_active():
-            return "torch.func transforms dense products only"
-        if torch._C._len_torch_dispatch_stack():
-            return "a dispatch mode watches the operations"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
-        return _why_not_these(x, weight, self.dtype)
+        return why_not_now() or _why_not_these(x, weight, self.dtype)
+
+    def note(self, *, sparse: Iterable[str] = (), dense: Iterable[str] = ()) -> None:
+        """Remember how phases were computed."""
+        self.ran.update(sparse)
+        self.fell.update(dense)
 
     def __call__(
         self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
@@ -129,12 +131,33 @@ class SparseLayer:
         """The layer's output."""
         if self.why_dense(x, weight):
             return self.operation.forward(x, weight, bias)
-        made: Tensor = _Multiply.apply(x, weight, bias, self)
+        made: Tensor = _Multiply.apply(x, weight, bias, self, torch.is_grad_enabled())
         return made
 
     def products(self, phase: str) -> Products | None:
         """What computes a phase; None if that is dense."""
         return self._products.get(getattr(self.choice, phase))
+
+
+def why_not_now() -> str:
+    """Why nothing is computed sparsely at this moment; empty if it may be."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast computes in another type"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "a compiler sees dense products only"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms dense products only"
+    if torch._C._len_torch_dispatch_stack() and any(
+        _count_product(m) is None for m in _get_current_dispatch_mode_stack()
+    ):
+        return "a dispatch mode watches the operations"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return ""
+
+
+def _count_product(mode: Any) -> Any:
+    return getattr(mode, "count_product", None)
 
 
 def _why_not_these(x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
@@ -153,7 +176,7 @@ class _Multiply(torch.autograd.Function):
     """The products of a `SparseLayer`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SparseLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SparseLayer, training: bool) -> Tensor:
         ctx.layer, ctx.version, ctx.biased = layer, layer.version, bias is not None
         ctx.values = ctx.valued_by = None
         ctx.save_for_backward(x, weight)
@@ -168,10 +191,16 @@ class _Multiply(torch.autograd.Function):
                 made = products.forward(x, values, bias)
         else:
             ctx.sparse = True
-        return layer.operation.forward(x, weight, bias) if made is None else made
+        if training:
+            layer.note(**{"dense" if made is None else "sparse": ["forward"]})
+        if made is None:
+            return layer.operation.forward(x, weight, bias)
+        for mode in _get_current_dispatch_mode_stack():
+            _count_product(mode)(made.numel() * (weight.numel() // len(weight)), x, weight)
+        return made
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         layer: SparseLayer = ctx.layer
         needs = ctx.needs_input_grad
@@ -185,6 +214,9 @@ class _Multiply(torch.autograd.Function):
             if needs[1] and products is not None and not layer.whole_gradient:
                 of_weight = products.weight_gradient(gradient, x, weight, layer.contenders)
         missing = (needs[0] and of_input is None, needs[1] and of_weight is None)
+        for phase, needed, lacking in zip(PHASES[1:], needs[:2], missing, strict=True):
+            if needed:
+                layer.note(**{"dense" if lacking else "sparse": [phase]})
         if any(missing):
             dense = layer.operation.backward(gradient, x, weight, missing)
             of_input = dense.input if missing[0] else of_input
@@ -192,7 +224,7 @@ class _Multiply(torch.autograd.Function):
         if ctx.biased and needs[2]:
             channels = 1 if weight.dim() == 4 else gradient.dim() - 1
             of_bias = gradient.sum([d for d in range(gradient.dim()) if d != channels])
-        return of_input, of_weight, of_bias, None
+        return of_input, of_weight, of_bias, None, None
 
 
 def _input_gradient(ctx: Any, layer: SparseLayer, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 # TorchDispatchMode's methods have no annotations.
 """What training costs: multiply-accumulates counted from one traced forward pass, and a ledger over optimizer steps.
 
-All numbers are counted, not executed: they say what a kernel would save that skips every zero. The convention is the
+All numbers but those of the executed column say what a kernel would save that skips every zero. The convention is the
 published one: the forward pass, the gradient of its input and the gradient of its weight cost a layer the same, the
 first layer too, although nobody needs the gradient of the images. Only matrix products and convolutions count.
 """
@@ -167,6 +167,17 @@ class MacCounter(TorchDispatchMode):
         self._inherit(func, (args, kwargs), result)
         return result
 
+    def count_product(self, macs: int, left: Tensor, right: Tensor) -> None:
+        """Count a product with a weight that runs as no operation of torch.
+
+        Args:
+            macs: Multiply-accumulates of the dense product.
+            left: The layer's input.
+            right: The weight.
+        """
+        if not self._stopped and torch._C._current_graph_task_id() == -1:
+            self._count(macs, left, right)
+
     def _count(self, macs: int, left: Tensor, right: Tensor) -> None:
         """Book a product: all three parts for a trained weight, else the gradients that somebody asks for."""
         # The weight stands on the right in linear layers; their input may be a parameter, too (learned queries).
@@ -224,9 +235,9 @@ def _address(tensor: Tensor) -> int:
 class Ledger:
     """What the optimizer steps of a run cost so far, beside dense training and SR-STE for the same steps.
 
-    Two columns. The algorithmic one takes the shares as they are. The hardware one books only what a kernel for row-wise
+    Three columns. The algorithmic one takes the shares as they are. The hardware one books only what a kernel for row-wise
     N:M weights can do: the input gradient multiplies with the transposed weight, which is not N:M, so it is dense,
-    unless the masks have a pattern in that direction, too.
+    unless the masks have a pattern in that direction, too. The executed one books what was really computed.
 
     Args:
         weights: Dense cost of each weight for one batch, as `MacCounter` found it.
@@ -255,7 +266,7 @@ class Ledger:
         self._weights = dict(weights)
         self._other = other
         self._sr_ste = {name: SR_STE.shares(density) for name, density in densities.items()}
-        self._booked = dict.fromkeys(("algorithmic", "hardware", "dense", "sr_ste"), 0.0)
+        self._booked = dict.fromkeys(("algorithmic", "hardware", "executed", "dense", "sr_ste"), 0.0)
 
     @property
     def parts(self) -> Set[str]:
@@ -266,6 +277,7 @@ class Ledger:
         self,
         shares: Mapping[str, Shares],
         *,
+        executed: Mapping[str, Shares] | None = None,
         batches: int = 1,
         mask_search: float = 0.0,
         only: Set[str] | None = None,
@@ -274,6 +286,7 @@ class Ledger:
 
         Args:
             shares: What the step needs of each weight's dense cost; weights left out are dense.
+            executed: What it has computed of it; all of it unless given.
             batches: Batches whose gradients the step accumulates.
             mask_search: Multiply-accumulates of the search for masks in this step, if it has any.
             only: Which `parts` to book; all of them unless given.
@@ -286,6 +299,7 @@ class Ledger:
         algorithmic, hardware = self._macs(shares, only), self._macs(executable, only)
         self._booked["algorithmic"] += batches * algorithmic + mask_search
         self._booked["hardware"] += batches * hardware + mask_search
+        self._booked["executed"] += batches * self._macs(executed or {}, only) + mask_search
         self._booked["dense"] += batches * self._macs({}, only)
         self._booked["sr_ste"] += batches * self._macs(self._sr_ste, only)
 
@@ -293,13 +307,14 @@ class Ledger:
         """Return what is logged: FLOPs (2 x MACs) since the run began, and ratios to dense and to SR-STE.
 
         Returns:
-            `flops/train_total`, `flops/train_vs_dense`, `flops/train_vs_sr_ste`, and the same under
-            `flops/hardware/`; nothing before the first step.
+            `flops/train_total`, `flops/train_vs_dense`, `flops/train_vs_sr_ste`, and the same under `flops/hardware/` and
+            `flops/executed/`; nothing before the first step.
         """
         if not self._booked["dense"]:
             return {}
         metrics = {}
-        for prefix, column in (("flops/", "algorithmic"), ("flops/hardware/", "hardware")):
+        for column in ("algorithmic", "hardware", "executed"):
+            prefix = "flops/" if column == "algorithmic" else f"flops/{column}/"
             booked = self._booked[column]
             metrics[f"{prefix}train_total"] = 2 * booked
             metrics[f"{prefix}train_vs_dense"] = booked / self._booked["dense"]
@@ -312,7 +327,8 @@ class Ledger:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from what `state_dict` returned; the costs of the model are counted anew."""
-        self._booked = {column: float(state[column]) for column in self._booked}
+        # All was computed densely where nobody has booked what was.
+        self._booked = {column: float(state.get(column, state["dense"])) for column in self._booked}
 
     def _macs(self, shares: Mapping[str, Shares], only: Set[str] | None) -> float:
         """MACs of one batch, of all parts or of some."""

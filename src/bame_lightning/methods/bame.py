@@ -151,6 +151,18 @@ class BAME(Masked):
         return self.reading(holder) is not None
 
     @override
+    def reads_everything(self, holder: Holder) -> bool:
+        reading = self.reading(holder)
+        return reading is not None and reading.everywhere
+
+    @override
+    def contenders(self, holder: Holder) -> Mapping[str, Tensor]:
+        if not self.reads(holder):
+            return {}
+        groups = self._groups_of(holder)
+        return {s.name: own for group in groups for s, own in zip(group.weights, group.contended(), strict=True)}
+
+    @override
     def rewrites(self, holder: Holder) -> bool:
         return isinstance(self.evidence, OneBatch) and holder.window.adapts(holder.steps)
 

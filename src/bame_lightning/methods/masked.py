@@ -230,6 +230,10 @@ class Masked(Method):
         self._remember_versions(holder.weights)
 
     @override
+    def reads_everything(self, holder: Holder) -> bool:
+        return self.reads(holder)
+
+    @override
     def check(self) -> None:
         weights, steps = self.run.weights, self.run.steps
         invariants.check_counts(weights, steps)

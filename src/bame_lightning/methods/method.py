@@ -133,6 +133,18 @@ class Method(ABC):
         """That share on average over a run of so many steps, an upper bound."""
         return 0.0
 
+    def reads_everything(self, holder: Holder) -> bool:
+        """Whether the step that comes next reads the whole dense gradient of its weights."""
+        return True
+
+    def contenders(self, holder: Holder) -> Mapping[str, Tensor]:
+        """Pruned positions of which the step that comes next reads the gradient, if it does not read everything.
+
+        Returns:
+            By name of the weight, numbered by output row, kernel position and input, row by row.
+        """
+        return {}
+
     def costs(self, holder: Holder) -> dict[str, Shares]:
         """Share of the dense cost of each weight that the step just taken has moved, by name."""
         read = self.read_shares(holder)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.blocks.masks import nonzero_mask, random_mask, top_n_mask
 from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.methods.execution import Compute, Execution
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.method import Method, Run
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
@@ -37,13 +38,15 @@ class SparseTraining:
         method: What is done at each step.
         init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
             weights that are N:M sparse already.
+        compute: How the layers' products are computed: "dense", "auto" or "sparse" (`Execution`).
 
     Attributes:
         run: Weights, optimizers and steps.
+        execution: How products are computed.
         on_step: Called after each step, when the weights are sparse again.
 
     Raises:
-        ValueError: If `init` is none of these.
+        ValueError: If `init` or `compute` is none of these.
 
     Example:
         >>> from bame_lightning.methods.masked import Masked
@@ -58,11 +61,12 @@ class SparseTraining:
         (8, 1)
     """
 
-    def __init__(self, method: Method, init: Init = "magnitude") -> None:
+    def __init__(self, method: Method, init: Init = "magnitude", compute: Compute = "dense") -> None:
         if init not in _MASKS:
             raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
         self.method = method
         self.init = init
+        self.execution = Execution(compute)
         self.attached = False
         self.stray = False
         """Whether an optimizer has stepped of which nobody knew that it would."""
@@ -99,6 +103,7 @@ class SparseTraining:
         sparse = {id(weight.weight) for weight in self.run.weights}
         self.follow([optimizer for optimizer in optimizers if sparse & held_by(optimizer)])
         self.method.start(None)
+        self.execution.bind(model, self.run.weights)
         self.attach()
 
     def make_masks(self, plans: Iterable[LayerPlan], keep: Iterable[SparseWeight] = ()) -> list[SparseWeight]:
@@ -170,6 +175,7 @@ class SparseTraining:
         self.attached, self.stray = True, False
         for holder in self.run.holders:
             self._attach(holder)
+            self.execution.prepare(holder, self.method)
 
     def _attach(self, holder: Holder) -> None:
         holder.attach(self.before_inner, self._after_step)
@@ -182,6 +188,7 @@ class SparseTraining:
         # Neither this object nor those that hold it could be pickled with a hold of whoever drives it.
         self.on_step, self.before_inner = _nothing, partial(_step_inside, self)
         self.method.end()
+        self.execution.end()
 
     # One step.
 
@@ -218,6 +225,7 @@ class SparseTraining:
         holder.steps += 1
         self.run.steps += 1
         self.on_step(holder)
+        self.execution.follow(holder, self.method)
 
     # A checkpoint.
 
@@ -235,6 +243,7 @@ class SparseTraining:
     def forget(self) -> None:
         """Forget the weights, and what evolves in them."""
         self.detach()
+        self.execution.choices = {}
         self.run.weights, self.run.holders, self.run.steps = [], [], 0
         self.method.rescaling = set()
         self.method.forget()

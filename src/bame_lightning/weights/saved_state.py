@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from bame_lightning.blocks.layout import oriented, to_blocks
 from bame_lightning.blocks.masks import unpack_mask
+from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
 
 VERSION_KEY = "nm_sparsity_version"
@@ -65,6 +68,21 @@ def restore_masks(saved: Mapping[str, Any], plans: Sequence[LayerPlan], method: 
             "with the model, `pattern` and `layers` that wrote it, or load the weights and start a new run."
         )
     return [_restore(saved[plan.name], plan) for plan in plans if plan.pattern]
+
+
+def saved_masks(saved: Mapping[str, Mapping[str, Any]], model: nn.Module) -> list[SparseWeight]:
+    """Find the weights of a model that a saved state has masks of; others are left out.
+
+    Args:
+        saved: What `SparseWeight.state_dict` has returned, by name.
+        model: The model.
+    """
+    plans = [
+        LayerPlan(name, "", weight, NMPattern.parse(saved[name]["pattern"]), "", saved[name].get("transposed", False))
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if name in saved and list(weight.shape) == list(saved[name]["shape"])
+    ]
+    return [_restore(saved[plan.name], plan) for plan in plans]
 
 
 def _restore(saved: Mapping[str, Any], plan: LayerPlan) -> SparseWeight:

@@ -38,25 +38,37 @@ void correlate_row(const T* x, const T* g, const int32_t* unit, int64_t scale, c
 
 // The positions that are asked for beside the mask, as rows of entries cut into sections.
 struct More {
-  const int64_t* number;
-  std::vector<int32_t> unit;
+  std::vector<int32_t> column, unit;
   std::vector<int64_t> first;  // row * sections + section -> first entry
-  void find(const WeightGradient& w) {
+  // Orders the positions within their rows, of which nearly all are in order. False unless they are grouped row by row.
+  bool find(const WeightGradient& w) {
     const Positions& m = w.more;
-    number = m.number;
+    column.resize(m.count);
     unit.resize(m.count);
     first.assign(w.rows * w.sections + 1, m.count);
     const int64_t* end = m.number + m.count;
+    std::atomic<int64_t> found{0};
 #pragma omp parallel for num_threads(w.threads) schedule(static)
     for (int64_t row = 0; row < w.rows; row++) {
       int64_t start = row * m.row_length, extra = row / m.rows_of_group * m.group_units;
       const int64_t* from = std::lower_bound(m.number, end, start);
       const int64_t* to = std::lower_bound(from, end, start + m.row_length);
+      int32_t *here = column.data() + (from - m.number), count = to - from;
+      for (int32_t i = 0; i < count; i++) {
+        int64_t c = from[i] - start;
+        if (c < 0 || c >= m.row_length) break;
+        int32_t j = i;
+        for (; j > 0 && here[j - 1] > c; j--) here[j] = here[j - 1];
+        here[j] = c;
+        found += i == count - 1 ? count : 0;
+      }
       for (int64_t s = 0; s < w.sections; s++)
-        first[row * w.sections + s] = std::lower_bound(from, to, start + m.row_length * s / w.sections) - m.number;
-      for (const int64_t* n = from; n < to; n++)
-        unit[n - m.number] = (m.column_unit ? m.column_unit[*n - start] : int32_t(*n - start)) + extra;
+        first[row * w.sections + s] =
+            std::lower_bound(here, here + count, m.row_length * s / w.sections) - column.data();
+      for (int32_t i = 0; i < count; i++)
+        unit[here - column.data() + i] = (m.column_unit ? m.column_unit[here[i]] : here[i]) + extra;
     }
+    return found == m.count;
   }
 };
 
@@ -70,7 +82,7 @@ void write_row(const WeightGradient& w, int64_t row, const T* kept, const T* oth
     out[w.column_offset ? w.column_offset[column[k]] : column[k]] = kept[k];
   if (!w.more.count) return;
   for (int64_t k = more.first[row * w.sections]; k < more.first[(row + 1) * w.sections]; k++) {
-    int64_t c = w.more.number[k] - row * length;
+    int32_t c = more.column[k];
     out[w.column_offset ? w.column_offset[c] : c] = other[k];
   }
 }
@@ -85,7 +97,7 @@ int weight_gradient(const WeightGradient& w) {
   T *x = x_memory.as<T>(), *g = g_memory.as<T>(), *kept = sums_memory.as<T>(), *other = kept + entries;
   const bool linear = w.input.tiles_of_group > 1 || w.positions == 1;
   More more;
-  if (w.more.count) more.find(w);
+  if (w.more.count && !more.find(w)) return -1;
   std::atomic<int> poisoned{0};
   const int64_t scale = w.matrix.scale * L;
   // Pieces of rows: a few for each thread, for they may be interrupted.

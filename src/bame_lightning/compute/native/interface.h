@@ -45,7 +45,7 @@ struct Product {
 };
 
 struct Positions {  // where the gradient is asked for, beside the mask
-  const int64_t* number;  // row * row_length + column, ascending
+  const int64_t* number;  // row * row_length + column, grouped row by row
   int64_t count, row_length;
   const int32_t* column_unit;  // column -> unit; null: the column itself
   int64_t rows_of_group, group_units;  // added for each group of rows

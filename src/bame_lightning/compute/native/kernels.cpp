@@ -19,7 +19,7 @@ extern "C" {
 int64_t nm_abi(void) { return 1; }
 int64_t nm_lanes(int64_t type) { return type == 4 ? LANES<float> : LANES<double>; }
 
-// 0: done. 1: something is not finite, and the output is undefined.
+// 0: done. 1: something is not finite, and the output is undefined. -1: positions are not grouped row by row.
 int64_t nm_product(const Product* w) { return w->type == 4 ? product<float>(*w) : product<double>(*w); }
 int64_t nm_weight_gradient(const WeightGradient* w) {
   return w->type == 4 ? weight_gradient<float>(*w) : weight_gradient<double>(*w);

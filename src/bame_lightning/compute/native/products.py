@@ -121,19 +121,19 @@ class KernelProducts:
             gradient: Of the output.
             x: The input.
             weight: Says how the result lies in memory.
-            also: More positions, numbered row by row, by kernel position and input.
+            also: More positions, numbered by row, kernel position and input; row by row, in any order within a row.
 
         Returns:
             The gradient; None if `gradient` or `x` is not finite.
 
         Raises:
-            ValueError: If a position is none of the weight's.
+            ValueError: If a position is none of the weight's, or rows are mixed.
         """
         gradient, x = self._packable(gradient), self._packable(x)
         key, laid = self._geometry(x, gradient)
         reading, strides, index = laid.forward, self._strides_of(weight), self.index
         made, units = torch.empty_like(weight), self._column_units(key, reading)
-        more = None if also is None or not also.numel() else _ascending(also.flatten(), weight.numel())
+        more = None if also is None or not also.numel() else also.to(torch.int64).flatten()
         call = structures.WeightGradient(
             type=self.type,
             threads=torch.get_num_threads(),
@@ -161,7 +161,12 @@ class KernelProducts:
             output_size=made.numel(),
             rows_lie_together=strides.together,
         )
-        return None if self.library.nm_weight_gradient(ctypes.byref(call)) else made
+        failed = self.library.nm_weight_gradient(ctypes.byref(call))
+        if failed < 0:
+            raise ValueError(
+                f"`also` must hold positions from 0 to {weight.numel() - 1}, all of a row before those of the next."
+            )
+        return None if failed else made
 
     def _multiply(
         self,
@@ -267,17 +272,6 @@ def _image(x: Tensor, operation: Operation) -> Image:
         return Image(x.shape[-1])
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return Image(x.shape[1], x.shape[2], x.shape[3], last)
-
-
-def _ascending(positions: Tensor, count: int) -> Tensor:
-    """Positions in ascending order, as they mostly are already: sorting takes as long as a product."""
-    positions = positions.to(torch.int64).contiguous()
-    if (positions[1:] < positions[:-1]).any():
-        positions = positions.sort().values
-    first, last = int(positions[0]), int(positions[-1])
-    if first < 0 or last >= count:
-        raise ValueError(f"`also` must hold positions from 0 to {count - 1}; got {first if first < 0 else last}.")
-    return positions
 
 
 def _of(packing: structures.Packing, source: Tensor) -> structures.Packing:
