@@ -472,7 +472,7 @@ def test_the_saved_state_is_a_compact_copy() -> None:
         "noise": (),
         "unit": (),
         "oscillations": (24,),
-        "ages": (24,),
+        "quiet": (24,),
         "pruned_before": (12,),  # one bit for each of 96 positions
         "flips": (),
         "last_flips": (),

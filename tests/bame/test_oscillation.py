@@ -64,15 +64,15 @@ def test_history_of_many_blocks_against_loops(n: int, seed: int) -> None:
         assert set(history.pruned_before[block].nonzero().flatten().tolist()) == pruned
 
 
-def test_a_mask_is_as_old_as_the_adaptations_that_it_has_outlived() -> None:
+def test_a_block_is_quiet_as_long_as_it_has_not_oscillated() -> None:
     # One block goes away and comes back, another changes once, the third never.
     masks = [["10", "10", "10"], ["01", "10", "10"], ["10", "01", "10"], ["10", "01", "10"], ["10", "01", "10"]]
     kept = [torch.tensor([[bit == "1" for bit in block] for block in blocks]) for blocks in masks]
     history, seen = FlipHistory(3, 2), []
     for old, new in pairwise(kept):
         history.record(old, new)
-        seen.append(history.ages.tolist())
-    assert seen == [[0, 1, 1], [0, 0, 2], [1, 1, 3], [2, 2, 4]]
+        seen.append(history.quiet.tolist())
+    assert seen == [[1, 1, 1], [0, 2, 2], [1, 3, 3], [2, 4, 4]]
 
 
 @given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 10**6))

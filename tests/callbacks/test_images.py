@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,20 @@ def test_training_goes_on_where_wandb_is_not_installed(tmp_path: Path, monkeypat
 def test_what_is_drawn_depends_on_what_a_method_knows() -> None:
     for method, names in (
         (BAMECallback("2:4", schedule=Schedule(every=2)), ["mask", "oscillations"]),
-        (BAMECallback("2:4", schedule=Schedule(every=2), freeze_after=0), ["mask", "oscillations", "frozen"]),
+        (
+            BAMECallback("2:4", schedule=Schedule(every=2), freeze_after=9),
+            ["mask", "oscillations"],
+        ),  # nothing is frozen
         (SRSTE("2:4"), ["mask"]),
     ):
         trainer(method, max_epochs=1).fit(Task())
         evolving = evolving_layers(method)
         for sparse in method.weights:
-            assert list(draw(sparse, maps_of(sparse, evolving.get(sparse.name)))) == names
+            maps = maps_of(sparse, evolving.get(sparse.name))
+            assert list(draw(sparse, maps)) == names
+            if maps.frozen is not None:
+                some = replace(maps, frozen=torch.ones_like(maps.frozen))
+                assert list(draw(sparse, some)) == [*names, "frozen"]
 
 
 def test_training_is_the_same_with_and_without_pictures() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bame_lightning import SRSTE, BAMECallback, Dense, Evidence, RigL, Schedule, StaticMask
 from bame_lightning.callbacks.snapshots import MaskSnapshots
-from bame_lightning.show.mask_file import FILE, Snapshots, read_snapshots
+from bame_lightning.show.mask_file import FILE, Snapshots, most_restless, read_snapshots
 from tests.training import Spy, Task, trainer
 
 
@@ -53,11 +53,51 @@ def test_maps_are_what_masks_and_blocks_were_then(tmp_path: Path) -> None:
             assert one.mask.equal(seen[step]["kept"][index])
             counts = seen[step]["oscillations"][index]
             assert one.oscillations is not None
-            assert one.oscillations.flatten().tolist() == counts.tolist()  # 8 x 9, 8 x 2, 16 x 32 blocks: none pooled
+            assert one.oscillations.flatten().tolist() == counts.tolist()  # 8 x 9, 8 x 2, 16 x 32 blocks: none cut
             assert one.frozen is not None
-            assert one.frozen.flatten().tolist() == (counts > 0).float().tolist()
+            assert one.frozen.flatten().tolist() == (counts > 0).tolist()
+            assert one.tally is not None
+            assert one.tally.tolist() == [int((counts == times).sum()) for times in range(33)]
     assert not found.maps[0][2].mask.equal(found.maps[-1][2].mask)
     assert found.maps[-1][2].oscillations.sum() > 0
+
+
+def test_restless_blocks_are_followed_through_every_adaptation_also_after_resuming(tmp_path: Path) -> None:
+    def run(folder: str, epochs: int, seen: dict[int, Any], **kwargs: Any) -> Snapshots:
+        callback = bame(freeze_after=None, schedule=Schedule(0, 22, every=2))
+
+        def look(*_: Any) -> None:
+            kept = {
+                sparse.label: flat(sparse.kept.clone()).view(len(sparse.kept), -1, 4) for sparse in callback.weights
+            }
+            counts = {layer.sparse.label: layer.oscillations.clone() for layer in callback.evolving}
+            seen[callback.adaptations] = kept, counts
+
+        fit = trainer(MaskSnapshots(tmp_path / folder, at_most=3), callback, Spy(look), max_epochs=epochs)
+        fit.fit(Task(), **kwargs)
+        fit.save_checkpoint(tmp_path / folder / "last.ckpt")
+        return read(tmp_path / folder)
+
+    seen = dict[int, Any]()
+    whole = run("whole", 3, seen)
+    assert 8 <= len(whole.traces) <= 8 * 8
+    assert len({trace.key for trace in whole.traces}) == len(whole.traces)
+    for trace in whole.traces:
+        assert 1 <= trace.since <= 11
+        assert len(trace.kept) == 11 - trace.since + 1
+        for adaptation, kept in enumerate(trace.kept, trace.since):
+            assert kept.equal(seen[adaptation][0][trace.label][trace.filter, trace.block])
+    assert any(trace.changes > 0 for trace in whole.traces)
+    # The most restless of all is among them, as often as it oscillated.
+    most = max(int(counts.max()) for counts in seen[11][1].values())
+    assert most_restless(whole.traces)[0].oscillations == most > 1
+    # A checkpoint between two looks loses nothing.
+    run("half", 1, {})
+    rest = run("rest", 3, {}, ckpt_path=tmp_path / "half" / "last.ckpt")
+    followed = {trace.key: trace for trace in rest.traces}
+    for trace in whole.traces:
+        if trace.since <= 4:
+            assert followed[trace.key].kept.equal(trace.kept)
 
 
 def test_never_more_than_there_are_adaptations(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
     assert len(rows) == 24
     positions = 8 * 4 * 9 + 8 * 8 + 16 * 128
     assert any(float(row["bame/frozen_fraction"]) > 0 for row in rows)
+    assert any(float(row["bame/oscillation_rate"]) > 0 for row in rows)
     for step, row in enumerate(rows):
         # After steps 1, 3, 5, ... (from 0) up to 90 % of the run's 24 steps.
         adaptations = [s for s in range(step + 1) if s % 2 and s < 22]
@@ -83,22 +84,32 @@ def test_metrics_in_a_csv_equal_what_happened_to_the_masks(tmp_path: Path) -> No
             ratios = [ratio for layer in now["urgency"] for ratio in layer]
             logged = float(row[f"bame/evidence_to_weight_p{percent}"])
             assert logged == pytest.approx(nearest_rank(ratios, percent), rel=1e-4)
-        assert float(row["bame/mask_age"]) == pytest.approx(sum(ages(history, adaptations)) / sum(blocks), **close)
+        counts = [int(o) for layer in now["oscillations"] for o in layer]
+        assert float(row["bame/oscillations_total"]) == sum(counts)
+        assert float(row["bame/oscillating_blocks"]) == sum(count > 0 for count in counts)
+        assert float(row["bame/adaptations"]) == len(adaptations)
+        lately = oscillated(history, adaptations[-1:])
+        assert float(row["bame/oscillation_rate"]) == pytest.approx(len(lately) / sum(blocks), **close)
         kept = sum(int((~a & ~b).sum()) for a, b in zip(now["masks"], history[0]["masks"], strict=True))
         assert float(row["bame/survival"]) == pytest.approx(kept / (positions / 2), **close)
         assert float(row["bame/density"]) == pytest.approx(now["nonzero"] / positions, **close)
     assert sum(float(row["bame/predicted_loss_reduction"]) != 0 for row in rows) > 3
-    assert callback.summary()["frozen_fraction"] == pytest.approx(float(rows[-1]["bame/frozen_fraction"]))
+    summary, tenth = callback.summary(), adaptations[-2:]  # of 11
+    assert summary["blocks"] == sum(blocks)
+    assert summary["oscillations"] == sum(counts) >= summary["oscillating_blocks"] == sum(c > 0 for c in counts)
+    assert summary["oscillating_blocks_in_last_tenth"] == len(oscillated(history, tenth))
+    assert summary["frozen_fraction"] == pytest.approx(float(rows[-1]["bame/frozen_fraction"]))
 
 
-def ages(history: list[dict[str, Any]], adaptations: list[int]) -> list[int]:
-    """Adaptations since the mask of each block changed, from the masks before and after each."""
-    found = [0] * sum(len(counts) for counts in history[0]["oscillations"])
-    for step in adaptations:
-        pairs = zip(history[step - 1]["masks"], history[step]["masks"], strict=True)
-        changed = [block for a, b in pairs for block in (a ^ b).movedim(1, -1).reshape(-1, 4).any(-1).tolist()]
-        found = [0 if moved else age + 1 for age, moved in zip(found, changed, strict=True)]
-    return found
+def oscillated(history: list[dict[str, Any]], adaptations: list[int]) -> set[tuple[int, int]]:
+    """Layer and block of those whose count of oscillations some adaptation raised."""
+    return {
+        (layer, block)
+        for step in adaptations
+        for layer, counts in enumerate(history[step]["oscillations"])
+        for block, count in enumerate(counts)
+        if count > history[step - 1]["oscillations"][layer][block]
+    }
 
 
 @every_method

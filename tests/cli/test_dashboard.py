@@ -82,12 +82,16 @@ def test_a_workspace_of_five_sections_is_sent(server: Server, capsys: pytest.Cap
     assert list(found) == ["Oscillation", "Masks", "FLOPs", "Quality", "Sweep"]
     lines = [panel for section in list(found.values())[:4] for panel in section if "metrics" in panel]
     assert {panel["xAxis"] for panel in lines if "xAxis" in panel} == {"trainer/global_step"}
-    assert {"bame/oscillation_frequency", "bame/flip_rate", "bame/frozen_fraction"} <= keys(found["Oscillation"])
-    assert {"bame/survival", "bame/mask_age", "bame/density"} <= keys(found["Masks"])
+    rates = {f"bame/{name}" for name in ("oscillation_rate", "oscillations_total", "flip_rate", "frozen_fraction")}
+    assert rates <= keys(found["Oscillation"])
+    (flips,) = (panel for panel in found["Oscillation"] if panel.get("metrics") == ["bame/flip_rate"])
+    assert flips["yLogScale"] is True
+    assert {"bame/survival", "bame/density"} <= keys(found["Masks"])
     assert {"flops/train_total", "flops/train_vs_dense", "flops/train_vs_sr_ste"} <= keys(found["FLOPs"])
     assert {"train/loss", "val/loss", "train/accuracy", "val/accuracy"} <= keys(found["Quality"])
     regexes = {panel["metricRegex"] for panel in found["Oscillation"] if panel.get("useMetricRegex")}
     assert "bame/layer/.*/oscillation_frequency" in regexes
+    assert ["bame/restless_blocks"] in [panel.get("mediaKeys") for panel in found["Oscillation"]]
     media = [panel["mediaKeys"] for panel in found["Masks"] if "mediaKeys" in panel]
     assert media == [["bame/maps/model.conv/mask", "bame/maps/model.conv/oscillations"]]
     scatter = [(panel["xAxis"], panel["yAxis"]) for panel in found["Sweep"] if "yAxis" in panel]

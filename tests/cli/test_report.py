@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bame_lightning.cli.report import main
-from bame_lightning.show.mask_file import FILE, Layer, LayerMaps, Snapshots, read_snapshots
+from bame_lightning.show.mask_file import FILE, Layer, LayerMaps, Snapshots, most_restless, read_snapshots
 from tests.cli.conftest import Run
 
 REPORTED = (
@@ -80,15 +80,13 @@ def test_numbers_on_the_page_are_those_of_the_logs(run: Run, capsys: pytest.Capt
         "loss": {"training": "train/loss", "validation": "val/loss", "test": "test/loss"},
         "accuracy": {"training": "train/accuracy", "validation": "val/accuracy", "test": "test/accuracy"},
         "flip_rate": {"all layers": "bame/flip_rate"},
-        "oscillation": {"all layers": "bame/oscillation_frequency"},
+        "oscillation_total": {"oscillations": "bame/oscillations_total", "blocks": "bame/oscillating_blocks"},
         "frozen": {"all layers": "bame/frozen_fraction"},
         "survival": {"all layers": "bame/survival"},
-        "mask_age": {"all layers": "bame/mask_age"},
         "flops": {"this run": "flops/train_total"},
     }
     for name, metric in (
         ("flip_rate", "flip_rate"),
-        ("oscillation", "oscillation_frequency"),
         ("frozen", "frozen_fraction"),
     ):
         expected[name] |= {f"hidden{i}": f"bame/layer/model.hidden{i}/{metric}" for i in (1, 2)}
@@ -103,21 +101,75 @@ def test_numbers_on_the_page_are_those_of_the_logs(run: Run, capsys: pytest.Capt
         assert [value for _, value in points] == pytest.approx(
             [t / r for (_, t), (_, r) in zip(totals, ratios, strict=True)]
         )
-    bars = next(f for f in data(folder)["figures"] if f["name"] == "oscillation_at_end")["data"][0]
-    assert bars["customdata"] == ["model.hidden1", "model.hidden2"]
-    assert bars["x"] == [logged[f"bame/layer/{name}/oscillation_frequency"][-1][1] for name in bars["customdata"]]
-    assert max(bars["x"]) > 0
-    assert (
-        min(value for _, value in shown["survival"]["all layers"])
-        < 1
-        < max(v for _, v in shown["mask_age"]["all layers"])
-    )
+    assert min(value for _, value in shown["survival"]["all layers"]) < 1
     summary = json.loads((folder / "summary.json").read_text())
     html = (folder / "report.html").read_text().split("<script")[0]
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
-    assert facts["test accuracy"] == f"{100 * summary['test_accuracy']:.2f}%"
-    assert facts["training FLOPs"] == f"{summary['flops']['flops/train_total']:.3g}"
     assert facts["mask positions changed"].replace(",", "") == str(summary["sparse"]["flips"])
+    (said,) = re.findall(r'<p class="headline">(.*?)</p>', html)
+    assert said.startswith(f"Test accuracy: {100 * summary['test_accuracy']:.2f}%.")
+    assert f"Training took {summary['flops']['flops/train_total'] / 1e6:.3g} MFLOPs" in said
+    assert f"{100 * summary['flops']['flops/train_vs_dense']:.1f}% of dense training" in said
+    assert "All 192 blocks obey." in said  # 32 x 4 and 32 x 2
+    total, blocks = (int(logged[f"bame/{name}"][-1][1]) for name in ("oscillations_total", "oscillating_blocks"))
+    assert f"{blocks} of 192 blocks oscillated, {total} times in all; " in said
+
+
+def test_oscillation_can_be_held_in_the_hand(run: Run) -> None:
+    folder = run(*REPORTED, "model.hidden=[32,32]", "method.freeze_after=null", "trainer.log_every_n_steps=3")
+    assert main([str(folder)]) == 0
+    logged, shown = columns(folder), figures(folder)
+    # Rates between two points of the log, weighed with the adaptations between them, are the total.
+    steps = dict(logged["bame/adaptations"])
+    for label, key in (("all layers", "bame"), *((f"hidden{i}", f"bame/layer/model.hidden{i}") for i in (1, 2))):
+        rates, before, summed = shown["oscillation_rate"][label], 0.0, 0.0
+        for step, rate in rates:
+            summed += rate * (steps[step] - before)
+            before = steps[step]
+        assert summed / steps[rates[-1][0]] == pytest.approx(logged[f"{key}/oscillation_frequency"][-1][1], abs=2e-6)
+        assert len(rates) > 5
+    snapshots = read_snapshots(folder)
+    assert snapshots is not None
+    found = {figure["name"]: figure["data"] for figure in data(folder)["figures"]}
+    # Every block is in the maps of these small layers.
+    counts = [int(count) for maps in snapshots.maps[-1] for count in maps.oscillations.flatten()]
+    (bars,) = found["oscillation_counts"]
+    assert bars["y"] == [counts.count(times) for times in range(max(counts) + 1)]
+    assert bars["x"] == [str(times) for times in range(max(counts) + 1)]
+    assert len(bars["y"]) > 2
+    (bars,) = found["oscillation_layers"]
+    assert bars["x"] == [pytest.approx((maps.oscillations > 0).float().mean().item()) for maps in snapshots.maps[-1]]
+    assert bars["customdata"][0].startswith("model.hidden1: ")
+    # Lines of the most restless block lead through the positions that it kept.
+    first = most_restless(snapshots.traces)[0]
+    assert first.oscillations == max(counts)
+    lines = [trace for trace in found["restless"] if trace["name"] == first.title]
+    for line in lines:
+        for adaptation, position in zip(line["x"], line["customdata"], strict=True):
+            assert first.kept[adaptation - first.since, position]
+    assert sum(len(line["x"]) - 2 for line in lines) == first.changes > 0
+
+
+def test_where_nothing_is_frozen_nothing_is_drawn(run: Run) -> None:
+    folder = run(*REPORTED, "method.freeze_after=null", "trainer.max_epochs=1")
+    assert main([str(folder)]) == 0
+    assert "frozen" not in {figure["name"] for figure in data(folder)["figures"]}
+    assert all("frozen" not in layer for layer in data(folder)["maps"]["layers"])
+    assert "<dt>frozen blocks</dt><dd>none</dd>" in (folder / "report.html").read_text()
+
+
+def test_the_page_ends_with_how_the_run_was_made(run: Run) -> None:
+    folder = run(*REPORTED, "trainer.max_epochs=1", "seed=7")
+    assert main([str(folder)]) == 0
+    end = (folder / "report.html").read_text().split("<script")[0].split("How this was made")[1]
+    made = dict(re.findall(r"<dt>(\w+)</dt><dd>(.*?)</dd>", end, re.DOTALL))
+    assert list(made) == ["command", "seed", "date", "versions", "configuration"]
+    assert made["command"].startswith("<code>bame-train ")
+    assert all(word in made["command"] for word in ("method.freeze_after=0", "trainer.max_epochs=1", "seed=7"))
+    assert made["seed"] == "<code>7</code>"
+    assert re.search(r"20\d\d-\d\d-\d\dT", made["date"])
+    assert f"torch {torch.__version__}" in made["versions"]
+    assert "pattern=1:16" in made["configuration"].splitlines()
 
 
 def test_maps_on_the_page_are_the_snapshots(run: Run) -> None:
@@ -135,6 +187,8 @@ def test_maps_on_the_page_are_the_snapshots(run: Run) -> None:
         assert {sum(row[i : i + 16]) for row in shown for i in range(0, 64, 16)} == {1}
         assert one.oscillations is not None
         assert layer["oscillations"][time] == one.oscillations.tolist()
+        restless = int((one.oscillations > 0).sum())
+        assert layer["told"][time] == f"Of all 128 blocks of the layer {restless} have oscillated."
         assert layer["frozen"][time] == [[float(cell > 0) for cell in row] for row in layer["oscillations"][time]]
     assert layer["masks"][0] != layer["masks"][-1]
 
@@ -166,6 +220,8 @@ def test_a_run_of_many_layers_and_steps_is_thinned_but_true(tmp_path: Path) -> N
     assert all(y == x / 7 for x, y in zip(line["x"], line["y"], strict=True))
     assert heat["rownames"] == layers  # 2 before 10
     assert 100 < len(heat["x"]) <= 300
+    # A row without a value above zero would otherwise lie in the middle of plotly's own scale.
+    assert (heat["zmin"], heat["zmax"]) == (0, 49_990 + 11 / 16)
     for i, row in enumerate(heat["z"]):
         assert row == [step + i / 16 for step in heat["x"]]
     assert (tmp_path / "report.html").stat().st_size < 6e6
@@ -237,7 +293,8 @@ def test_a_sweep_shows_mean_and_spread_against_flops(tmp_path: Path) -> None:
     (tmp_path / "failed" / "error.txt").write_text("pattern=9:4: <too> many\n")
     assert main([str(tmp_path), "--baseline", "sr_ste"]) == 0
     (figure,) = data(tmp_path)["figures"]
-    for trace in figure["data"]:
+    points, patterns = figure["data"][:2], figure["data"][2:]
+    for trace in points:
         expected = sorted(cell for (method, _), cell in cells.items() if method == trace["name"])
         assert trace["x"] == [flops for flops, _ in expected]
         assert trace["y"] == pytest.approx([statistics.fmean(values) for _, values in expected])
@@ -245,9 +302,15 @@ def test_a_sweep_shows_mean_and_spread_against_flops(tmp_path: Path) -> None:
         assert trace["error_y"]["array"] == pytest.approx(spreads)
         low, high = figure["layout"]["xaxis"]["range"]
         assert all(10**low < flops < 10**high for flops, _ in expected)
-    assert [trace["name"] for trace in figure["data"]] == ["bame", "sr_ste"]
+    assert [trace["name"] for trace in points] == ["bame", "sr_ste"]
+    # The legend tells shapes, too.
+    shapes = {trace["name"]: trace["marker"]["symbol"] for trace in patterns}
+    assert list(shapes) == ["1:4", "1:16"]
+    assert points[0]["marker"]["symbol"] == [shapes["1:16"], shapes["1:4"]]
+    assert points[1]["marker"]["symbol"] == [shapes["1:16"]]
     html = (tmp_path / "report.html").read_text().split("<script")[0]
     assert "<td>1:16</td><td>bame</td>" in html
+    assert "bame 1:4 has the highest accuracy in the test, 94.00 ± 3.61%. bame 1:16 costs least (1 GFLOPs" in html
     assert "80.00 ± 10.00" in html
     assert "+5.00 (one pair)" in html
     assert "failed: failed: pattern=9:4: &lt;too&gt; many" in html
@@ -259,7 +322,7 @@ def test_a_sweep_without_flops_is_shown_by_pattern(tmp_path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"flops": {}}))
     assert main([str(tmp_path)]) == 0
     (figure,) = data(tmp_path)["figures"]
-    assert [trace["x"] for trace in figure["data"]] == [["1:4", "1:16"], ["1:16"]]
+    assert [trace["x"] for trace in figure["data"][:2]] == [["1:4", "1:16"], ["1:16"]]
 
 
 @pytest.mark.parametrize(
@@ -393,6 +456,12 @@ def test_a_run_in_a_browser(run: Run, browser: Any, width: int, height: int) -> 
         drawn = page.evaluate("document.getElementById('oscillations-map').data[0].z.map(row => [...row])")
         assert now.oscillations is not None
         assert drawn == now.oscillations.tolist()
+        # A block lies below its positions.
+        edges = page.evaluate("""() => ["mask-map", "oscillations-map", "frozen-map"].map(id => {
+            const b = document.querySelector(`#${id} .heatmaplayer image`).getBoundingClientRect();
+            return [b.left, b.right].map(Math.round);
+        })""")
+        assert edges[0] == edges[1] == edges[2]
     page.click("#map-play")
     page.wait_for_function("document.getElementById('map-time').value === '2'")
     page.click("#map-play")
@@ -406,6 +475,7 @@ def test_many_layers_in_a_browser(tmp_path: Path, browser: Any, width: int, heig
     layers = [f"model.blocks.{i}.attention.in_proj_weight" for i in range(24)]
     rows = [
         {"step": step, "bame/flip_rate": 0.1, "bame/oscillation_frequency": 0.2, "bame/frozen_fraction": 0.3}
+        | {"bame/adaptations": step + 1}
         | {
             f"bame/layer/{name}/{metric}": step * i / 1000
             for i, name in enumerate(layers)
@@ -415,7 +485,7 @@ def test_many_layers_in_a_browser(tmp_path: Path, browser: Any, width: int, heig
     ]
     assert main([str(write_run(tmp_path, rows))]) == 0
     page, complaints = open_page(browser, tmp_path / "report.html", width, height)
-    check_plots(page, {"flip_rate", "oscillation", "oscillation_at_end", "frozen"})
+    check_plots(page, {"flip_rate", "oscillation_rate", "frozen"})
     ticks = page.evaluate("[...document.querySelectorAll('#frozen .y2tick text')].map(t => t.textContent)")
     assert len(ticks) == len(set(ticks)) == 24
     assert complaints == []
@@ -426,10 +496,25 @@ def test_many_layers_in_a_browser(tmp_path: Path, browser: Any, width: int, heig
 @SIZES
 def test_a_sweep_in_a_browser(tmp_path: Path, browser: Any, width: int, height: int) -> None:
     sweep(tmp_path)
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--baseline", "sr_ste"]) == 0
     page, complaints = open_page(browser, tmp_path / "report.html", width, height)
     check_plots(page, {"task_0"})
     bars = "[...document.querySelectorAll('#task_0 .errorbar path')].map(e => e.getBoundingClientRect().height)"
     assert [height > 5 for height in page.evaluate(bars)] == [True, True, False]  # one seed has no spread
+    # Nothing that is written in the plot reaches beyond it.
+    cut = page.evaluate("""() => { const outer = document.querySelector("#task_0").getBoundingClientRect();
+        return [...document.querySelectorAll("#task_0 text")].map(t => [t.textContent, t.getBoundingClientRect()])
+            .filter(([, b]) => b.width && (b.left < outer.left - 1 || b.right > outer.right + 1)).map(([text]) => text); }""")
+    assert cut == []
+    entries = page.evaluate("[...document.querySelectorAll('#task_0 .legendtext')].map(t => t.textContent)")
+    assert entries == ["bame", "sr_ste", "1:4", "1:16"]
+    # A table that is wider than the page says that it goes on, until its end has been seen.
+    goes_on = page.evaluate(
+        "() => { const t = document.querySelector('.scroll'); return t.scrollWidth > t.clientWidth + 2; }"
+    )
+    assert page.is_visible(".more") == goes_on
+    assert goes_on == (width < 500)
+    page.evaluate("() => { const t = document.querySelector('.scroll'); t.scrollLeft = t.scrollWidth; }")
+    page.wait_for_function("document.querySelector('.more').hidden")
     assert complaints == []
     page.close()

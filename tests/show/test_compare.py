@@ -177,7 +177,7 @@ def test_tables_say_the_same_in_csv_and_markdown() -> None:
     assert float(bame["difference_high"]) == pytest.approx(0.2 + half, rel=1e-5)
     assert static["difference_mean"] == static["flops_train_total"] == static["train_loss"] == ""
     text = to_markdown(comparison)
-    assert "| 1:4 | bame | 2 | 60.00 ± 14.14 | 0.2500 | 2e+12 | 0.250 | 0.500 | +20.00 [-107.06, +147.06] |" in text
+    assert "| 1:4 | bame | 2 | 60.00 ± 14.14 | 0.2500 | 2 TFLOPs | 0.250 | 0.500 | +20.00 [-107.06, +147.06] |" in text
     assert "| 1:4 | static | 2 | 40.00 ± 0.00 |  |  |  |  | baseline |" in text
 
 

@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.show.map_pictures import block_picture, mask_picture
-from bame_lightning.show.maps import CHANGES, block_map, changes
+from bame_lightning.show.map_pictures import count_picture, frozen_picture, mask_picture, trace_picture
+from bame_lightning.show.maps import CHANGES, changes
+from bame_lightning.show.mask_file import Trace
 from tests.helpers import random_kept
 
 LEFT, TOP = 64, 36
@@ -36,18 +37,43 @@ def test_every_position_has_the_colour_of_what_became_of_it(filters: int, each: 
     assert below >= {colour for _, colour in CHANGES}
 
 
-def test_values_of_blocks_go_from_dark_to_light() -> None:
-    values = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
-    # The ends, a quarter and half of the way of matplotlib's viridis.
-    assert cells(block_picture(values, (2, 2), "layer", "oscillations"), 2, 2) == [
-        ["#440154", "#3B528B"],
-        ["#21918C", "#FDE725"],
+NOTHING = "#F2F2F2"
+
+
+def test_the_more_a_block_oscillated_the_darker_it_is_and_never_is_pale() -> None:
+    counts = torch.tensor([[0, 1], [2, 4]])
+    # A block of two positions is as wide as both. A quarter, half and all of the way of viridis, reversed.
+    assert cells(count_picture(counts, 2, "layer"), 2, 4) == [
+        [NOTHING] * 2 + ["#5EC962"] * 2,
+        ["#21918C"] * 2 + ["#440154"] * 2,
     ]
-    assert cells(block_picture(values, (2, 2), "layer", "share", 8.0), 2, 2)[1][1] == "#21918C"
-    assert cells(block_picture(torch.zeros(1, 3), (2, 3), "layer", "oscillations"), 1, 3) == [["#440154"] * 3]
+    assert cells(count_picture(torch.zeros(1, 3, dtype=torch.int32), 1, "layer"), 1, 3) == [[NOTHING] * 3]
+
+
+def test_frozen_blocks_are_told_apart() -> None:
+    frozen = torch.tensor([[True, False]])
+    assert cells(frozen_picture(frozen, 3, "layer"), 1, 6) == [["#D55E00"] * 3 + [NOTHING] * 3]
+
+
+def test_a_trace_shows_which_position_was_kept_when() -> None:
+    kept = torch.eye(4, dtype=torch.bool)[[0, 0, 3, 1]]
+    earlier = Trace("b", 0, 0, since=0, oscillations=1, kept=torch.eye(4, dtype=torch.bool)[[2] * 6])
+    picture = trace_picture([Trace("a", 1, 2, since=2, oscillations=2, kept=kept), earlier])
+    wide, high, top = 768 // 6, 6, TOP + 22
+    shown = [
+        ["#" + "".join(f"{v:02X}" for v in picture[top + y * high + 3, LEFT + x * wide + 60]) for x in range(6)]
+        for y in range(4)
+    ]
+    dark, pale, white = CHANGES[3][1], NOTHING, "#FFFFFF"
+    # Nothing is known before adaptation 2.
+    assert shown == [
+        [white, white, dark, dark, pale, pale],
+        [white, white, pale, pale, pale, dark],
+        [white, white, pale, pale, pale, pale],
+        [white, white, pale, pale, dark, pale],
+    ]
 
 
 def test_a_long_title_fits() -> None:
-    values = block_map(torch.arange(80 * 100), 80)
-    wide = block_picture(values, (80, 100), "layer." * 40, "oscillations").shape[1]
-    assert wide > block_picture(values, (80, 100), "layer", "oscillations").shape[1]
+    counts = torch.zeros(4, 8, dtype=torch.int32)
+    assert count_picture(counts, 16, "layer." * 40).shape[1] > count_picture(counts, 16, "layer").shape[1]

@@ -1,12 +1,11 @@
 """Maps against the definition of blocks in `tests.helpers`, position by position."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.show.maps import CHANGES, block_map, block_title, changes, mask_map, mask_title
+from bame_lightning.show.maps import CHANGES, block_map, changes, mask_map, mask_title
 from tests.helpers import Case, block_positions, cases, random_kept
 
 
@@ -23,29 +22,24 @@ def test_a_cut_of_a_mask_holds_blocks_side_by_side_in_their_order(case: Case, ro
     assert mask_map(kept, m, rows=rows, columns=columns).tolist() == expected
 
 
-@given(filters=st.integers(1, 9), each=st.integers(1, 9), rows=st.integers(1, 5), columns=st.integers(1, 5))
-def test_a_cell_of_a_block_map_is_the_mean_of_its_blocks(filters: int, each: int, rows: int, columns: int) -> None:
-    values = torch.randint(0, 9, (filters * each,), generator=torch.Generator().manual_seed(filters * 10 + each))
-    found = block_map(values, filters, rows=rows, columns=columns)
-    assert found.shape[0] <= rows
-    assert found.shape[1] <= columns
-    high, wide = -(-filters // rows), -(-each // columns)
-    for r, row in enumerate(found.tolist()):
-        for c, cell in enumerate(row):
-            patch = [
-                int(values[out * each + block])
-                for out in range(r * high, min(filters, (r + 1) * high))
-                for block in range(c * wide, min(each, (c + 1) * wide))
-            ]
-            assert cell == pytest.approx(sum(patch) / len(patch), rel=1e-6)
-    title = block_title("layer", (filters, each), found.shape)
-    assert title.endswith(f"a cell is the mean of {high} x {wide}") == (high * wide > 1)
+@given(case=cases(), rows=st.integers(1, 6), columns=st.integers(1, 40))
+def test_blocks_are_cut_as_their_mask_is(case: Case, rows: int, columns: int) -> None:
+    m, kept = case.pattern.m, case.weight > 0
+    blocks = block_positions(tuple(kept.shape), m)
+    each = len(blocks) // len(kept)
+    values = [sum(bool(kept[place]) for place in block) for block in blocks]
+    found = block_map(torch.tensor(values), len(kept), m, rows=rows, columns=columns)
+    mask = mask_map(kept, m, rows=rows, columns=columns)
+    assert found.tolist() == [
+        values[out * each : out * each + min(each, max(1, columns // m))] for out in range(min(rows, len(kept)))
+    ]
+    assert mask.view(*found.shape, m).sum(-1).equal(found)  # a block lies below its positions
 
 
 def test_nothing_of_a_small_layer_is_left_out() -> None:
     kept = random_kept(64 * 8, NMPattern(1, 16)).view(64, 128)
     assert mask_map(kept, 16).equal(kept)
-    assert block_map(torch.arange(32 * 64), 32).equal(torch.arange(32 * 64.0).view(32, 64))
+    assert block_map(torch.arange(64 * 8), 64, 16).equal(torch.arange(64 * 8).view(64, 8))
 
 
 def test_a_block_wider_than_the_map_is_shown_whole() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bame_lightning.show.mask_file import FILE, Layer, LayerMaps, Snapshots, read_snapshots, write_snapshots
+from bame_lightning.show.mask_file import FILE, Layer, LayerMaps, Snapshots, Trace, read_snapshots, write_snapshots
 
 LAYERS = [Layer("a", "2:4", 3, 8, True), Layer("b.in_proj_weight", "1:16", 5, 48, False)]
 
@@ -13,12 +13,15 @@ def some() -> Snapshots:
     found = Snapshots(LAYERS)
     generator = torch.Generator().manual_seed(0)
     for step, adaptation in ((0, 0), (20, 10), (40, None)):
-        oscillations = torch.randint(0, 2000, (3, 2), generator=generator).float()
+        oscillations = torch.randint(0, 5000, (3, 2), generator=generator, dtype=torch.int32)
+        tally = torch.randint(0, 9, (33,), generator=generator)
         maps = [
-            LayerMaps(torch.rand(3, 8, generator=generator) > 0.5, oscillations, (oscillations > 1000).float()),
+            LayerMaps(torch.rand(3, 8, generator=generator) > 0.5, oscillations, oscillations > 1000, tally),
             LayerMaps(torch.rand(5, 48, generator=generator) > 0.9),
         ]
         found.add(step, adaptation, maps)
+    kept = torch.rand(11, 8, generator=generator) > 0.5
+    found.traces = [Trace("a", 2, 0, since=3, oscillations=5, kept=kept), Trace("b", 1, 2, 9, 1, kept[:1])]
     return found
 
 
@@ -26,10 +29,13 @@ def assert_equal(found: Snapshots, expected: Snapshots) -> None:
     assert found.layers == expected.layers
     assert found.steps == expected.steps
     assert found.adaptations == expected.adaptations
+    for one, other in zip(found.traces, expected.traces, strict=True):
+        assert (one.key, one.since, one.oscillations) == (other.key, other.since, other.oscillations)
+        assert one.kept.equal(other.kept)
     for here, there in zip(found.maps, expected.maps, strict=True):
         for a, b in zip(here, there, strict=True):
             assert a.mask.equal(b.mask)
-            for values, others in ((a.oscillations, b.oscillations), (a.frozen, b.frozen)):
+            for values, others in ((a.oscillations, b.oscillations), (a.frozen, b.frozen), (a.tally, b.tally)):
                 assert values is others is None or values.equal(others)
 
 

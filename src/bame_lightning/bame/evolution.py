@@ -345,7 +345,7 @@ class ContendingBlocks(EvolvingBlocks):
         self.predicted = torch.zeros_like(self.predicted)
         if not self.contenders.numel():
             self.masks.unchanged()
-            self.history.ages += 1
+            self.history.quiet += 1
             return None
         challenge = self._challenge()
         size = (1 + self.config.margin) * challenge.weakest.abs()

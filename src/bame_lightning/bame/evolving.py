@@ -28,7 +28,7 @@ class EvolvingLayer:
         sparse: The weight.
         evidence: What pruned weights would have become, zero where kept; shape (blocks, m).
         oscillations: Adaptations in which a block oscillated; shape (blocks,).
-        ages: Adaptations since the mask of a block last changed; shape (blocks,).
+        quiet: Adaptations since a block last oscillated, or all so far; shape (blocks,).
         frozen: Blocks whose mask is final; shape (blocks,).
         freezes: Whether blocks may freeze.
         flips: Mask positions changed so far; scalar.
@@ -43,7 +43,7 @@ class EvolvingLayer:
     sparse: SparseWeight
     evidence: Float[Tensor, "blocks m"]
     oscillations: Int[Tensor, " blocks"]
-    ages: Int[Tensor, " blocks"]
+    quiet: Int[Tensor, " blocks"]
     frozen: Bool[Tensor, " blocks"]
     freezes: bool
     flips: Int[Tensor, ""]
@@ -67,7 +67,7 @@ class EvolvingBlocks(ABC):
     Attributes:
         positions: Where positions lie in the memory of their weights.
         masks: The masks, which `adapt` changes.
-        history: Oscillations, positions pruned before, ages of masks.
+        history: Oscillations, positions pruned before, how long blocks have been quiet.
         evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
         predicted: Loss reduction that the last adaptation predicted for each weight, to first order, in units of the loss;
             shape (weights,).
@@ -209,7 +209,7 @@ class EvolvingBlocks(ABC):
             self.weights[layer],
             evidence=self.of(layer, self.evidence),
             oscillations=self.of(layer, history.oscillations),
-            ages=self.of(layer, history.ages),
+            quiet=self.of(layer, history.quiet),
             frozen=self.frozen_of(layer),
             freezes=self.freeze_after is not None,
             flips=self.masks.flips[layer],
@@ -235,7 +235,7 @@ class EvolvingBlocks(ABC):
             # Every row has as many pruned positions as any other.
             "evidence": rows.gather(self.of(layer, self.evidence)[pruned]),
             "oscillations": rows.gather(self.of(layer, self.history.oscillations)),
-            "ages": rows.gather(self.of(layer, self.history.ages)),
+            "quiet": rows.gather(self.of(layer, self.history.quiet)),
             "pruned_before": pack_mask(rows.gather(self.of(layer, self.history.pruned_before))),
             "predicted": rows.total(self.predicted[layer]),
             **self.masks.state(layer),
@@ -248,7 +248,7 @@ class EvolvingBlocks(ABC):
         self.of(layer, self.evidence).copy_(self.laid_out(layer, pruned, state["evidence"]))
         everywhere = torch.Size((len(pruned) * rows.parts, self.pattern.m))
         saved = {**state, "pruned_before": unpack_mask(state["pruned_before"].cpu(), everywhere)}
-        for name in ("oscillations", "ages", "pruned_before"):
+        for name in ("oscillations", "quiet", "pruned_before"):
             values: Tensor = getattr(history, name)
             self.of(layer, values).copy_(rows.own(saved[name]))
         self.predicted[layer] = rows.part_of(state["predicted"].to(self.predicted))

@@ -25,13 +25,13 @@ class FlipHistory:
     Attributes:
         oscillations: Adaptations so far in which a block oscillated; shape (blocks,).
         pruned_before: Positions that an earlier adaptation pruned; shape (blocks, m).
-        ages: Adaptations since the mask of a block last changed, or all so far if it never did; shape (blocks,).
+        quiet: Adaptations since a block last oscillated, or all so far if it never did; shape (blocks,).
     """
 
     def __init__(self, blocks: int, m: int, device: torch.device | None = None) -> None:
         self.oscillations: Int32[Tensor, " blocks"] = torch.zeros(blocks, dtype=torch.int32, device=device)
         self.pruned_before: Bool[Tensor, "blocks m"] = torch.zeros(blocks, m, dtype=torch.bool, device=device)
-        self.ages: Int32[Tensor, " blocks"] = torch.zeros(blocks, dtype=torch.int32, device=device)
+        self.quiet: Int32[Tensor, " blocks"] = torch.zeros(blocks, dtype=torch.int32, device=device)
 
     def record(self, old: Bool[Tensor, "blocks m"], new: Bool[Tensor, "blocks m"]) -> None:
         """Enter an adaptation of all blocks.
@@ -40,10 +40,11 @@ class FlipHistory:
             old: Mask before.
             new: Mask after.
         """
-        self.oscillations += (new & ~old & self.pruned_before).any(-1)
+        oscillates = (new & ~old & self.pruned_before).any(-1)
+        self.oscillations += oscillates
         self.pruned_before |= old & ~new
-        self.ages += 1
-        self.ages.masked_fill_((old ^ new).any(-1), 0)
+        self.quiet += 1
+        self.quiet.masked_fill_(oscillates, 0)
 
     def record_swaps(
         self,
@@ -61,10 +62,11 @@ class FlipHistory:
             swapped: Whether they were swapped.
         """
         before = self.pruned_before.view(-1)
-        self.oscillations.index_add_(0, blocks, (swapped & before[revived]).int())
+        oscillates = swapped & before[revived]
+        self.oscillations.index_add_(0, blocks, oscillates.int())
         before.index_copy_(0, pruned, before[pruned] | swapped)
-        self.ages += 1
-        self.ages.index_copy_(0, blocks, self.ages[blocks].masked_fill(swapped, 0))
+        self.quiet += 1
+        self.quiet.index_copy_(0, blocks, self.quiet[blocks].masked_fill(oscillates, 0))
 
 
 def frozen_blocks(oscillations: Int32[Tensor, " blocks"], freeze_after: int | None) -> Bool[Tensor, " blocks"]:
@@ -80,6 +82,27 @@ def frozen_blocks(oscillations: Int32[Tensor, " blocks"], freeze_after: int | No
     if freeze_after is None:
         return torch.zeros_like(oscillations, dtype=torch.bool)
     return oscillations > freeze_after
+
+
+def oscillated_lately(
+    oscillations: Int32[Tensor, " blocks"], quiet: Int32[Tensor, " blocks"], adaptations: int
+) -> Bool[Tensor, " blocks"]:
+    """Blocks that oscillated in one of the latest adaptations.
+
+    Args:
+        oscillations: Oscillations per block.
+        quiet: Adaptations since then, as `FlipHistory` keeps them.
+        adaptations: How many adaptations count as the latest.
+
+    Returns:
+        True where a block did.
+
+    Example:
+        >>> one, two = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([0, 0, 5], dtype=torch.int32)
+        >>> oscillated_lately(one, two, adaptations=5)
+        tensor([False,  True, False])
+    """
+    return (oscillations > 0) & (quiet < adaptations)
 
 
 def oscillation_frequency(oscillations: Int32[Tensor, " blocks"], adaptations: int) -> Float[Tensor, " blocks"]:

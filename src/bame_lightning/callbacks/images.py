@@ -11,13 +11,15 @@ from typing_extensions import override
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.loggers import log_pictures, with_pictures
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
-from bame_lightning.show.map_pictures import block_picture, mask_picture
-from bame_lightning.show.maps import block_title, changes, mask_map, mask_title
-from bame_lightning.show.mask_file import LayerMaps
+from bame_lightning.show.map_pictures import count_picture, frozen_picture, mask_picture, trace_picture
+from bame_lightning.show.maps import changes, mask_map, mask_title
+from bame_lightning.show.mask_file import LayerMaps, most_restless
 from bame_lightning.weights.layers import SparseWeight
 
 KEY = "bame/maps"
 """Pictures are called bame/maps/<layer>/mask, /oscillations and /frozen."""
+TRACES = "bame/restless_blocks"
+"""Picture of what the blocks that oscillate most have kept over time."""
 HISTOGRAM = "bame/oscillations"
 """Histogram of the oscillations of all blocks."""
 
@@ -26,9 +28,10 @@ class MaskImages(MaskWatcher):
     """Log maps of every sparse layer, and a histogram of oscillations, to W&B and TensorBoard.
 
     At the start of training, and after adaptations that are spaced evenly over the method's window. The map of a mask shows
-    filters and input positions, compared with the mask that training started with; maps of blocks, how often each oscillated,
-    and where blocks may freeze, which did. Large layers are cut or averaged, as the titles say; of sharded weights, the rows of
-    the first process are shown. Costs nothing without such a logger.
+    filters and input positions, compared with the mask that training started with. Maps of the same blocks show how often
+    each oscillated and, once a block of the layer is frozen, which are. One picture follows the blocks that oscillate most.
+    Large layers are cut, as the titles say; of sharded weights, the rows of the first process are shown. Costs nothing without
+    such a logger.
 
     Args:
         at_most: Looks after the first one.
@@ -54,6 +57,8 @@ class MaskImages(MaskWatcher):
         for sparse in method.weights:
             drawn = draw(sparse, maps_of(sparse, evolving.get(sparse.name)))
             pictures |= {f"{KEY}/{sparse.label}/{name}": picture for name, picture in drawn.items()}
+        if traces := most_restless(self.restless.traces):
+            pictures[TRACES] = trace_picture(traces)
         counts = [layer.oscillations.cpu() for layer in evolving.values()]
         histograms = {HISTOGRAM: torch.cat(counts)} if counts else {}
         # What Lightning calls the step of the scalars that it logs now.
@@ -77,11 +82,8 @@ def draw(sparse: SparseWeight, maps: LayerMaps) -> dict[str, UInt8[Tensor, "heig
     codes = changes(maps.mask, mask_map(sparse.initial, m).cpu())
     title = mask_title(sparse.label, sparse.pattern, (filters, positions), codes.shape)
     pictures = {"mask": mask_picture(codes, m, title)}
-    for name, values, unit, top in (
-        ("oscillations", maps.oscillations, "oscillations so far", None),
-        ("frozen", maps.frozen, "share of blocks that are frozen", 1.0),
-    ):
-        if values is not None:
-            size = (filters, positions // m)
-            pictures[name] = block_picture(values, size, block_title(sparse.label, size, values.shape), unit, top)
+    if maps.oscillations is not None:
+        pictures["oscillations"] = count_picture(maps.oscillations, m, title)
+    if maps.frozen is not None and maps.frozen.any():
+        pictures["frozen"] = frozen_picture(maps.frozen, m, title)
     return pictures

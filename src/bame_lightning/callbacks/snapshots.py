@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 from typing_extensions import override
 
 from bame_lightning.bame.schedule import Window
+from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
-from bame_lightning.show.mask_file import FILE, Snapshots, layer_of, write_snapshots
+from bame_lightning.show.mask_file import FILE, Snapshots, Trace, layer_of, write_snapshots
 
 
 class MaskSnapshots(MaskWatcher):
     """Save bounded maps of every sparse layer at a bounded number of adaptations, for `bame-report`.
 
     The masks at the start, and then those after adaptations that are spaced evenly over the method's window; a method without
-    a schedule is looked at in steps spaced evenly over the run. All go to one small file, `snapshots.npz`, which is written
+    a schedule is looked at in steps spaced evenly over the run. The blocks that oscillate most are followed through every
+    adaptation after the first look at which they lead. All go to one small file, `snapshots.npz`, which is written
     anew each time; and into checkpoints, so that a resumed run has those from before. Of sharded weights, the rows of
     the first process are recorded. Does nothing where no method of this package trains a sparse network.
 
@@ -65,7 +68,15 @@ class MaskSnapshots(MaskWatcher):
         self._write()
 
     @override
+    def traces(self) -> Sequence[Trace]:
+        return self.snapshots.traces
+
+    @override
     def state_dict(self) -> dict[str, Any]:
+        if isinstance(self.method, BAMECallback):
+            # What was copied since the last look would be missing in a run that is resumed from here.
+            self.restless.look(self.method)
+            self._pack()
         # A copy: a checkpoint may be written while training goes on.
         return {"snapshots": torch.from_numpy(np.frombuffer(self._contents, np.uint8).copy())}
 
@@ -79,8 +90,12 @@ class MaskSnapshots(MaskWatcher):
         maps = [maps_of(sparse, evolving.get(sparse.name)) for sparse in method.weights]
         self.snapshots.add(method.steps, None if self.window is None else done(self.window, method.steps), maps)
 
-    def _write(self) -> None:
+    def _pack(self) -> None:
+        self.snapshots.traces = self.restless.traces
         self._contents = self.snapshots.to_bytes()
+
+    def _write(self) -> None:
+        self._pack()
         write_snapshots(self._contents, self.path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -13,8 +14,9 @@ from bame_lightning.bame.evolving import EvolvingLayer
 from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.restless import RestlessBlocks
 from bame_lightning.callbacks.run_length import total_steps
-from bame_lightning.show.mask_file import LayerMaps, layer_maps
+from bame_lightning.show.mask_file import LayerMaps, Trace, layer_maps
 from bame_lightning.weights.layers import SparseWeight
 
 
@@ -38,7 +40,9 @@ class MaskWatcher(L.Callback):
         self.method: SparseCallback | None = None
         """The method that is watched; None if there is none, or on another rank."""
         self.window: Window | None = None
+        self.restless = RestlessBlocks()
         self._moments: list[int] = []
+        self._adaptations = 0
 
     @abstractmethod
     def begin(self, trainer: L.Trainer, method: SparseCallback) -> None:
@@ -47,6 +51,10 @@ class MaskWatcher(L.Callback):
     @abstractmethod
     def look(self, trainer: L.Trainer, method: SparseCallback) -> None:
         """Look at the masks as they are."""
+
+    def traces(self) -> Sequence[Trace]:
+        """What an earlier part of the run has seen of restless blocks."""
+        return ()
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,14 +69,25 @@ class MaskWatcher(L.Callback):
         self.window = schedule.window(steps) if schedule else None
         looked_at = self.window or Window(0, int(steps) if math.isfinite(steps) else 0, 1)
         self._moments = [step for step in moments(looked_at, self.at_most) if step > self.method.steps]
+        if isinstance(self.method, BAMECallback):
+            self._adaptations = self.method.adaptations
+            self.restless.begin(self.method, self.traces())
         self.begin(trainer, self.method)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if isinstance(self.method, BAMECallback) and self.method.adaptations > self._adaptations:
+            self._adaptations = self.method.adaptations
+            self.restless.record()
+            # Masks move most at first: after 1, 2, 4, 8, ... adaptations somebody new may lead.
+            if self._adaptations.bit_count() == 1:
+                self.restless.look(self.method)
         if self.method is None or not self._moments or self.method.steps < self._moments[0]:
             return
+        if isinstance(self.method, BAMECallback):
+            self.restless.look(self.method)
         self._moments = [step for step in self._moments if step > self.method.steps]
         self.look(trainer, self.method)
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import lightning
+import torch
 from lightning import Trainer
 from rich.console import Console
 from rich.panel import Panel
 
+import bame_lightning
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks import Dense
 from bame_lightning.callbacks.driver import SparseCallback
@@ -20,6 +26,8 @@ from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.ledger.flops import LABEL
 from bame_lightning.show.find_runs import strict_json
 from bame_lightning.show.narrow import Table
+from bame_lightning.show.numbers import flops as in_words
+from bame_lightning.show.numbers import times
 
 _NEVER_FLIPPED = (
     "NO MASK EVER CHANGED: this was training with a static mask, not BAME. Likely reasons: the run is too short, or its "
@@ -91,6 +99,28 @@ def summarize(
     return summary
 
 
+def provenance(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """Note how a run was made, for those who want to make it again.
+
+    Args:
+        command: Name of the command.
+        words: What followed it.
+
+    Returns:
+        The command, the date (of the end, in UTC) and the versions of what computed.
+    """
+    return {
+        "command": shlex.join([command, *words]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "bame_lightning": bame_lightning.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     """Write the summary as strict JSON, a number that is not finite as null; a reader sees either nothing or all of it.
 
@@ -141,11 +171,15 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "flips" in sparse:
         adaptations = f" in {sparse['adaptations']:,} adaptations" if "adaptations" in sparse else ""
         yield "masks", f"{sparse['flips']:,} flips{adaptations}"
-    if "frozen_fraction" in sparse:
+    if "oscillations" in sparse:
+        some, late = sparse["oscillating_blocks"], sparse["oscillating_blocks_in_last_tenth"]
+        told = f"{some:,} blocks, {times(sparse['oscillations'])} in all; {late:,} in the last tenth"
+        yield "oscillation", told if some else "none"
+    if sparse.get("frozen_fraction"):
         yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
     if flops := summary.get("flops"):
         ratios = f"{flops['flops/train_vs_dense']:.3f} of dense, {flops['flops/train_vs_sr_ste']:.3f} of SR-STE"
-        yield "training cost", f"{flops['flops/train_total']:.3g} FLOPs, {ratios} ({LABEL})"
+        yield "training cost", f"{in_words(flops['flops/train_total'])}, {ratios} ({LABEL})"
     yield "length", f"{summary['epochs']} epochs, {summary['steps']:,} steps, {summary['wall_seconds']:.1f} s"
 
 

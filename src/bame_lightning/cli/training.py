@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
@@ -32,7 +33,7 @@ from bame_lightning.cli.progress import EpochBar, EpochLines
 from bame_lightning.cli.resuming import check_resumable, how_to_go_on
 from bame_lightning.cli.run_folder import ReplacesResults, WholeCheckpoints
 from bame_lightning.cli.seeds import EpochSeeds
-from bame_lightning.cli.summary import print_summary, summarize, write_summary
+from bame_lightning.cli.summary import print_summary, provenance, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.cli.values import overridden, standard_values
 from bame_lightning.show.find_runs import SUMMARY
@@ -94,7 +95,7 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
             trainer.test(run.task, run.data, verbose=False)
         metrics |= trainer.callback_metrics
         summary = summarize(trainer, run.method, metrics=metrics, seconds=seconds, config=config, run_dir=run_dir)
-        summary["config"] = config
+        summary |= {"config": config, "provenance": provenance("bame-train", HydraConfig.get().overrides.task)}
         results = summary
     finally:
         finish_wandb(loggers, results)

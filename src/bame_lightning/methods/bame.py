@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from bame_lightning.bame.evidence import Evidence, OneBatch
 from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
-from bame_lightning.bame.oscillation import oscillation_frequency
+from bame_lightning.bame.oscillation import oscillated_lately, oscillation_frequency
 from bame_lightning.bame.reading import Reading
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.masks import zero_pruned_
@@ -263,16 +263,19 @@ class BAME(Masked):
         contenders = sum(group.contender_count * share for group, share in zip(self.groups, inside, strict=True))
         pruned = sum(group.pruned_positions for group in self.groups)
         designated = [group.designated.float() * share for group, share in zip(self.groups, inside, strict=True)]
-        # A sum over rows, written so that its mean over ranks is right.
-        predicted = [layer.predicted * layer.sparse.rows.parts for layer in layers]
         found = flip_rates(group.masks for group in self.groups) | {
             "bame/oscillation_frequency": pooled_mean(frequencies),
             "bame/frozen_fraction": pooled_mean(layer.frozen for layer in layers),
             "bame/designated_fraction": pooled_mean(designated),
             "bame/contender_fraction": torch.tensor(contenders / max(1, pruned)),
-            "bame/predicted_loss_reduction": torch.stack(predicted).sum(),
+            "bame/predicted_loss_reduction": _total(layers, lambda layer: layer.predicted),
             "bame/discarded_readings": self.discarded.float(),
-            "bame/mask_age": pooled_mean(layer.ages for layer in layers),
+            "bame/oscillation_rate": pooled_mean(
+                oscillated_lately(each.oscillations, each.quiet, 1) for each in layers
+            ),
+            "bame/oscillations_total": _total(layers, lambda layer: layer.oscillations),
+            "bame/oscillating_blocks": _total(layers, lambda layer: layer.oscillations > 0),
+            "bame/adaptations": torch.tensor(float(self.adaptations)),
         }
         refused = [layer.refused * layer.sparse.rows.parts for layer in layers if layer.refused is not None]
         if refused:
@@ -339,10 +342,25 @@ class BAME(Masked):
             "frozen_fraction": pooled_mean(layer.frozen for layer in layers),
         }
         refused = [layer.sparse.rows.total(layer.refused) for layer in layers if layer.refused is not None]
+        tenth = -(-self.adaptations // 10)
+        counts = {
+            "blocks": _total(layers, lambda layer: torch.ones_like(layer.oscillations)),
+            "oscillations": _total(layers, lambda layer: layer.oscillations),
+            "oscillating_blocks": _total(layers, lambda layer: layer.oscillations > 0),
+            "oscillating_blocks_in_last_tenth": _total(
+                layers, lambda layer: oscillated_lately(layer.oscillations, layer.quiet, tenth)
+            ),
+        }
         return {
             "adaptations": self.adaptations,
             "flips": sum(group.masks.total() for group in self.groups),
             "discarded_readings": int(self.discarded),
             **({"refused_swaps": sum(map(int, refused))} if refused else {}),
+            **{name: round(float(value)) for name, value in mean(counts).items()},
             **{name: float(value) for name, value in mean(means).items()},
         }
+
+
+def _total(layers: Sequence[EvolvingLayer], values: Callable[[EvolvingLayer], Tensor]) -> Tensor:
+    """Sum over all rows of all layers, written so that its mean over ranks is right."""
+    return torch.stack([values(layer).sum().double() * layer.sparse.rows.parts for layer in layers]).sum()

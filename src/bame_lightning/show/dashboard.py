@@ -41,13 +41,19 @@ def workspace(entity: str, project: str, layers: Sequence[str] = ()) -> ws.Works
 def _oscillation() -> list[Any]:
     frequency = "bame/oscillation_frequency"
     return [
-        _lines("Oscillation frequency of blocks: mean", frequency),
-        _lines("Oscillation frequency: percentiles", *(f"{frequency}_p{p}" for p in (50, 90, 99))),
-        _by_layer("Oscillation frequency by layer", "oscillation_frequency"),
-        _lines("Mask positions changed by the latest adaptation", "bame/flip_rate"),
-        _by_layer("Positions changed by layer", "flip_rate"),
-        _lines("Frozen blocks", "bame/frozen_fraction"),
-        _by_layer("Frozen blocks by layer", "frozen_fraction"),
+        _lines("Do blocks go on oscillating? Share in the latest adaptation", "bame/oscillation_rate"),
+        _lines(
+            "How many oscillations in all, and of how many blocks?",
+            "bame/oscillations_total",
+            "bame/oscillating_blocks",
+        ),
+        wr.MediaBrowser(title="What do the most restless blocks do?", media_keys=["bame/restless_blocks"]),
+        _by_layer("Which layers oscillate? Oscillations per adaptation so far", "oscillation_frequency"),
+        _lines("How restless are the most restless blocks? Percentiles", *(f"{frequency}_p{p}" for p in (50, 90, 99))),
+        _lines("When do masks change? Positions changed, log scale", "bame/flip_rate", log_y=True),
+        _by_layer("Which layers change? Positions changed, log scale", "flip_rate", log_y=True),
+        _lines("How many blocks are frozen?", "bame/frozen_fraction", range_y=(0.0, None)),
+        _by_layer("Which layers freeze?", "frozen_fraction", range_y=(0.0, None)),
     ]
 
 
@@ -57,8 +63,7 @@ def _masks(layers: Sequence[str]) -> list[Any]:
         for layer in layers
     ]
     return [
-        _lines("Initial mask that is still kept", "bame/survival"),
-        _lines("Age of masks, in adaptations", "bame/mask_age"),
+        _lines("How much of the first mask is left?", "bame/survival"),
         _lines("Blocks whose gradients are read", "bame/designated_fraction"),
         _lines("Evidence / weakest weight: percentiles", *(f"bame/evidence_to_weight_p{p}" for p in (50, 90))),
         _lines("Predicted loss reduction of an adaptation", "bame/predicted_loss_reduction"),
@@ -70,8 +75,8 @@ def _masks(layers: Sequence[str]) -> list[Any]:
 def _flops() -> list[Any]:
     return [
         _lines("Training FLOPs so far (counted, not executed)", "flops/train_total"),
-        _lines("Training FLOPs / dense training", "flops/train_vs_dense"),
-        _lines("Training FLOPs / SR-STE", "flops/train_vs_sr_ste"),
+        _lines("Training FLOPs / those of dense training", "flops/train_vs_dense"),
+        _lines("Training FLOPs / those of SR-STE", "flops/train_vs_sr_ste"),
         _lines("On hardware for row-wise N:M: / dense training", "flops/hardware/train_vs_dense"),
     ]
 
@@ -102,9 +107,9 @@ def _sweep() -> list[Any]:
     ]
 
 
-def _lines(title: str, *metrics: str) -> wr.LinePlot:
-    return wr.LinePlot(title=title, x=STEP, y=list(metrics))
+def _lines(title: str, *metrics: str, **more: Any) -> wr.LinePlot:
+    return wr.LinePlot(title=title, x=STEP, y=list(metrics), **more)
 
 
-def _by_layer(title: str, metric: str) -> wr.LinePlot:
-    return wr.LinePlot(title=title, x=STEP, metric_regex=f"bame/layer/.*/{metric}")
+def _by_layer(title: str, metric: str, **more: Any) -> wr.LinePlot:
+    return wr.LinePlot(title=title, x=STEP, metric_regex=f"bame/layer/.*/{metric}", **more)

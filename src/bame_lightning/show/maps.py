@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
-from torch.nn import functional
 
 from bame_lightning.blocks.pattern import NMPattern
 
@@ -18,10 +17,16 @@ CHANGES: tuple[tuple[str, str], ...] = (
     ("kept, as at first", "#0072B2"),
 )
 """What the codes of `changes` mean, and a colour for each: Okabe and Ito's, told apart with any colour vision."""
+COUNTS: tuple[str, ...] = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
+"""Colours of counts, from few to many: viridis, reversed. Zero has the colour of what is pruned."""
+NOTHING = CHANGES[0][1]
+FROZEN = "#D55E00"
+ROWS, COLUMNS = 64, 128
+"""Filters and positions that a map shows at most."""
 
 
 def mask_map(
-    kept: Bool[Tensor, "out inp *kernel"], m: int, *, rows: int = 64, columns: int = 128
+    kept: Bool[Tensor, "out inp *kernel"], m: int, *, rows: int = ROWS, columns: int = COLUMNS
 ) -> Bool[Tensor, "filters positions"]:
     """Cut the first filters and input positions out of a mask.
 
@@ -49,44 +54,26 @@ def mask_map(
 
 
 def block_map(
-    values: Shaped[Tensor, " blocks"], filters: int, *, rows: int = 32, columns: int = 64
-) -> Float[Tensor, "rows columns"]:
-    """Lay out one value per block, a row for each filter; of more than fit, a cell is the mean of several.
+    values: Shaped[Tensor, " blocks"], filters: int, m: int, *, rows: int = ROWS, columns: int = COLUMNS
+) -> Shaped[Tensor, "filters columns"]:
+    """Cut the blocks that `mask_map` shows out of one value per block.
 
     Args:
-        values: Numbers or booleans, ordered as `pattern.to_blocks` orders blocks.
+        values: One per block, ordered as `to_blocks` orders blocks.
         filters: Output dimension of the weight.
-        rows: Rows at most.
-        columns: Columns at most.
+        m: Weights in a block.
+        rows: As in `mask_map`.
+        columns: As in `mask_map`.
 
     Returns:
-        Means of equally large patches of blocks; those at the right and the lower edge may be smaller.
+        A row for each filter; the block in column c covers the positions from c * m on.
 
     Example:
-        >>> block_map(torch.tensor([0, 2, 4, 6, 8, 10]), 2, columns=2)
-        tensor([[ 1.,  4.],
-                [ 7., 10.]])
+        >>> block_map(torch.tensor([0, 2, 4, 6, 8, 10]), 2, 4, columns=11)
+        tensor([[0, 2],
+                [6, 8]])
     """
-    grid = values.float().view(filters, -1)
-    return functional.avg_pool2d(grid[None], patch(grid.shape, rows, columns), ceil_mode=True)[0]
-
-
-def patch(shape: Sequence[int], rows: int, columns: int) -> tuple[int, int]:
-    """Filters and blocks that a cell of `block_map` stands for.
-
-    Args:
-        shape: Filters, and blocks of each.
-        rows: Rows at most.
-        columns: Columns at most.
-
-    Returns:
-        Filters, blocks.
-
-    Example:
-        >>> patch((512, 60), rows=32, columns=64)
-        (16, 1)
-    """
-    return -(-shape[0] // rows), -(-shape[1] // columns)
+    return values.view(filters, -1)[:rows, : max(1, columns // m)].clone()
 
 
 def changes(
@@ -129,23 +116,3 @@ def mask_title(label: str, pattern: NMPattern, size: Sequence[int], shown: Seque
         for whole, part in zip(size, shown, strict=True)
     ]
     return f"{label}, {pattern}: {parts[0]} filters x {parts[1]} input positions"
-
-
-def block_title(label: str, size: Sequence[int], shown: Sequence[int]) -> str:
-    """Say what a cell of a map of blocks stands for.
-
-    Args:
-        label: Name of the layer.
-        size: Filters of the layer, and blocks of each.
-        shown: Rows and columns of the map.
-
-    Returns:
-        A title.
-
-    Example:
-        >>> block_title("conv1", (512, 72), (32, 36))
-        'conv1: 512 filters x 72 blocks; a cell is the mean of 16 x 2'
-    """
-    cell = patch(size, *shown)
-    text = f"{label}: {size[0]:,} filters x {size[1]:,} blocks"
-    return text if cell == (1, 1) else f"{text}; a cell is the mean of {cell[0]} x {cell[1]}"

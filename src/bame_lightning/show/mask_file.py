@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from bame_lightning.checkpoints.replacing import replacing
@@ -20,7 +20,9 @@ from bame_lightning.show.maps import block_map, mask_map
 from bame_lightning.weights.layers import SparseWeight
 
 FILE = "snapshots.npz"
-_VERSION = 1
+_VERSION = 2
+MOST = 32
+"""Oscillations of a block that are told apart; blocks of more are counted with these."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,52 @@ class LayerMaps:
 
     Args:
         mask: As `maps.mask_map` makes it.
-        oscillations: Oscillations so far, as `maps.block_map` makes them; None where a method does not count them.
-        frozen: Share of frozen blocks, alike.
+        oscillations: Oscillations so far of the blocks of the map; None where a method does not count them.
+        frozen: Whether they are frozen; None where nothing freezes.
+        tally: How many blocks of the whole layer have oscillated 0, 1, 2, ... times, the last one `MOST` times or more.
     """
 
     mask: Bool[Tensor, "filters positions"]
-    oscillations: Float[Tensor, "rows columns"] | None = None
-    frozen: Float[Tensor, "rows columns"] | None = None
+    oscillations: Int[Tensor, "filters columns"] | None = None
+    frozen: Bool[Tensor, "filters columns"] | None = None
+    tally: Int[Tensor, " times"] | None = None
+
+
+@dataclass
+class Trace:
+    """What one block has kept, adaptation by adaptation.
+
+    Args:
+        label: Name of the layer.
+        filter: Filter that the block belongs to.
+        block: Its number within the filter.
+        since: Adaptations done when the trace begins.
+        oscillations: Oscillations of the block when it was last looked at.
+        kept: The mask of the block after `since`, `since` + 1, ... adaptations.
+    """
+
+    label: str
+    filter: int
+    block: int
+    since: int
+    oscillations: int
+    kept: Bool[Tensor, "times m"]
+
+    @property
+    def title(self) -> str:
+        """Which block it is, and how often it oscillated, for people."""
+        times = "once" if self.oscillations == 1 else f"{self.oscillations:,} times"
+        return f"{self.label}, filter {self.filter:,}, block {self.block:,}: oscillated {times}"
+
+    @property
+    def changes(self) -> int:
+        """How often the mask of the block has changed in the trace."""
+        return int((self.kept[1:] ^ self.kept[:-1]).any(-1).sum())
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Which block it is."""
+        return self.label, self.filter, self.block
 
 
 @dataclass
@@ -71,12 +112,14 @@ class Snapshots:
         steps: Optimizer steps done at each snapshot.
         adaptations: Adaptations of the masks done; None where a method has no schedule.
         maps: For each snapshot the maps of all layers.
+        traces: The blocks that oscillated most.
     """
 
     layers: list[Layer] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     adaptations: list[int | None] = field(default_factory=list)
     maps: list[list[LayerMaps]] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
 
     def add(self, steps: int, adaptations: int | None, maps: list[LayerMaps]) -> None:
         """Append a snapshot, in place of one after as many steps."""
@@ -92,12 +135,13 @@ class Snapshots:
             del values[count:]
 
     def to_bytes(self) -> bytes:
-        """Contents of a compressed npz file: masks as bits, block maps in half precision."""
+        """Contents of a compressed npz file, masks as bits."""
         head = {
             "version": _VERSION,
             "steps": self.steps,
             "adaptations": self.adaptations,
             "layers": [vars(layer) for layer in self.layers],
+            "traces": [{**vars(trace), "kept": list(trace.kept.shape)} for trace in self.traces],
         }
         arrays: dict[str, Any] = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
         for index, _ in enumerate(self.layers):
@@ -107,17 +151,18 @@ class Snapshots:
             masks = torch.stack([one.mask for one in maps]).numpy()
             arrays[f"shape/{index}"] = np.array(masks.shape)
             arrays[f"mask/{index}"] = np.packbits(masks)
-            for name in ("oscillations", "frozen"):
+            for name in _OF_BLOCKS:
                 found = [getattr(one, name) for one in maps]
                 if all(values is not None for values in found):
-                    arrays[f"{name}/{index}"] = torch.stack(found).numpy().astype(np.float16)
+                    arrays[f"{name}/{index}"] = torch.stack(found).numpy()
+        arrays |= {f"trace/{index}": np.packbits(trace.kept.numpy()) for index, trace in enumerate(self.traces)}
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, contents: bytes) -> Snapshots:
-        """Undo `to_bytes`, but for the precision.
+        """Undo `to_bytes`.
 
         Raises:
             ValueError: If the contents are something else.
@@ -137,12 +182,26 @@ class Snapshots:
         found.maps = [[] for _ in found.steps]
         for index in range(len(found.layers) if found.steps else 0):
             shape = arrays[f"shape/{index}"]
-            masks = np.unpackbits(arrays[f"mask/{index}"], count=int(shape.prod())).reshape(shape).astype(bool)
-            blocks = [arrays.get(f"{name}/{index}") for name in ("oscillations", "frozen")]
+            masks = _bits(arrays[f"mask/{index}"], shape.tolist())
+            blocks = {name: arrays[f"{name}/{index}"] for name in _OF_BLOCKS if f"{name}/{index}" in arrays}
             for time, maps in enumerate(found.maps):
-                rest = [None if all_ is None else torch.from_numpy(all_[time].astype(np.float32)) for all_ in blocks]
-                maps.append(LayerMaps(torch.from_numpy(masks[time]), *rest))
+                rest = {name: torch.from_numpy(values[time]) for name, values in blocks.items()}
+                maps.append(LayerMaps(masks[time], **rest))
+        for index, trace in enumerate(head["traces"]):
+            found.traces.append(Trace(**{**trace, "kept": _bits(arrays[f"trace/{index}"], trace["kept"])}))
         return found
+
+
+_OF_BLOCKS = ("oscillations", "frozen", "tally")
+
+
+def _bits(packed: Any, shape: Sequence[int]) -> Bool[Tensor, ...]:
+    return torch.from_numpy(np.unpackbits(packed, count=int(np.prod(shape))).reshape(shape).astype(bool))
+
+
+def most_restless(traces: Sequence[Trace], at_most: int = 8) -> list[Trace]:
+    """Choose the blocks that oscillated most, of those of one number the ones of which most was seen."""
+    return sorted(traces, key=lambda trace: (-trace.oscillations, -trace.changes))[:at_most]
 
 
 def layer_of(sparse: SparseWeight, *, freezes: bool) -> Layer:
@@ -166,9 +225,10 @@ def layer_maps(
     Returns:
         Maps in main memory.
     """
-    filters = len(sparse.kept)
-    blocks = [None if values is None else block_map(values, filters).cpu() for values in (oscillations, frozen)]
-    return LayerMaps(mask_map(sparse.kept, sparse.pattern.m).cpu(), *blocks)
+    filters, m = len(sparse.kept), sparse.pattern.m
+    blocks = [None if values is None else block_map(values, filters, m).cpu() for values in (oscillations, frozen)]
+    tally = None if oscillations is None else oscillations.clamp_max(MOST).bincount(minlength=MOST + 1).cpu()
+    return LayerMaps(mask_map(sparse.kept, m).cpu(), *blocks, tally)
 
 
 def read_snapshots(folder: Path) -> Snapshots | None:

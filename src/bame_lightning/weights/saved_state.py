@@ -14,7 +14,7 @@ from bame_lightning.weights.layers import LayerPlan, SparseWeight
 
 VERSION_KEY = "nm_sparsity_version"
 """Key in a callback's state that marks it as one of sparse weights."""
-STATE_VERSION = 5
+STATE_VERSION = 6
 """Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 AUDITABLE = range(1, STATE_VERSION + 1)
 """Versions that name layers, patterns and masks as this one does; what evolves beside them has changed."""

@@ -7,6 +7,7 @@ import io
 from itertools import groupby
 
 from bame_lightning.show.compare.rows import BITS_PER_BYTE, Comparison, Row
+from bame_lightning.show.numbers import flops as in_words
 
 _COLUMNS = (
     *("data", "model", "recipe", "pattern", "method", "settings", "seeds"),
@@ -138,7 +139,7 @@ def _cells(row: Row, baseline: str | None) -> list[str]:
         str(len(row.runs)),
         f"{scale * mean:.{digits}f}" + ("" if deviation is None else f" ± {scale * deviation:.{digits}f}"),
         "" if row.loss is None else f"{row.loss:.4f}",
-        "" if total is None else f"{total:.3g}",
+        "" if total is None else in_words(total),
         "" if dense is None else f"{dense:.3f}",
         "" if sr_ste is None else f"{sr_ste:.3f}",
     ]

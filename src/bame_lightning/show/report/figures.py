@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import floor, log10
 from typing import Any
 
+from bame_lightning.show.numbers import flops as in_words
 from bame_lightning.show.report.logs import Log, Series, thinned_together
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -29,7 +31,7 @@ class Figure:
 
     Args:
         name: Short name, unique on the page.
-        title: For people.
+        title: The question that it answers.
         note: What it shows, and how to read it.
         data: Plotly's traces.
         layout: Plotly's layout, over that of the page.
@@ -76,11 +78,17 @@ def axis(title: str, *, share: bool = False, **more: Any) -> dict[str, Any]:
 def quality(log: Log) -> Iterator[Figure]:
     """Loss, and accuracy or bits per byte, over training."""
     notes = {
-        "loss": "Mean over an epoch of training, over the validation set at its end; the star is the final test.",
-        "accuracy": "Share of right answers: over an epoch of training, in validation at its end, in the final test (star).",
-        "bits_per_byte": "Of text; fewer are better.",
+        "loss": (
+            "Does the loss fall?",
+            "Mean over an epoch of training, and over the validation set at its end; the star is the final test.",
+        ),
+        "accuracy": (
+            "How many answers are right?",
+            "Share of right answers in an epoch of training, in validation at its end, and in the final test (star).",
+        ),
+        "bits_per_byte": ("How well is text predicted?", "Bits for each byte of text; fewer are better."),
     }
-    for metric, note in notes.items():
+    for metric, (title, note) in notes.items():
         traces = [
             line(name, log[f"{stage}/{metric}"], colour)
             for stage, name, colour in (("train", "training", BLUE), ("val", "validation", ORANGE))
@@ -90,39 +98,32 @@ def quality(log: Log) -> Iterator[Figure]:
             star = {"color": BLACK, "size": 12, "symbol": "star"}
             traces.append(line("test", test, BLACK, mode="markers", marker=star))
         if traces:
-            title = metric.replace("_", " ")
-            yield Figure(metric, title.capitalize(), note, traces, {"yaxis": axis(title, share=metric == "accuracy")})
+            layout = {"yaxis": axis(metric.replace("_", " "), share=metric == "accuracy")}
+            yield Figure(metric, title, note, traces, layout)
 
 
-def evolution(log: Log) -> Iterator[Figure]:
-    """What happens to masks, over all layers and by layer."""
+def masks(log: Log) -> Iterator[Figure]:
+    """When masks change, and what is left of the first ones."""
     if flips := log["bame/flip_rate"]:
-        note = "Share of mask positions that the latest adaptation changed; a swap changes two."
-        yield _by_layer("flip_rate", "Mask changes", note, flips, log.layers("flip_rate"), "positions changed")
-    if frequency := log["bame/oscillation_frequency"]:
-        layers = log.layers("oscillation_frequency")
         note = (
-            "A block oscillates when an adaptation revives a weight that an earlier one pruned. Frequency: oscillations so "
-            "far / adaptations so far, mean over blocks."
+            "Share of mask positions that the latest adaptation changed; a swap changes two. The axis is logarithmic."
         )
-        yield _by_layer("oscillation", "Oscillation over time", note, frequency, layers, "oscillation frequency")
-        if layers:
-            yield _final_bars(layers)
-    if frozen := log["bame/frozen_fraction"]:
-        note = "Share of blocks whose mask is final because they oscillated too often."
-        if not any(frozen.values):
-            note += (
-                " None froze in this run: freezing is off (method.freeze_after=null), or no block oscillated enough."
-            )
-        yield _by_layer("frozen", "Frozen blocks", note, frozen, log.layers("frozen_fraction"), "frozen blocks")
+        rates = log.layers("flip_rate")
+        yield by_layer("flip_rate", "When do masks change?", note, flips, rates, "positions changed", logarithmic=True)
     if survival := log["bame/survival"]:
         note = "Share of the positions kept by the first mask that are kept now."
         layout = {"yaxis": axis("still kept", share=True)}
-        yield Figure("survival", "What is left of the first mask", note, [line("all layers", survival, BLACK)], layout)
-    if ages := log["bame/mask_age"]:
-        note = "Adaptations since the mask of a block last changed, or all so far: mean over blocks."
-        layout = {"yaxis": axis("adaptations", rangemode="tozero")}
-        yield Figure("mask_age", "Age of masks", note, [line("all layers", ages, BLACK)], layout)
+        title = "How much of the first mask is left?"
+        yield Figure("survival", title, note, [line("all layers", survival, BLACK)], layout)
+
+
+def freezing(log: Log) -> Iterator[Figure]:
+    """How many blocks are frozen, where any is."""
+    frozen = log["bame/frozen_fraction"]
+    if any(frozen.values):
+        note = "Share of blocks whose mask is final because they oscillated too often."
+        layers = log.layers("frozen_fraction")
+        yield by_layer("frozen", "How many blocks are frozen?", note, frozen, layers, "frozen blocks")
 
 
 def cost(log: Log) -> Iterator[Figure]:
@@ -135,12 +136,23 @@ def cost(log: Log) -> Iterator[Figure]:
         reference = referred(total, log[f"flops/train_vs_{key}"])
         if reference:
             traces.append(line(name, reference, colour, line={"dash": dash}))
+    for trace in traces:
+        trace["text"] = [None if value is None else in_words(value) for value in trace["y"]]
+        trace["hovertemplate"] = "%{text}<extra>%{fullData.name}</extra>"
     note = (
-        "Counted, not executed: two per multiply-add that the method needs. Dense and SR-STE: the same network for as many "
-        "steps."
+        "FLOPs so far, counted, not executed: two for each multiply-add that the method needs. Dense and SR-STE: the same "
+        "network for as many steps."
     )
-    layout = {"yaxis": axis("FLOPs so far", tickformat=".3~e", rangemode="tozero")}
-    yield Figure("flops", "Training FLOPs", note, traces, layout)
+    top = max(value for trace in traces for value in trace["y"] if value is not None)
+    yield Figure("flops", "What does training cost?", note, traces, {"yaxis": _flops_axis(top)})
+
+
+def _flops_axis(top: float) -> dict[str, Any]:
+    """An axis from zero whose ticks are round numbers in words."""
+    power = 10.0 ** floor(log10(top / 4))
+    stride = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= top / 5)
+    values = [stride * count for count in range(floor(top / stride) + 1)]
+    return axis("", tickvals=values, ticktext=[in_words(value) for value in values], range=[0, 1.05 * top])
 
 
 def referred(total: Series, ratio: Series) -> Series:
@@ -166,45 +178,53 @@ def referred(total: Series, ratio: Series) -> Series:
     return Series([step for step, _ in found], [value for _, value in found])
 
 
-def _final_bars(layers: Mapping[str, Series]) -> Figure:
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "x": [series.last for series in layers.values()],
-        "y": list(range(len(layers))),
-        "customdata": list(layers),
-        "hovertemplate": "%{customdata}: %{x:.4~%}<extra></extra>",
-        "marker": {"color": BLUE},
-    }
-    layout = {
-        "xaxis": axis("oscillation frequency", share=True, rangemode="tozero", nticks=5),
-        "yaxis": _rows(list(layers)),
-        "height": 130 + 20 * max(5, len(layers)),
-        "bargap": 0.25 if len(layers) > 3 else 0.6,
-    }
-    note = "Oscillation frequency at the end, mean over the blocks of a layer; the network's first layer on top."
-    wide = len(layers) > _LINES
-    return Figure("oscillation_at_end", "Which layers oscillate", note, [bars], layout, wide=wide)
+def by_layer(
+    name: str,
+    title: str,
+    note: str,
+    whole: Series,
+    layers: Mapping[str, Series],
+    unit: str,
+    *,
+    logarithmic: bool = False,
+) -> Figure:
+    """Draw a share of all layers as a line, and each layer as another, or as a row of a heat map where there are many.
 
+    Args:
+        name: As in `Figure`.
+        title: As in `Figure`.
+        note: As in `Figure`.
+        whole: The share over all layers.
+        layers: The same by layer.
+        unit: What it is a share of.
+        logarithmic: Whether the axis, and the colours, are logarithmic; zeros leave gaps.
 
-def _by_layer(name: str, title: str, note: str, whole: Series, layers: Mapping[str, Series], unit: str) -> Figure:
-    """A line over all layers, and one for each where there are few; else a row of a heat map for each."""
-    everything = line("all layers", whole, BLACK, line={"width": 3})
-    layout: dict[str, Any] = {"yaxis": axis(unit, share=True, rangemode="tozero")}
+    Returns:
+        The figure.
+    """
+    # A single point between two zeros would leave no line.
+    marks = {"mode": "lines+markers", "marker": {"size": 3}} if logarithmic else {}
+    everything = line("all layers", whole, BLACK, line={"width": 3}, **marks)
+    top = max((value for series in (whole, *layers.values()) for value in series.values if value), default=1.0)
+    scale = {"type": "log"} if logarithmic else {"range": [0, 1.05 * top]}
+    layout: dict[str, Any] = {"yaxis": axis(unit, share=True, **scale)}
     labels = short(list(layers))
     if len(layers) <= _LINES:
         colours = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
         lines = [
-            line(label, series, colour, line={"width": 1.5})
+            line(label, series, colour, line={"width": 1.5}, **marks)
             for label, series, colour in zip(labels, layers.values(), colours, strict=False)
         ]
         return Figure(name, title, note, [*lines, everything], layout)
-    steps, rows = thinned_together(layers, _CELLS)
+    steps, values = thinned_together(layers, _CELLS)
     heat: Trace = {
         "type": "heatmap",
         "x": steps,
         "y": list(range(len(labels))),
-        "z": rows,
+        "z": values,
+        "zmin": 0,
+        "zmax": top,
+        "logarithmic": logarithmic,  # the page colours by powers of ten then
         "rownames": list(layers),  # for people who point at a cell; the page puts them there
         "colorscale": "Viridis",
         "hovertemplate": "%{text}, step %{x}: %{z:.4~%}<extra></extra>",
@@ -216,15 +236,15 @@ def _by_layer(name: str, title: str, note: str, whole: Series, layers: Mapping[s
     layout = {
         "xaxis": {"anchor": "y2"},
         "yaxis": layout["yaxis"] | {"domain": [share + 0.04, 1.0]},
-        "yaxis2": _rows(list(layers)) | {"domain": [0.0, share]},
+        "yaxis2": rows(list(layers)) | {"domain": [0.0, share]},
         "height": 110 + height + 190,
     }
     note = f"{note} A line over all layers, and a row for each."
     return Figure(name, title, note, [everything, heat], layout, wide=True)
 
 
-def _rows(names: Sequence[str]) -> dict[str, Any]:
-    """An axis with a row for each layer, the first on top."""
+def rows(names: Sequence[str]) -> dict[str, Any]:
+    """Describe an axis with a row for each layer, the first on top."""
     return {
         "tickvals": list(range(len(names))),
         "ticktext": short(names),

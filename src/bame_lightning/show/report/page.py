@@ -40,11 +40,13 @@ class Section:
         title: For people.
         figures: Its plots.
         tables: Its tables.
+        maps: Whether the maps of masks follow.
     """
 
     title: str
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...] = ()
+    maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,23 @@ class Report:
 
     Args:
         title: For people.
-        facts: Names and values to show first.
+        headline: What came out, in sentences.
+        facts: Names and values that follow.
         notes: What a reader has to know.
         sections: From top to bottom.
         maps: Maps of masks over time, in plain types.
         explanation: How to read the tables.
+        made: How it can be made again: names and values, one of several lines folded.
     """
 
     title: str
+    headline: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     sections: tuple[Section, ...]
     maps: dict[str, Any] | None = None
     explanation: str = ""
+    made: tuple[tuple[str, str], ...] = ()
 
 
 def page(report: Report) -> str:
@@ -112,6 +118,8 @@ def _plotly() -> str:
 
 def _body(report: Report) -> list[str]:
     lines = [f"<h1>{html.escape(report.title)}</h1>"]
+    if report.headline:
+        lines.append(f'<p class="headline">{" ".join(map(html.escape, report.headline))}</p>')
     if report.facts:
         facts = "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in report.facts)
         lines.append(f'<dl class="facts">{facts}</dl>')
@@ -125,13 +133,21 @@ def _body(report: Report) -> list[str]:
         lines.append("</div>")
         lines += [_table(table) for table in section.tables]
         lines.append("</section>")
-        if section.title == "Masks" and report.maps:
+        if section.maps:
             lines.append(files("bame_lightning.show.report").joinpath("maps.html").read_text())
-    if report.maps and not any(section.title == "Masks" for section in report.sections):
-        lines.append(files("bame_lightning.show.report").joinpath("maps.html").read_text())
     if report.explanation:
         lines.append(f"<p>{html.escape(report.explanation)}</p>")
+    if report.made:
+        rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{_made(value)}</dd></div>" for name, value in report.made)
+        lines.append(f'<section><h2>How this was made</h2><dl class="made">{rows}</dl></section>')
     return lines
+
+
+def _made(value: str) -> str:
+    text = html.escape(value)
+    if "\n" not in value:
+        return f"<code>{text}</code>"
+    return f"<details><summary>{value.count(chr(10)) + 1} values</summary><pre>{text}</pre></details>"
 
 
 def _figure(figure: Figure) -> str:
@@ -150,4 +166,6 @@ def _table(table: Table) -> str:
         return f"<tr>{inside}</tr>"
 
     head, body = row("th", table.names), "".join(row("td", cells) for cells in table.rows)
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    # The stylesheet shades an edge beyond which the table goes on; the script says so below.
+    hint = '<p class="more" hidden>The table goes on to the right →</p>'
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{hint}'

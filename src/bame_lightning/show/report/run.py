@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.show.find_runs import read_summary
-from bame_lightning.show.maps import CHANGES, block_title, mask_title, patch
+from bame_lightning.show.maps import CHANGES, COUNTS, FROZEN, NOTHING, mask_title
 from bame_lightning.show.mask_file import Layer, LayerMaps, Snapshots, read_snapshots
-from bame_lightning.show.report.figures import cost, evolution, quality, short
+from bame_lightning.show.report.figures import cost, freezing, masks, quality, short
 from bame_lightning.show.report.logs import read_log
+from bame_lightning.show.report.oscillation import oscillation
 from bame_lightning.show.report.page import Report, Section
-
-_DIGITS = 4
-"""Significant digits of a mean over blocks, about what snapshots hold."""
+from bame_lightning.show.report.story import headline, made
 
 
 def run_report(folder: Path) -> Report:
@@ -44,49 +44,39 @@ def run_report(folder: Path) -> Report:
     notes = [] if summary else ["This run has no summary.json: it is going on, or was cut off."]
     if summary.get("warning"):
         notes.append(str(summary["warning"]))
-    sections = [
-        Section("Quality", tuple(quality(log))),
-        Section("Masks", tuple(evolution(log))),
-        Section("Cost", tuple(cost(log))),
-    ]
     dense = bool(summary) and summary.get("pattern") is None
     if (snapshots is None or not snapshots.steps) and not dense:
         notes.append(
             "No maps of masks: the run recorded no snapshots (they come with callbacks=default, for sparse methods)."
         )
+    taken = snapshots if snapshots is not None and snapshots.steps else None
+    sections = [
+        Section("Quality", tuple(quality(log))),
+        Section("Masks", (*masks(log), *oscillation(log, taken), *freezing(log)), maps=taken is not None),
+        Section("Cost", tuple(cost(log))),
+    ]
     return Report(
         title=f"{title} on {about}" if about else title,
+        headline=tuple(headline(summary)),
         facts=tuple(_facts(summary)),
         notes=tuple(notes),
-        sections=tuple(section for section in sections if section.figures),
-        maps=_maps(snapshots) if snapshots is not None and snapshots.steps else None,
+        sections=tuple(section for section in sections if section.figures or section.maps),
+        maps=None if taken is None else _maps(taken),
+        made=tuple(made(summary, folder)),
     )
 
 
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for stage in ("test", "val"):
-        if summary.get(f"{stage}_bits_per_byte") is not None:
-            yield f"{stage} bits per byte", f"{summary[f'{stage}_bits_per_byte']:.4f}"
-        elif summary.get(f"{stage}_accuracy") is not None:
-            yield f"{stage} accuracy", f"{summary[f'{stage}_accuracy']:.2%}"
-    flops = summary.get("flops") or {}
-    if flops.get("flops/train_total"):
-        yield "training FLOPs", f"{flops['flops/train_total']:.3g}"
-        for key, name in (("dense", "dense"), ("sr_ste", "SR-STE")):
-            if flops.get(f"flops/train_vs_{key}"):
-                yield f"of {name}'s FLOPs", f"{flops[f'flops/train_vs_{key}']:.1%}"
     sparse = summary.get("sparse") or {}
+    if "adaptations" in sparse:
+        yield "adaptations of the masks", f"{sparse['adaptations']:,}"
     if "flips" in sparse:
         yield "mask positions changed", f"{sparse['flips']:,}"
-    if "adaptations" in sparse:
-        yield "adaptations", f"{sparse['adaptations']:,}"
+    if "survival" in sparse:
+        yield "first mask still kept", f"{sparse['survival']:.1%}"
     if "frozen_fraction" in sparse:
-        yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
-    if "compliant" in summary:
-        bad = sum(layer["violations"] for layer in summary["layers"])
-        yield "compliance", "every block obeys" if summary["compliant"] else f"{bad:,} blocks VIOLATE"
-    if "seed" in summary:
-        yield "seed", str(summary["seed"])
+        yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}" if sparse["frozen_fraction"] else "none"
+    if "epochs" in summary:
         yield "length", f"{summary['epochs']} epochs, {summary['steps']:,} steps"
         yield "wall time", f"{summary['wall_seconds']:,.0f} s"
 
@@ -94,7 +84,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _maps(snapshots: Snapshots) -> dict[str, Any]:
     """Put snapshots into plain types.
 
-    Masks are hexadecimal digits, four positions each in row-major order; values of blocks are lists of rows.
+    Masks are hexadecimal digits, four positions each in row-major order; what is known of blocks are lists of rows.
     """
     layers = []
     for index, (layer, name) in enumerate(
@@ -105,6 +95,7 @@ def _maps(snapshots: Snapshots) -> dict[str, Any]:
         "steps": snapshots.steps,
         "adaptations": snapshots.adaptations,
         "changes": [{"label": label, "colour": colour} for label, colour in CHANGES],
+        "colours": {"nothing": NOTHING, "counts": list(COUNTS), "frozen": FROZEN},
         "layers": layers,
     }
 
@@ -120,14 +111,17 @@ def _layer(layer: Layer, maps: list[LayerMaps]) -> dict[str, Any]:
     }
     for key in ("oscillations", "frozen"):
         values = [getattr(one, key) for one in maps]
-        if values[0] is not None:
-            size = (layer.filters, layer.positions // layer.m)
-            found[f"{key}_title"] = block_title(layer.label, size, values[0].shape)
-            found[f"{key}_cell"] = list(patch(size, *values[0].shape))
-            found[key] = [[[_rounded(cell) for cell in row] for row in one.tolist()] for one in values]
+        if all(value is not None for value in values):
+            found[key] = [value.int().tolist() for value in values]
+    if "frozen" in found and not any(maps_.frozen.any() for maps_ in maps if maps_.frozen is not None):
+        del found["frozen"]  # nothing to see
+    tallies = [one.tally for one in maps if one.tally is not None]
+    if tallies:
+        found["told"] = [_told(tally) for tally in tallies]
     return found
 
 
-def _rounded(value: float) -> float | int:
-    rounded = float(f"{value:.{_DIGITS}g}")
-    return int(rounded) if rounded.is_integer() else rounded
+def _told(tally: Tensor) -> str:
+    """Say of a whole layer how much it has oscillated, as far as a tally knows."""
+    restless, blocks = int(tally[1:].sum()), int(tally.sum())
+    return f"Of all {blocks:,} blocks of the layer {restless:,} have oscillated."

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import floor, log10
 from pathlib import Path
 from typing import Any
 
-from bame_lightning.show.compare import Comparison, Row, compare_runs, find_runs
+from omegaconf import OmegaConf
+
+from bame_lightning.show.compare import Comparison, Row, Run, compare_runs, find_runs
+from bame_lightning.show.compare.rows import BITS_PER_BYTE
 from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
-from bame_lightning.show.report.figures import COLOURS, Figure, axis
+from bame_lightning.show.find_runs import read_summary
+from bame_lightning.show.numbers import flops as in_words
+from bame_lightning.show.report.figures import COLOURS, Figure, Trace, axis
 from bame_lightning.show.report.page import Report, Section, Table
 
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -43,6 +48,7 @@ def sweep_report(folder: Path, baseline: str | None = None) -> Report:
     count = len(runs)
     return Report(
         title=f"Sweep {folder.resolve().name}",
+        headline=tuple(sentence for task in tasks(comparison) for sentence in _headline(*task)),
         facts=(
             ("finished runs", f"{count:,}"),
             ("methods", ", ".join(colours)),
@@ -51,7 +57,37 @@ def sweep_report(folder: Path, baseline: str | None = None) -> Report:
         notes=(*comparison.notes, *missing),
         sections=tuple(sections),
         explanation=explanation(comparison),
+        made=tuple(_made(folder, runs)),
     )
+
+
+def _headline(task: str, rows: list[Row]) -> Iterator[str]:
+    """Say which row of a task has the best mean, and which is cheapest."""
+    metric = rows[0].metric
+    best = (min if metric is BITS_PER_BYTE else max)(rows, key=lambda row: row.value[0])
+    value, spread = best.value
+    shown = f"{metric.scale * value:.{metric.digits}f}"
+    shown += "" if spread is None else f" ± {metric.scale * spread:.{metric.digits}f}"
+    extreme = "fewest" if metric is BITS_PER_BYTE else "highest"
+    yield f"{task}: {best.label} has the {extreme} {metric.title} in the test, {shown}{'%' * (metric.scale == 100)}."
+    counted = [(cost, row) for row in rows if (cost := row.flops(_FLOPS))]
+    if counted:
+        cost, cheapest = min(counted, key=lambda pair: pair[0])
+        yield f"{cheapest.label} costs least ({in_words(cost)} of training)."
+
+
+def _made(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    """Say how the sweep can be made again."""
+    hydra = folder / "multirun.yaml"
+    task = OmegaConf.select(OmegaConf.load(hydra), "hydra.overrides.task") if hydra.is_file() else None
+    if task:
+        yield "command", " ".join(["bame-train -m", *map(str, task)])
+    yield "seeds", ", ".join(map(str, sorted({run.seed for run in runs})))
+    provenance = [found for run in runs if (found := (read_summary(folder / run.folder) or {}).get("provenance"))]
+    if provenance:
+        yield "dates", " to ".join(sorted({min(p["date"] for p in provenance), max(p["date"] for p in provenance)}))
+        told = {", ".join(f"{name} {version}" for name, version in p["versions"].items()) for p in provenance}
+        yield "versions", "; ".join(sorted(told))
 
 
 def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[str, str]) -> Figure:
@@ -80,13 +116,27 @@ def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[s
             }
         )
     x: dict[str, Any] = axis("pattern (FLOPs were not counted)", type="category")
-    note = "Mean over seeds; bars are the sample standard deviation. A colour is a method, a shape a pattern: "
-    note += ", ".join(f"{_MARKS[symbols[p]]} {p}" for p in dict.fromkeys(row.pattern or "dense" for row in rows)) + "."
+    traces += [_entry(pattern, symbols[pattern]) for pattern in dict.fromkeys(row.pattern or "dense" for row in rows)]
+    note = "A colour is a method, a shape a pattern. Mean over seeds; bars are the sample standard deviation."
     if counted:
-        x = _log_axis("training FLOPs (counted, not executed; log scale)", [row.flops(_FLOPS) or 1.0 for row in rows])
-    layout = {"xaxis": x, "yaxis": axis(f"test {metric.title}", share=metric.scale == 100), "height": 440}
+        x = _log_axis("training FLOPs (log scale)", [row.flops(_FLOPS) or 1.0 for row in rows])
+    layout = {"xaxis": x, "yaxis": axis(f"test {metric.title}", share=metric.scale == 100), "height": 440, "tall": 90}
     layout["hovermode"] = "closest"
-    return Figure(name, f"Test {metric.title} against training FLOPs", note, traces, layout, wide=True)
+    title = f"How much test {metric.title} for how much training?"
+    return Figure(name, title, note, traces, layout, wide=True)
+
+
+def _entry(pattern: str, symbol: str) -> Trace:
+    """An entry of the legend, without a point: points have the colour of their method."""
+    return {
+        "type": "scatter",
+        "name": pattern,
+        "mode": "markers",
+        "x": [None],
+        "y": [None],
+        "hoverinfo": "skip",
+        "marker": {"size": 10, "symbol": symbol, "color": "#777777"},
+    }
 
 
 def _log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
@@ -98,11 +148,11 @@ def _log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     ends = [log10(low) - margin, log10(high) + margin]
     ticks = [(digit, power) for power in exponents for digit in digits]
     ticks = [tick for tick in ticks if ends[0] <= log10(tick[0]) + tick[1] <= ends[1]]
-    values, labels = [digit * 10.0**power for digit, power in ticks], [f"{digit}e{power}" for digit, power in ticks]
+    values, labels = (
+        [digit * 10.0**power for digit, power in ticks],
+        [in_words(digit * 10.0**power) for digit, power in ticks],
+    )
     return axis(title, type="log", range=ends, tickvals=values, ticktext=labels)
-
-
-_MARKS = dict(zip(_SYMBOLS, "●■▲◆▼✚✖★", strict=True))
 
 
 def _table(rows: list[Row], comparison: Comparison) -> Table:

@@ -1,0 +1,34 @@
+"""Numbers as people say them."""
+
+from __future__ import annotations
+
+_PREFIXES = ("", "K", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+def flops(value: float) -> str:
+    """Say a number of FLOPs in three digits.
+
+    Args:
+        value: Floating-point operations, not negative.
+
+    Returns:
+        The number with the prefix of its thousands.
+
+    Example:
+        >>> flops(23_700_000_000), flops(999_600), flops(4.1e18), flops(0)
+        ('23.7 GFLOPs', '1 MFLOPs', '4.1 EFLOPs', '0 FLOPs')
+    """
+    place = 0
+    while value >= 999.5 and place < len(_PREFIXES) - 1:
+        value, place = value / 1000, place + 1
+    return f"{value:.3g} {_PREFIXES[place]}FLOPs"
+
+
+def times(count: int) -> str:
+    """Say how often.
+
+    Example:
+        >>> times(1), times(2), times(1234)
+        ('once', 'twice', '1,234 times')
+    """
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
