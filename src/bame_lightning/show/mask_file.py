@@ -186,7 +186,7 @@ class Snapshots:
             blocks = {name: arrays[f"{name}/{index}"] for name in _OF_BLOCKS if f"{name}/{index}" in arrays}
             for time, maps in enumerate(found.maps):
                 rest = {name: torch.from_numpy(values[time]) for name, values in blocks.items()}
-                maps.append(LayerMaps(masks[time], **rest))
+                maps.append(LayerMaps(mask=masks[time], **rest))
         for index, trace in enumerate(head["traces"]):
             found.traces.append(Trace(**{**trace, "kept": _bits(arrays[f"trace/{index}"], trace["kept"])}))
         return found
@@ -226,9 +226,9 @@ def layer_maps(
         Maps in main memory.
     """
     filters, m = len(sparse.kept), sparse.pattern.m
-    blocks = [None if values is None else block_map(values, filters, m).cpu() for values in (oscillations, frozen)]
+    cut = [None if values is None else block_map(values, filters, m).cpu() for values in (oscillations, frozen)]
     tally = None if oscillations is None else oscillations.clamp_max(MOST).bincount(minlength=MOST + 1).cpu()
-    return LayerMaps(mask_map(sparse.kept, m).cpu(), *blocks, tally)
+    return LayerMaps(mask_map(sparse.kept, m).cpu(), cut[0], cut[1], tally)
 
 
 def read_snapshots(folder: Path) -> Snapshots | None:
