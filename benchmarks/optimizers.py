@@ -281,48 +281,68 @@ def main() -> None:
 
 HEAD = """# Optimizers
 
-Every optimizer that these libraries publish, under `BAMECallback("2:4")` with masks that adapt every other step: a network of
-two convolutions and three linear layers, 24 steps. *Trains* means that every step was counted, every block obeyed after every
-step, and state that holds one value per weight was at rest where weights are pruned. What does not train alone in this test,
-without the callback, is listed last.
+After this page you know whether your optimizer works with N:M training here. Every optimizer that these libraries publish was
+tried: `BAMECallback("2:4")`, masks that adapt every other step, a network of two convolutions and three linear layers, 24
+steps.
 
-How state is treated: one value per weight is zeroed where weights are pruned, so that a revived weight starts fresh. What
-does not start at zero *rests* at the constant that the first step leaves where weights are pruned. A copy of the weights
-(*copies*) is zeroed there, too, and starts anew at the revived weight. State in another basis or layout is left alone: a
-matrix factor or a projector beside it gives it away. Codes of quantised optimizers are refused.
-`benchmarks/optimizers.py` writes this page:
+- **Train**: every step was counted, every block obeyed after every step, and state that holds one value per weight was at
+  rest where weights are pruned, so a revived weight starts fresh: at zero, or at the constant after a name (`sum` = 0.1).
+  Other names in code are copies of the weights in the state: a copy starts anew at a revived weight. *Graph*: its gradients
+  keep their graph.
+- **Refused**: fit ends with the message, before anything is trained.
+- **Fail**: open.
+- **Not tried**: these do not train this network alone, without the callback, either.
+
+State in another basis or layout is left alone: a matrix factor or a projector beside it gives it away. Other state that
+nobody recognises is named by a warning or refused.
 
 ```
 python -m benchmarks.optimizers
 ```
 """
+KINDS = {"trains": "Train", "refused": "Refused", "fails": "Fail", "not tried": "Not tried"}
 
 
 def document(rows: list[dict[str, Any]]) -> str:
-    """The page: a summary by library, then a table for each."""
-    parts = [HEAD, "| library | version | train | refused | fail | do not train alone |\n|---|---|---:|---:|---:|---:|"]
-    tables = []
+    """The page: a summary by library, then for each library the optimizers of one outcome in a line."""
+    head = f"| library | version | {' | '.join(KINDS.values()).lower()} |"
+    parts = [HEAD, f"{head}\n|---|---|---:|---:|---:|---:|"]
+    lists = []
     for library in dict.fromkeys(row["library"] for row in rows):
-        own = [row for row in rows if row["library"] == library]
-        count = {
-            what: sum(row["result"] == what for row in own) for what in ("trains", "refused", "fails", "not tried")
-        }
-        parts.append(f"| {library} | {own[0]['version']} | " + " | ".join(map(str, count.values())) + " |")
-        lines = [f"\n## {library}\n\n| optimizer | | one value per weight | copies | remarks |\n|---|---|---|---|---|"]
-        for row in sorted(own, key=lambda row: (row["result"] == "not tried", row["optimizer"].lower())):
-            keys = [", ".join(f"`{key}`" for key in row.get(kind, ())) for kind in ("values", "copies")]
-            remarks = [_cell(row["why"])] if row["why"] else []
-            remarks += ["gradients keep their graph"] if row.get("graph") else []
-            remarks += [f"`{key}` rests at {rest}" for key, rest in row.get("rests", {}).items()]
-            lines.append(f"| {row['optimizer']} | {row['result']} | {keys[0]} | {keys[1]} | {'; '.join(remarks)} |")
-        tables.append("\n".join(lines))
-    return "\n".join(parts) + "\n" + "\n".join(tables) + "\n"
+        own = sorted((row for row in rows if row["library"] == library), key=lambda row: row["optimizer"].lower())
+        count = [sum(row["result"] == kind for row in own) for kind in KINDS]
+        parts.append(f"| {library} | {own[0]['version']} | {' | '.join(map(str, count))} |")
+        lists.append(f"\n## {library}\n")
+        for kind, title in KINDS.items():
+            by_reason: dict[str, list[str]] = {}
+            for row in own:
+                if row["result"] == kind:
+                    by_reason.setdefault(_reason(row), []).append(_name(row))
+            lists += [
+                f"- **{title}**: {', '.join(names)}{f' ({reason})' if reason else ''}"
+                for reason, names in by_reason.items()
+            ]
+    return "\n".join(parts) + "\n" + "\n".join(lists) + "\n"
 
 
-def _cell(text: str, width: int = 300) -> str:
-    """A message that fits into a cell."""
-    line = " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
-    return line if len(line) <= width else line[:width] + " ..."
+def _name(row: dict[str, Any]) -> str:
+    """An optimizer with the copies of weights that it keeps, and the constants at which its state rests."""
+    remarks = [f"`{key}`" for key in row.get("copies", ())] + ["*graph*"] * bool(row.get("graph"))
+    remarks += [f"`{key}` = {rest}" for key, rest in row.get("rests", {}).items()]
+    return " ".join([row["optimizer"], *remarks])
+
+
+def _reason(row: dict[str, Any], words: int = 12) -> str:
+    """Why it does not train: the start of the message, without the name of the optimizer, so that equal reasons are found."""
+    text = (
+        row["why"]
+        .replace(row["optimizer"], "it")
+        .replace("`optimizer` it ", "it ")
+        .replace("|", "/")
+        .replace("<", "&lt;")
+        .split()
+    )
+    return " ".join(text[:words]) + (" …" if len(text) > words else "")
 
 
 if __name__ == "__main__":
