@@ -332,7 +332,7 @@ def _name(row: dict[str, Any]) -> str:
     return " ".join([row["optimizer"], *remarks])
 
 
-def _reason(row: dict[str, Any], words: int = 12) -> str:
+def _reason(row: dict[str, Any], words: int = 9) -> str:
     """Why it does not train: the start of the message, without the name of the optimizer, so that equal reasons are found."""
     text = (
         row["why"]

@@ -56,6 +56,37 @@ def test_fine_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert not torch.equal(sparse, frozen)
 
 
+def test_a_bert_is_fine_tuned_and_served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    names = run("finetune_bert", monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    dense, sparse = (float(accuracy) for accuracy in re.findall(r"test accuracy (\S+)", out))
+    assert min(dense, sparse) > 0.8
+    assert "the served BERT gives the same answers: True" in out
+    state = names["served"].state_dict()
+    assert nonzeros(state["bert.encoder.layer.1.intermediate.dense.weight"], 4) == 2
+    assert nonzeros(state["classifier.weight"], 4) == 4
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        "packed.safetensors",
+        "semi_structured.safetensors",
+    }
+
+
+def test_a_sparse_run_is_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run("continue_sparse_run", monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    # 1,000 samples are 16 batches; of 64 steps 57 are in the window, of which every second adapts.
+    assert "resumed: 64 steps in all, 28 adaptations" in out
+    assert "under the same mask: True" in out
+    moved = float(re.search(r"on new data: (\S+) of", out)[1])
+    assert 0.5 < moved < 1
+    assert nonzeros(names["final"].net[2].weight, 4) == 1
+
+
 def test_a_tiny_gpt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import bame_lightning.tasks.python_source as source
 

@@ -95,7 +95,6 @@ def main() -> None:
     hardware = "; ".join(sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows}))
     results = ROOT / "docs" / "results.md"
     fill(results, "findings", "\n".join(findings(rows)))
-    fill(results, "lead", "\n".join(lead(rows)))
     fill(results, "equal", "\n".join(equal(rows)))
     fill(results, "headline", "\n".join([f"Measured on {hardware}.", "", *headline(rows), "", *over_sparse_layers()]))
     # On the digits the seeds tell no difference between lengths.
@@ -189,23 +188,6 @@ def _result(task: str, pattern: str, group: list[Row], base: list[Row]) -> str:
         f"{statistics.mean(float(row['train_vs_dense']) for row in group):.3f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def lead(rows: list[Row]) -> list[str]:
-    """By how much BAME is ahead of each rival, seed by seed, with the 95 % interval of the mean by Student's t."""
-    rivals = ("sr_ste", "rigl", "static")
-    lines = [
-        f"| task | N:M | {' | '.join(f'ahead of {METHODS[rival]}' for rival in rivals)} | SR-STE costs |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for task in TASKS:
-        groups = _groups([row for row in rows if row["recipe"] == task and not row["variant"]])
-        for pattern in [pattern for pattern in MARKERS if groups.get((pattern, "bame"))]:
-            own = groups[pattern, "bame"]
-            cost = 1 / statistics.mean(float(row["train_vs_sr_ste"]) for row in own)
-            ahead = [_ahead(own, groups.get((pattern, rival), [])) for rival in rivals]
-            lines.append(f"| {task} | {pattern} | {' | '.join(ahead)} | {cost:.2f}x |")
-    return lines
 
 
 def equal(rows: list[Row]) -> list[str]:

@@ -43,7 +43,9 @@ def newest(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "docs/finetuning.md", "docs/export.md", "docs/methods/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "recipes/README.md", "docs/finetuning.md", "docs/export.md", "docs/methods/README.md"]
+)
 def test_the_commands_of_a_document_run_one_after_another(
     document: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
