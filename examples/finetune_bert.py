@@ -2,8 +2,9 @@
 
 Run: `python examples/finetune_bert.py` (half a minute on one core; needs transformers).
 
-For real: start from `BertForSequenceClassification.from_pretrained(NAME)` instead of `pretrained()`, with your data; a few
-epochs at a third of the usual learning rate. A vision transformer of timm or torchvision takes its place without another change.
+For real: start from `BertForSequenceClassification.from_pretrained(NAME)` instead of `pretrained()`, with your data; a
+few epochs at a third of the usual learning rate. A vision transformer of timm or torchvision takes its place without
+another change.
 """
 
 from pathlib import Path

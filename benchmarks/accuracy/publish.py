@@ -22,7 +22,7 @@ from scipy.stats import t as student  # type: ignore[import-untyped]
 
 from bame_lightning import Evidence, Schedule
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.ledger.cost import SR_STE
+from bame_lightning.ledger.cost import SR_STE, Shares
 from bame_lightning.methods.bame import BAME
 from bame_lightning.methods.masked import Masked
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
