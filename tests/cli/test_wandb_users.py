@@ -117,12 +117,15 @@ def refusing() -> Iterator[str]:
 @pytest.mark.parametrize("reason", ["no network", "an expired key"])
 def test_wandb_that_cannot_be_reached_is_one_line_before_training(reason: str, refusing: str, tmp_path: Path) -> None:
     address = refusing if reason == "an expired key" else "http://127.0.0.1:9"
-    there = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    there = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40}
+    if reason == "an expired key":
+        there["WANDB_INIT_TIMEOUT"] = "3"
     done = train(tmp_path, *SAME, "hydra.run.dir=run", environment=there)
     assert done.status == 1
     (line,) = [line for line in done.err.splitlines() if not line.startswith("wandb: ")]
     assert line.startswith("bame-train: error: W&B cannot be reached, or refuses the account: ")
     assert "WANDB_MODE=offline trains without it" in line
+    assert (tmp_path / "run/wandb").exists() == (reason == "an expired key"), "W&B is asked only if it can be reached"
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

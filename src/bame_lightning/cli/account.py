@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import netrc
 import os
+import socket
 from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_PATIENCE = 5  # seconds in which a connection must come about
 
 
 def logged_in() -> bool:
@@ -19,6 +23,20 @@ def logged_in() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return urlsplit(settings.base_url).netloc in hosts or "api.wandb.ai" in hosts
+
+
+def check_reachable() -> None:
+    """Check that W&B's server takes connections; what lies behind a proxy is not looked at.
+
+    Raises:
+        OSError: If it does not.
+    """
+    import wandb
+
+    settings = wandb.setup().settings
+    server = urlsplit(settings.base_url)
+    if not (getproxies().get(server.scheme) or settings.http_proxy or settings.https_proxy):
+        socket.create_connection((server.hostname, server.port or server.scheme), _PATIENCE).close()
 
 
 def base_url() -> str:

@@ -13,13 +13,15 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from typing_extensions import override
 
 from bame_lightning.checkpoints.untrusted import load_untrusted
-from bame_lightning.cli.account import logged_in
+from bame_lightning.cli.account import base_url, check_reachable, logged_in
+from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.sweeps import in_sweep, sweep_name, unescaped
 
 _PROJECT = "bame-lightning"
 _PATIENCE = 20  # seconds in which W&B must answer, unless WANDB_INIT_TIMEOUT is set; its own default is 90
 _RUN = "wandb_run_id"
-_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+_ONLINE = ("online", "shared", "run")
+_MODES = (*_ONLINE, "offline", "disabled", "dryrun")
 
 
 def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any) -> WandbLogger:
@@ -38,7 +40,7 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
         The logger.
 
     Raises:
-        ValueError: If `WANDB_MODE` is none of W&B's.
+        ValueError: If `WANDB_MODE` is none of W&B's, or its server cannot be reached.
     """
     import wandb
 
@@ -47,6 +49,12 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
         raise ValueError(f"WANDB_MODE must be one of {', '.join(_MODES)}; got {mode}.")
     if mode is None and not logged_in():
         kwargs["mode"] = "offline"
+    online = kwargs.get("mode", wandb.setup().settings.mode) in _ONLINE and not kwargs.get("offline")
+    if online and first_process():
+        try:
+            check_reachable()  # W&B itself tries for much longer
+        except OSError as error:
+            raise _unusable(f"{base_url()} does not answer ({error.strerror or error})") from error
     ours = {"project": _PROJECT, "group": None, "name": None, "entity": None}
     if in_sweep():  # W&B takes names of 128 characters
         ours |= {"group": sweep_name(), "name": unescaped(HydraConfig.get().job.override_dirname)[:128]}
@@ -100,11 +108,14 @@ def open_loggers(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any]) 
         except Exception as error:
             if not isinstance(logger, WandbLogger) or type(error).__module__.partition(".")[0] != "wandb":
                 raise
-            said = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"W&B cannot be reached, or refuses the account: {said}. WANDB_MODE=offline trains without it, and `wandb "
-                "sync` uploads the run later; `wandb login --relogin` takes a new key."
-            ) from error
+            raise _unusable(str(error).strip().splitlines()[0]) from error
+
+
+def _unusable(said: str) -> ValueError:
+    return ValueError(
+        f"W&B cannot be reached, or refuses the account: {said}. WANDB_MODE=offline trains without it, and `wandb sync` "
+        "uploads the run later; `wandb login --relogin` takes a new key."
+    )
 
 
 def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -> None:
