@@ -1,12 +1,13 @@
 """What sparse training costs beside dense training: time of steps and of what happens in them, memory, checkpoints.
 
-    python -m benchmarks.performance steps resnet18 1:16 [--batch 32] [--width 512] [--cycles 2] [--threads 2]
+    python -m benchmarks.performance steps resnet18 1:16 [--batch 32] [--width 512] [--cycles 2] [--threads 2] [--channels-last]
     python -m benchmarks.performance core [--threads 2]
     python -m benchmarks.performance sections [--threads 2]
     python -m benchmarks.performance publish
 
-`steps` lets dense training, SR-STE, a static mask and BAME take turns, as `bame-bench` does, and adds a row for each to
-`performance_steps.csv`; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same parts in
+`steps` lets dense training, SR-STE, RigL, static masks and BAME take turns, as `bame-bench` does, the masked ones with dense
+products and with `compute="auto"`, and adds a row for each to `performance_steps.csv`. One thread is timed in processor time,
+several by the clock on the wall; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same parts in
 steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench`
 does all of it: `python -m benchmarks.performance all`.
 """
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
-from bame_lightning import BAMECallback, Evidence, StaticMask
+from bame_lightning import BAMECallback, Evidence, RigL, Schedule, StaticMask
 from bame_lightning.bame.evolution import ContendingBlocks
 from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.layout import from_blocks, to_blocks
@@ -62,8 +63,31 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[tuple[int, ...], int], i
     "vit": (vit, IMAGES, 32),
     "gpt": (gpt, TOKENS, 32),
 }
-TITLES = {"dense": "dense", "sr_ste": "SR-STE", "static": "static mask", "bame": "BAME"}
-COLOURS = {"sr_ste": "#D55E00", "static": "#009E73", "bame": "#0072B2"}
+TITLES = {
+    "dense": "dense",
+    "sr_ste": "SR-STE",
+    "static": "static mask",
+    "bame": "BAME",
+    "static_auto": "static mask, auto",
+    "rigl_auto": "RigL, auto",
+    "bame_auto": "BAME, auto",
+}
+"""Methods; `auto` computes sparsely what is faster so."""
+COLOURS = {"sr_ste": "#D55E00", "static_auto": "#009E73", "bame": "black", "bame_auto": "#0072B2"}
+CASES: list[dict[str, Any]] = [
+    {"model": "mlp", "width": 512, "cycles": 10},
+    *({"model": "mlp", "width": 2048, "batch": 256, "pattern": p} for p in ("1:16", "1:8", "1:4", "2:4")),
+    {"model": "gpt", "width": 1024, "batch": 4, "cycles": 1},
+    {"model": "gpt"},
+    {"model": "vit", "cycles": 2},
+    *({"model": "resnet18", "channels_last": last, "pattern": p} for last in (False, True) for p in ("1:16", "2:4")),
+    {"model": "resnet18", "batch": 4},
+    # The clock on the wall.
+    *({"model": "mlp", "width": 2048, "batch": 256, "pattern": p, "threads": 2} for p in ("1:16", "1:8")),
+    {"model": "gpt", "width": 1024, "batch": 4, "cycles": 1, "threads": 2},
+    *({"model": "resnet18", "channels_last": last, "threads": 2} for last in (False, True)),
+]
+"""What `all` measures."""
 PARTS = {
     "read all": "read all blocks",
     "finite all": "look for NaN",
@@ -136,11 +160,20 @@ def make_fit(args: argparse.Namespace, method: str) -> Fit:
         width = {"hidden": [args.width] * 2} if args.model == "mlp" else {"width": args.width}
     torch.manual_seed(0)
     model = build_model(partial(build, **width), shape, classes)
+    images = random_batch(shape, classes, args.batch)
+    if args.channels_last:
+        model, images[0] = model.to(memory_format=torch.channels_last), images[0].to(memory_format=torch.channels_last)
     if method == "sr_ste":
         published_sr_ste(model, NMPattern.parse(args.pattern))
-    callbacks = {"static": StaticMask(args.pattern), "bame": BAMECallback(args.pattern, schedule=FOREVER)}
+    name, _, compute = method.partition("_")
+    how: Any = {"compute": compute or "dense"}
+    callbacks = {
+        "static": partial(StaticMask, args.pattern, **how),
+        "rigl": partial(RigL, args.pattern, schedule=Schedule(0, 10**6, every=100), **how),
+        "bame": partial(BAMECallback, args.pattern, schedule=FOREVER, **how),
+    }
     task = Classifier(model, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4))
-    return Fit(task, [callbacks[method]] if method in callbacks else [], random_batch(shape, classes, args.batch))
+    return Fit(task, [callbacks[name]()] if name in callbacks else [], images)
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -152,6 +185,7 @@ def steps(args: argparse.Namespace) -> None:
         "batch": args.batch,
         "width": args.width or "",
         "threads": args.threads,
+        "format": "channels last" if args.channels_last else "",
     }
     rows = [
         case
@@ -159,10 +193,21 @@ def steps(args: argparse.Namespace) -> None:
             "cycles": args.cycles,
             "method": method,
             **{key: f"{value:.4g}" for key, value in times.summary(turns["dense"]).items() if value is not None},
+            "spread": f"{spread(times.seconds, turns['dense'].seconds):.4g}",
+            "processor": processor(),
         }
         for method, times in turns.items()
     ]
+    for row in rows:
+        print(*(row[key] for key in (*case, "method", "median_ms", "over_dense", "spread")), flush=True)
     add(STEPS, rows, list(case))
+
+
+def spread(mine: list[float], dense: list[float]) -> float:
+    """Standard deviation of the time over dense from one cycle to the next."""
+    sums = [[sum(took[at : at + CYCLE]) for at in range(0, len(took), CYCLE)] for took in (mine, dense)]
+    ratios = [a / b for a, b in zip(*sums, strict=True)]
+    return statistics.stdev(ratios) if len(ratios) > 1 else 0.0
 
 
 def core(args: argparse.Namespace) -> None:
@@ -296,36 +341,50 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def publish(args: argparse.Namespace) -> None:
     found, parts = read(STEPS), read(CORE)
+    shown = [method for method in TITLES if method != "dense"]
+    executed = [
+        f"| model | pattern | batch | threads | dense, ms | {' | '.join(TITLES[method] for method in shown)} |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(shown),
+    ]
     timed = [
-        "| model | pattern | batch | dense, ms | SR-STE | static mask | BAME | reads contenders | and adapts | reads all "
-        "| adapts all |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | pattern | batch | threads | BAME's steps: read contenders | and adapt | read all | adapt then |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     memory = [
         "| model | pattern | batch | held, bytes a weight | saved, bytes a weight | metrics of a logged step, ms "
-        "| peak, MiB: dense | SR-STE | static mask | BAME |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| peak, MiB: dense | SR-STE | static mask | BAME | BAME, auto |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in cases(found):
         rows = {row["method"]: row for row in case}
         dense, bame = rows["dense"], rows["bame"]
         width = f" of width {dense['width']}" if dense["width"] else ""
-        begin = f"| {dense['model']}{width} | {dense['pattern']} | {dense['batch']} |"
-        ratios = [rows[method]["over_dense"] for method in ("sr_ste", "static", "bame")]
-        ratios += [bame[kind] for kind in ("reads_some", "adapts_some", "reads_all", "adapts_all")]
-        numbers = " | ".join(f"{float(ratio):.2f}" for ratio in ratios)
-        timed.append(f"{begin} {float(dense['median_ms']):.1f} | {numbers} |")
+        layout = f", {dense['format']}" if dense["format"] else ""
+        begin = f"| {dense['model']}{width}{layout} | {dense['pattern']} | {dense['batch']} |"
+        ratios = [f"{float(rows[m]['over_dense']):.2f} ± {float(rows[m]['spread']):.2f}" for m in shown]
+        executed.append(f"{begin} {dense['threads']} | {float(dense['median_ms']):.1f} | {' | '.join(ratios)} |")
+        kinds = [bame[kind] for kind in ("reads_some", "adapts_some", "reads_all", "adapts_all")]
+        timed.append(f"{begin} {dense['threads']} | {' | '.join(f'{float(ratio):.2f}' for ratio in kinds)} |")
         held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight", "logging_ms")]
-        held += [f"{float(rows[method]['peak_mib']):.0f}" if rows[method]["peak_mib"] else "-" for method in TITLES]
-        memory.append(f"{begin} {' | '.join(held)} |")
+        held += [
+            f"{float(rows[method]['peak_mib']):.0f}" if rows[method]["peak_mib"] else "-"
+            for method in ("dense", "sr_ste", "static", "bame", "bame_auto")
+        ]
+        if dense["threads"] == "1":
+            memory.append(f"{begin} {' | '.join(held)} |")
     header = " | ".join(f"{int(row['weights']) / 1e6:.1f} M, {row['pattern']}" for row in parts)
     table = [f"| ms | {header} |", "|---|" + "---:|" * len(parts)]
     for name, title in {"in place": "one float32 tensor read, another written", **PARTS}.items():
         table.append(f"| {title} | " + " | ".join(f"{float(row[name]):.1f}" for row in parts) + " |")
-    hardware = f"On {processor()}, {found[0]['threads']} threads, torch {torch.__version__}"
+    hardware = f"On {processor()}, torch {torch.__version__}"
     cycles = sorted({int(row["cycles"]) for row in found})
-    measured = f"{hardware}; {' or '.join(map(str, cycles))} cycles; ratios to the dense step beside each."
-    fill(DOCUMENT, "steps", "\n".join([measured, "", *timed]))
+    measured = (
+        f"On {', '.join(sorted({row['processor'] for row in found}))}, torch {torch.__version__}; {' or '.join(map(str, cycles))} "
+        "cycles of 20 steps. Time over that of the dense step beside it, ± the standard deviation from cycle to cycle. One "
+        "thread: processor time. Two: the clock on the wall."
+    )
+    fill(DOCUMENT, "executed", "\n".join([measured, "", *executed]))
+    fill(DOCUMENT, "steps", "\n".join(timed))
     fill(DOCUMENT, "sections", "\n".join(sections_table(hardware)))
     fill(DOCUMENT, "memory", "\n".join(memory))
     fill(DOCUMENT, "core", "\n".join([f"{hardware}.", "", *table]))
@@ -343,49 +402,49 @@ def sections_table(hardware: str) -> list[str]:
 def everything(args: argparse.Namespace) -> None:
     core(args)
     sections(argparse.Namespace(pattern="1:16", cycles=5, threads=args.threads))
-    for pattern in ("1:16", "2:4"):
-        for model in MODELS:
-            # Small steps vary more.
-            cycles, width = {"mlp": (20, 512), "resnet50": (2, None)}.get(model, (3, None))
-            measure(args, model=model, pattern=pattern, width=width, cycles=cycles)
-    for batch in (4, 8, 16, 40):
-        measure(args, model="resnet18", batch=batch)
-    for width in (1600, 5120):
-        measure(args, model="mlp", width=width)
+    for case in CASES:
+        measure(args, **case)
     publish(args)
 
 
 def measure(args: argparse.Namespace, **case: Any) -> None:
-    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3}
-    steps(argparse.Namespace(**usual | case, threads=args.threads))
+    usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3, "channels_last": False, "threads": 1}
+    args = argparse.Namespace(**usual | case)
+    torch.set_num_threads(args.threads)
+    steps(args)
 
 
 def cases(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
     groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        groups[tuple(row[name] for name in ("model", "pattern", "batch", "width"))].append(row)
+        groups[tuple(row[name] for name in ("model", "pattern", "batch", "width", "threads", "format"))].append(row)
     order = {name: place for place, name in enumerate(MODELS)}
-    return [groups[key] for key in sorted(groups, key=lambda k: (order[k[0]], k[1], int(k[2]), int(k[3] or 0)))]
+    return [groups[key] for key in sorted(groups, key=lambda k: (order[k[0]], int(k[3] or 0), k[1], int(k[2]), *k[4:]))]
 
 
 def draw(rows: list[dict[str, str]]) -> None:
-    """Cost over dense against the batch of ResNet-18, and against the width of the MLP."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = (("resnet18", "batch", "ResNet-18, samples in a batch"), ("mlp", "width", "MLP, batch 128, hidden width"))
-    for axes, (model, x, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        chosen = [row for row in rows if row["model"] == model and row["pattern"] == "1:16" and row[x]]
-        for method, colour in COLOURS.items():
-            points = sorted((int(row[x]), float(row["over_dense"])) for row in chosen if row["method"] == method)
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=TITLES[method])
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xscale("log")
-        ticks = sorted({int(row[x]) for row in chosen})
-        axes.set_xticks(ticks, map(str, ticks), minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel(title)
-    axes.legend(frameon=False)
-    figure.axes[0].set_ylabel("time of a step / dense, 1:16")
+    """Time of a step over dense, case by case: dense products as points, chosen ones as bars."""
+    found = [{row["method"]: row for row in case} for case in cases(rows)]
+    figure = Figure(figsize=(8, 0.6 + 0.42 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    names = []
+    for place, case in enumerate(found):
+        dense = case["dense"]
+        width = f" {dense['width']}" if dense["width"] else ""
+        layout = f", {dense['format']}" if dense["format"] else ""
+        threads = f"{dense['threads']} thread{'s' * (dense['threads'] != '1')}"
+        names.append(f"{dense['model']}{width}{layout}, {dense['pattern']}, batch {dense['batch']}, {threads}")
+        for offset, method in ((-0.2, "static_auto"), (0.2, "bame_auto")):
+            ratio = float(case[method]["over_dense"])
+            axes.barh(place + offset, ratio, 0.38, color=COLOURS[method], label=TITLES[method] if not place else None)
+        for method in ("sr_ste", "bame"):
+            ratio = float(case[method]["over_dense"])
+            axes.plot(ratio, place, "o", color=COLOURS[method], label=TITLES[method] if not place else None)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a training step / dense")
+    figure.legend(frameon=False, ncols=4, loc="outside upper center")
     figure.savefig(FIGURE, dpi=120)
 
 
@@ -398,6 +457,7 @@ def main() -> None:
     one.add_argument("--batch", type=int)
     one.add_argument("--width", type=int)
     one.add_argument("--cycles", type=int, default=2)
+    one.add_argument("--channels-last", action="store_true")
     parts = commands.add_parser("sections")
     parts.add_argument("--pattern", default="1:16")
     parts.add_argument("--cycles", type=int, default=5)

@@ -37,7 +37,11 @@ class Positions:
         grids = [_grid(value, sparse.name) for value, sparse in zip(values, weights, strict=True)]
         rows = [(start, *grid) for start, grid in zip(self.starts, grids, strict=False)]
         self._table = torch.tensor(rows, device=values[0].device)
-        self.straight = [(o, k, i) == (size * across, across, 1) for size, across, o, k, i in grids]
+        # Strides of dimensions of one element mean nothing.
+        self.straight = [
+            (o, i) == (size * across, 1) and (size == 1 or k == across) for size, across, o, k, i in grids
+        ]
+        self._starts = self._table[:, 0].contiguous()
         self._views: dict[int, Tensor] = {}
 
     def offsets(self, positions: Int[Tensor, chosen * some], counts: Tensor) -> Int[Tensor, chosen * some]:
@@ -50,12 +54,12 @@ class Positions:
         Returns:
             Distance from the first value of its weight, in values.
         """
-        rows = self._table.repeat_interleave(counts, dim=0, output_size=len(positions))
-        start, *grid = (column.view(-1, *[1] * (positions.dim() - 1)) for column in rows.unbind(1))
-        inside = positions - start
+        beside = [1] * (positions.dim() - 1)
         if all(self.straight):
-            return inside
-        kernel, inputs, by_output, by_kernel, by_input = grid
+            return positions - self._starts.repeat_interleave(counts, output_size=len(positions)).view(-1, *beside)
+        rows = self._table.repeat_interleave(counts, dim=0, output_size=len(positions))
+        start, kernel, inputs, by_output, by_kernel, by_input = (column.view(-1, *beside) for column in rows.unbind(1))
+        inside = positions - start
         pixel, channel = inside // inputs, inside % inputs
         return pixel // kernel * by_output + pixel % kernel * by_kernel + channel * by_input
 
