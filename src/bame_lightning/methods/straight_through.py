@@ -46,6 +46,14 @@ class StraightThrough(Method):
         kept = top_n_mask(latent.blocks().abs(), latent.sparse.pattern.n)
         return from_blocks(kept, latent.value.shape)
 
+    def pull(self, latent: LatentWeight) -> None:
+        """Change the gradient of a latent weight before the update."""
+        latent.add_decay(self.decay)
+
+    def settle(self, latent: LatentWeight) -> None:
+        """Take what the update has made of a latent weight."""
+        latent.take_back()
+
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
         if restored or not self.run.steps:
@@ -86,7 +94,7 @@ class StraightThrough(Method):
                 "derivatives, or BAME."
             )
         for latent in self._latents_of(holder):
-            latent.add_decay(self.decay)
+            self.pull(latent)
             latent.expose()
         self._exposed = True
 
@@ -94,7 +102,7 @@ class StraightThrough(Method):
     def after_update(self, holder: Holder) -> None:
         assert self.masks is not None
         for latent in self._latents_of(holder):
-            latent.take_back()
+            self.settle(latent)
             mask = self.choose_mask(latent, holder)
             if mask is not None:
                 self.masks.change(self.masks.weights.index(latent.sparse), mask)
