@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         OneShotMagnitude,
         RigL,
         StaticMask,
+        TopKAST,
         TransposableSTE,
     )
     from bame_lightning.callbacks.images import MaskImages
@@ -37,6 +38,7 @@ __all__ = [
     "RigL",
     "Schedule",
     "StaticMask",
+    "TopKAST",
     "TransposableSTE",
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TransposableSTE
+from bame_lightning import SRSTE, BAMECallback, Evidence, OneBatch, RigL, Schedule, StaticMask, TopKAST, TransposableSTE
 from bame_lightning.compute.choice import Choice
 
 
@@ -53,11 +53,12 @@ METHODS: dict[str, Callable[..., Any]] = {
     "rigl": lambda **kwargs: RigL("2:4", schedule=Schedule(every=3), verify=True, **kwargs),
     "sr_ste": lambda **kwargs: SRSTE("2:4", verify=True, **kwargs),
     "static": lambda **kwargs: StaticMask("2:4", verify=True, **kwargs),
+    "top_kast": lambda **kwargs: TopKAST("2:4", widen=2, verify=True, **kwargs),
     "transposable": lambda **kwargs: TransposableSTE("2:4", refresh_every=3, verify=True, **kwargs),
 }
 MOVING = sorted(METHODS.keys() - {"static"})
 """Those whose masks change."""
-MASKED = sorted(METHODS.keys() - {"sr_ste", "transposable"})
+MASKED = sorted(METHODS.keys() - {"sr_ste", "top_kast", "transposable"})
 """Those whose gradients and optimizer state are sparse, too."""
 COMPUTED = {"bame_computed"}
 """Those that multiply sparsely: the same numbers but for the order of sums."""

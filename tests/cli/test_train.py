@@ -123,7 +123,7 @@ def test_any_method_goes_on_from_the_weights_of_another_run(
     assert f"`ckpt` {dense} does not fit the model" in other
 
 
-@pytest.mark.parametrize("method", ["sr_ste", "rigl", "transposable", "static", "bame_one_batch"])
+@pytest.mark.parametrize("method", ["sr_ste", "rigl", "transposable", "top_kast", "static", "bame_one_batch"])
 def test_every_method_leaves_a_compliant_checkpoint_and_its_costs(run: Run, method: str) -> None:
     often = ["method.schedule.every=2"] if method in ("bame_one_batch", "rigl") else []
     summary = read_summary(run(f"method={method}", "pattern=2:4", *often))

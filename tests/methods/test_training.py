@@ -16,6 +16,7 @@ from bame_lightning.methods.masked import Masked
 from bame_lightning.methods.method import Method
 from bame_lightning.methods.rigl import DropAndGrow
 from bame_lightning.methods.straight_through import StraightThrough, Transposable
+from bame_lightning.methods.top_kast import TopKast
 from bame_lightning.methods.training import SparseTraining
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "rigl": lambda: DropAndGrow(Schedule(every=3), 0.3),
     "sr_ste": lambda: StraightThrough(2e-4),
     "transposable": lambda: Transposable(2e-4, 3),
+    "top_kast": lambda: TopKast(1e-4, 2),
 }
 
 

@@ -1,0 +1,60 @@
+"""`TopKAST`: forward on the largest weights of a block, gradients for some more, in a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.methods.top_kast import TopKast
+
+
+class TopKAST(SparseCallback):
+    r"""Keep the N largest latent weights of each block, and compute gradients for the C largest.
+
+    Weights that are not in the network are trained too, as long as they are among the C largest of their block; all others
+    hold still. In every step the mask is made anew (Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020;
+    choosing within blocks is ours). Latent weights are in the parameters during the optimizer's update only, as in `SRSTE`.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers, as in `BAMECallback`.
+        penalty: Exploration penalty, lambda: decay of the weights in the network, and of those that only get a gradient
+            M / N times as much.
+        widen: C = min(M, widen N).
+        verify: Check all invariants after every step (slow, for debugging).
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> TopKAST("1:16", widen=2).widen
+        2
+    """
+
+    method: TopKast
+
+    def __init__(
+        self,
+        pattern: str | NMPattern,
+        *,
+        layers: Mapping[str, str | NMPattern] | None = None,
+        penalty: float = 1e-4,
+        widen: int = 4,
+        verify: bool = False,
+    ) -> None:
+        if not penalty >= 0:
+            raise ValueError(f"`penalty` must not be negative; got {penalty}.")
+        if not isinstance(widen, int) or widen < 1:
+            raise ValueError(f"`widen` must be a whole number of times N, at least 1; got {widen!r}.")
+        super().__init__(pattern, TopKast(penalty, widen), layers=layers, verify=verify)
+
+    @property
+    def penalty(self) -> float:
+        """Exploration penalty."""
+        return self.method.decay
+
+    @property
+    def widen(self) -> int:
+        """C as a multiple of N."""
+        return self.method.widen
