@@ -115,15 +115,11 @@ def report(seconds: list[float], times: dict[type, list[float]]) -> str:
     rest = {kind: LOOKS[kind] * looks[kind] for kind in looks}
     mean, error = statistics.mean(extra), statistics.stdev(extra) / math.sqrt(len(extra))
     text = (
-        f"**What it costs.** ResNet-20 at 1:16, batch {BATCH}, one thread of a CPU, loggers CSV and W&B (offline): ten steps "
-        "with all scalars, the last of which logs, against ten without, by turns in one run, in "
-        f"{len(pairs)} pairs of steps of {1e3 * step:.0f} ms (processor time of the training process): "
-        f"{statistics.median(extra):+.2f} % in the median, {mean:+.2f} ± {error:.2f} % in the mean. To draw and log the "
-        f"pictures of all layers takes {looks[MaskImages]:.2f} s, to write a snapshot "
-        f"{looks[MaskSnapshots]:.3f} s: over a run of "
-        f"`fashion_mnist_resnet20` ({STEPS_OF_RECIPE:,} steps) "
-        f"{rest[MaskImages]:.1f} s and {rest[MaskSnapshots]:.1f} s, "
-        f"{100 * sum(rest.values()) / run:.2f} % of training. Measured by `python -m benchmarks.logging_cost`."
+        f"**What it costs.** On ResNet-20 at 1:16 (batch {BATCH}, one CPU thread, loggers CSV and offline W&B) ten steps with "
+        f"all scalars take {statistics.median(extra):+.2f} % more processor time than ten without (median of {len(pairs)} "
+        f"pairs of steps of {1e3 * step:.0f} ms; mean {mean:+.2f} ± {error:.2f} %). Pictures of all layers take "
+        f"{looks[MaskImages]:.2f} s, a snapshot {looks[MaskSnapshots]:.3f} s: {100 * sum(rest.values()) / run:.2f} % of "
+        f"training by `recipe=fashion_mnist_resnet20`. Measured by `python -m benchmarks.logging_cost`."
     )
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
 

@@ -153,7 +153,7 @@ class EvolvingBlocks(ABC):
         return frozen_blocks(self.history.oscillations, self.freeze_after)
 
     def frozen_of(self, layer: int) -> Bool[Tensor, " blocks"]:
-        """Those of one weight, without a look at the others."""
+        """Frozen blocks of one weight, without a look at the others."""
         return frozen_blocks(self.of(layer, self.history.oscillations), self.freeze_after)
 
     @property
@@ -176,7 +176,7 @@ class EvolvingBlocks(ABC):
         return self.firsts[-1] * (self.pattern.m - self.pattern.n)
 
     def of(self, layer: int, values: Tensor) -> Tensor:
-        """Of something that is kept per block, that of one weight."""
+        """Cut the part of one weight out of something that is kept per block."""
         return values[self.firsts[layer] : self.firsts[layer + 1]]
 
     def blocks(self, tensor: Tensor, layer: int) -> Tensor:

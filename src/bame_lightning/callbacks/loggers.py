@@ -18,7 +18,7 @@ _BINS = 64
 
 
 def with_pictures(loggers: Iterable[Any]) -> list[Any]:
-    """Those loggers that take pictures."""
+    """Find the loggers that take pictures."""
     return [logger for logger in loggers if isinstance(logger, known("loggers", "WandbLogger", "TensorBoardLogger"))]
 
 

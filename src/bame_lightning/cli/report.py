@@ -11,15 +11,15 @@ from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
 Write report.html into a folder: one page that needs no network, for any
-browser. Of a run: loss and accuracy, how its masks oscillate and freeze, maps
-of masks with a slider over adaptations, training FLOPs against dense training
-and SR-STE. Of a sweep: accuracy against training FLOPs, mean and spread over
-seeds."""
+browser. Of a run: what came out, loss and accuracy, when masks change, which
+blocks oscillate, maps of masks with a slider over adaptations, training FLOPs
+against dense training and SR-STE, and how to make the run again. Of a sweep:
+accuracy against training FLOPs, mean and spread over seeds."""
 
 _EPILOG = """\
 what it reads:
-  Of a run metrics.csv (logger=csv, the default of bame-train), summary.json and
-  snapshots.npz; of a sweep every summary.json below the folder. A run that is
+  For a run: metrics.csv (logger=csv, the default of bame-train), summary.json and
+  snapshots.npz. For a sweep: every summary.json below the folder. A run that is
   going on can be looked at, too.
 
 exit status:

@@ -66,7 +66,7 @@ class BagProducts:
         return self._bags(gradient, self._rows, self._first, values.flatten()[self._order])
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor, also: Tensor | None = None) -> None:
-        """Not here: `embedding_bag` would be slower than the dense product."""
+        """Leave this product to dense code: `embedding_bag` would be slower."""
         return
 
     def _bags(self, x: Tensor, index: Tensor, first: Tensor, values: Tensor) -> Tensor | None:

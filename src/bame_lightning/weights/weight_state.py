@@ -101,7 +101,7 @@ class WeightState:
         yield from ((key, local(value)) for key, value in self._of_its_shape(weight, name))
 
     def copies(self, weight: nn.Parameter, name: str) -> list[Tensor]:
-        """Those that are copies of the weight."""
+        """State that is a copy of the weight."""
         return [local(value) for key, value in self._of_its_shape(weight, name) if self._kinds.get(key) == "copy"]
 
     def check_shown(self, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
