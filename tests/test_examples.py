@@ -79,7 +79,7 @@ def test_a_sparse_run_is_continued(
 ) -> None:
     names = run("continue_sparse_run", monkeypatch, tmp_path)
     out = capsys.readouterr().out
-    # 16 batches an epoch. The first 32 steps adapt up to 90 % of theirs, at 2, 4, ..., 28; the next up to 90 % of 64, at 34, ..., 58.
+    # 16 batches an epoch. The first 32 steps adapt up to 90 % of 32: 2, 4, ..., 28; the others up to 90 % of 64: 34, ..., 58.
     assert "resumed: 64 steps in all, 27 adaptations" in out
     assert "under the same mask: True" in out
     moved = float(re.search(r"on new data: (\S+) of", out)[1])

@@ -18,9 +18,9 @@ accuracy against training FLOPs, mean and spread over seeds."""
 
 _EPILOG = """\
 what it reads:
-  For a run: metrics.csv (logger=csv, the default of bame-train), summary.json and
-  snapshots.npz. For a sweep: every summary.json below the folder. A run that is
-  going on can be looked at, too.
+  For a run: metrics.csv (logger=csv, the default of bame-train), summary.json
+  and snapshots.npz. For a sweep: every summary.json below the folder. A run
+  that is going on can be looked at, too.
 
 exit status:
   0  the page was written
