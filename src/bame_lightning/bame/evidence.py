@@ -23,16 +23,17 @@ from bame_lightning.weights.layers import SparseWeight
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""Evidence accumulated over many readings, the default.
+    r"""Gather evidence over many readings; the default.
 
-    Every `read_every` steps all unfrozen blocks are read; then the *contenders* are chosen, in each output row (a filter) the
-    pruned positions that are closest to a swap. Steps in between read the contenders only. A reading everywhere stands
-    for $r = \sqrt{\text{read\_every}}$ steps, rounded: it must make up for the steps without a reading, and standing for all of
-    them would multiply the noise of one batch as well. How far evidence moves follows from the length of the window, the
-    weights and the gradients alone (`noise_step`): neither the optimizer nor the scale of a layer matters. The step shrinks
-    along a cosine to 0 at the end of the window; so does what a reading forgets of the evidence before it, 1 / n at first, n
-    being the steps of the window. Evidence of contenders follows a running mean of the gradients that are read of them, which
-    starts anew with a weight's pruning: the kept weights answer a swap before it is undone.
+    Every `read_every` steps all unfrozen blocks are read. Each output row (a filter) then chooses its *contenders*, the pruned
+    positions that are closest to a swap, and the steps in between read only these. A reading of all blocks stands for
+    $r = \sqrt{\text{read\_every}}$ steps, rounded. It must make up for the steps without a reading, but standing for all of
+    them would multiply the noise of one batch.
+
+    How far evidence moves follows from the length of the window, the weights and the gradients (`noise_step`). Neither the
+    optimizer nor the scale of a layer matters. The step shrinks along a cosine to 0 at the end of the window. A reading also
+    forgets a share of the older evidence: 1 / n at first, n being the steps of the window, and less along the same cosine.
+    Evidence of contenders follows a running mean of their gradients, which starts anew when a weight is pruned.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.

@@ -17,10 +17,10 @@ from bame_lightning.methods.training import Init
 class BAMECallback(SparseCallback):
     """Train N:M sparse from scratch by Block-Aware Mask Evolution.
 
-    Forward, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Now and then masks
-    adapt: in blocks that are not frozen, pruned weights whose evidence outgrew the weakest kept weight take its place.
-    Between readings of all, gradients of contenders only are used: the pruned positions that are closest to a swap. See
-    `docs/algorithm.md` for the method, and for what is the paper's and what is ours.
+    Forward pass, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Every few steps masks
+    adapt: a pruned weight takes the place of the weakest kept weight of its block if its evidence has outgrown that one. Steps
+    in between use the gradients of *contenders* only, the pruned weights that are closest to a swap. `docs/algorithm.md`
+    describes the method, and says what is the paper's and what is ours.
 
     Args:
         pattern: "N:M" or an `NMPattern`.

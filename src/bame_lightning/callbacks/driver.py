@@ -60,7 +60,7 @@ class Stage(Enum):
 
 
 class SparseCallback(KeepsBooks):
-    """Train weights that are N:M sparse whenever anybody looks: drives a method from the hooks of a Trainer.
+    """Drive a method from the hooks of a Trainer, so that weights are N:M sparse whenever anybody looks.
 
     The model is never renamed, wrapped or added to: its state dict keeps the plain keys, with exact zeros where weights
     are pruned. Masks, and what a method evolves, live in this callback's own state.

@@ -21,7 +21,7 @@ from bame_lightning.weights.saved_state import VERSION_KEY
 class StaticMask(SparseCallback):
     """Train under the masks made at the start; they never change.
 
-    The bound in training FLOPs, and the accuracy that an evolution has to beat.
+    No method trains for fewer FLOPs, and no method is worth more FLOPs unless it is more accurate.
 
     Args:
         pattern: "N:M" or an `NMPattern`.

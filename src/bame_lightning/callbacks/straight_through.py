@@ -58,8 +58,8 @@ class SRSTE(SparseCallback):
 class TransposableSTE(SparseCallback):
     """SR-STE under masks that are N:M along the input and the output dimension: the input gradient is sparse, too.
 
-    The mask is renewed every `refresh_every` optimizer steps, since finding it is dear. Hubara et al., "Accelerated Sparse
-    Neural Training" (NeurIPS 2021) train so; that pruned weights decay as in SR-STE is ours.
+    The mask is renewed every `refresh_every` optimizer steps, because it is expensive to find. This is the method of Hubara et
+    al., "Accelerated Sparse Neural Training" (NeurIPS 2021). The decay of pruned weights, as in SR-STE, is ours.
 
     Args:
         pattern: "N:M" or an `NMPattern`. M must divide the output dimension of every sparse layer, too.
