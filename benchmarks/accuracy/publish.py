@@ -46,6 +46,7 @@ from benchmarks.documents import fill
 
 ROOT = Path(__file__).parents[2]
 FIGURE, LONGER_FIGURE = CSV.with_name("results.png"), CSV.with_name("longer.png")
+OVERVIEW = CSV.with_name("overview.png")
 TASKS = {
     "fashion_mnist_mlp": "784-512-512-10 on Fashion-MNIST, 6 epochs",
     "fashion_mnist_cnn": "three convolutions on Fashion-MNIST, 5 epochs",
@@ -92,6 +93,7 @@ def main() -> None:
     TABLE.write_text(table(rows))
     draw([row for row in rows if not row["variant"] and row["method"] in METHODS])
     draw_longer(rows)
+    draw_overview(rows)
     hardware = "; ".join(sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows}))
     results = ROOT / "docs" / "results.md"
     fill(results, "findings", "\n".join(findings(rows)))
@@ -384,6 +386,32 @@ def draw_longer(rows: list[Row]) -> None:
             _curve(axis, list(_lengths(runs, method).values()), colour, marker)
     figure.legend(loc="outside lower center", ncols=len(METHODS), fontsize=10, frameon=False)
     figure.savefig(LONGER_FIGURE)
+
+
+def draw_overview(rows: list[Row]) -> None:
+    """For people who see this for the first time: at 1:16, what training costs, as bars, and how good it gets, in numbers."""
+    found = {task: _groups([row for row in rows if row["recipe"] == task and not row["variant"]]) for task in TASKS}
+    tasks = [task for task in TASKS if found[task].get(("1:16", "bame")) and found[task].get(("", "dense"))]
+    figure = Figure(figsize=(4.3 * len(tasks), 2.9), dpi=120, layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        every = {method: found[task].get(("" if method == "dense" else "1:16", method), []) for method in METHODS}
+        methods = [method for method in ("bame", "static", "rigl", "sr_ste", "dense") if every[method]]
+        groups = [every[method] for method in methods]
+        costs = [100 * statistics.mean(float(row["train_vs_dense"]) for row in group) for group in groups]
+        axis.barh(range(len(methods)), costs, color=[COLOURS[method] for method in methods], height=0.62)
+        for place, (cost, group) in enumerate(zip(costs, groups, strict=True)):
+            value = statistics.mean(quality(row) for row in group)
+            unit = "bits per byte" if task.startswith("python") else "% right"
+            axis.text(cost + 2, place, f"{value:.{decimals(group[0])}f} {unit}", va="center", fontsize=10)
+        axis.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 170)
+        axis.set_xticks([0, 50, 100], ["0", "50 %", "100 %"])
+        axis.set_xlabel("training FLOPs (dense = 100 %)")
+        less = ", less is better" if task.startswith("python") else ""
+        axis.set_title(f"{TASKS[task].split(',')[0]}{less}", fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(OVERVIEW)
 
 
 def _panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
