@@ -200,6 +200,9 @@ def _times(seconds: list[float], callbacks: list[L.Callback], before: int | None
     peak = None if largest is None or before is None else largest - before
     sparse = [callback for callback in callbacks if isinstance(callback, SparseCallback)]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
+    for callback in sparse:
+        for weight in callback.weights:
+            held.pop(weight.values.untyped_storage().data_ptr(), None)  # seen through a view, but the model's
     began = time.perf_counter()
     for callback in sparse:
         callback.method.metrics()
