@@ -38,9 +38,7 @@ class Positions:
         rows = [(start, *grid) for start, grid in zip(self.starts, grids, strict=False)]
         self._table = torch.tensor(rows, device=values[0].device)
         # Strides of dimensions of one element mean nothing.
-        self.straight = [
-            (o, i) == (size * across, 1) and (size == 1 or k == across) for size, across, o, k, i in grids
-        ]
+        self.straight = [(o, i) == (size * across, 1) and (size == 1 or k == across) for size, across, o, k, i in grids]
         self._starts = self._table[:, 0].contiguous()
         self._views: dict[int, Tensor] = {}
 
