@@ -7,8 +7,8 @@
 
 `steps` lets dense training, SR-STE, RigL, static masks and BAME take turns, as `bame-bench` does, the masked ones with dense
 products and with `compute="auto"`, and adds a row for each to `performance_steps.csv`. One thread is timed in processor time,
-several by the clock on the wall; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same parts in
-steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench`
+several by the clock on the wall; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same
+parts in steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench`
 does all of it: `python -m benchmarks.performance all`.
 """
 
@@ -378,8 +378,9 @@ def publish(args: argparse.Namespace) -> None:
         table.append(f"| {title} | " + " | ".join(f"{float(row[name]):.1f}" for row in parts) + " |")
     hardware = f"On {processor()}, torch {torch.__version__}"
     cycles = sorted({int(row["cycles"]) for row in found})
+    where = ", ".join(sorted({row["processor"] for row in found}))
     measured = (
-        f"On {', '.join(sorted({row['processor'] for row in found}))}, torch {torch.__version__}; {' or '.join(map(str, cycles))} "
+        f"On {where}, torch {torch.__version__}; {' or '.join(map(str, cycles))} "
         "cycles of 20 steps. Time over that of the dense step beside it, ± the standard deviation from cycle to cycle. One "
         "thread: processor time. Two: the clock on the wall."
     )
