@@ -2,6 +2,8 @@
 
 Run: `python examples/finetune_dense.py` (seconds). Weights are loaded into the plain model; masks are found again where they
 are needed, so no step needs the callback of the step before.
+
+For real: your module in place of `Net`, and the state dict of your trained network in place of `dense`.
 """
 
 import copy

@@ -1,4 +1,9 @@
-"""A pattern for each kind of layer of a vision transformer. Run: `python examples/per_layer_patterns.py` (seconds)."""
+"""A pattern for each kind of layer of a vision transformer.
+
+Run: `python examples/per_layer_patterns.py` (seconds).
+
+For real: your model and data, and rules for the names that the table of layers shows when fit starts.
+"""
 
 import lightning as L
 import torch

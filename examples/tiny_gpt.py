@@ -1,6 +1,8 @@
 """A tiny GPT on the source text of Python's standard library, 2:4 sparse from the first step.
 
 Run: `python examples/tiny_gpt.py` (half a minute on one core); another number of steps: `tiny_gpt.py 1000`.
+
+For real: your text in place of `PythonSource`, a wider and deeper `gpt` (or a GPT-2 of transformers), and more steps.
 """
 
 import sys
