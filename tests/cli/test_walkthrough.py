@@ -43,6 +43,7 @@ def newest(command: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*will never .*is shorter than `schedule.every`")  # a single epoch of the digits
 @pytest.mark.parametrize(
     "document", ["README.md", "recipes/README.md", "docs/finetuning.md", "docs/export.md", "docs/methods/README.md"]
 )
