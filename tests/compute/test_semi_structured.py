@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from bame_lightning import BAMECallback, Evidence, Schedule, StaticMask
 from bame_lightning.blocks.masks import top_n_mask
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.blocks.transposable import both_ways_mask
-from bame_lightning.compute import semi_structured
+from bame_lightning.compute import binding, layer, semi_structured
+from bame_lightning.compute.choice import Choice
+from bame_lightning.compute.choose import Call, choose
 from bame_lightning.compute.native.build import UnavailableError
 from bame_lightning.compute.operation import Conv2d, Linear
 from bame_lightning.compute.semi_structured import SemiStructuredProducts, backend_of
+from tests.training import Task, trainer
 
 OUT, INP = 64, 128
 PATTERNS = ["1:16", "1:8", "1:4", "2:4"]
@@ -166,8 +170,8 @@ def test_what_cannot_be_multiplied_is_refused_with_the_reason(backend: Any, monk
     _, mask = matrix("1:4")
     with pytest.raises(TypeError, match="sparse tensor cores multiply linear layers only"):
         SemiStructuredProducts(Conv2d(), mask[:, :, None, None], NMPattern(1, 4), torch.bfloat16)
-    with pytest.raises(ValueError, match=r"in float16 and bfloat16, not in torch\.float32"):
-        products(mask, "1:4", torch.float32)
+    with pytest.raises(ValueError, match=r"in float16 and bfloat16, not in torch\.float64"):
+        products(mask, "1:4", torch.float64)
     with pytest.raises(ValueError, match=r"takes multiples of \d+ x \d+ weights, not 63 x 128"):
         products(mask[:63], "1:4")
     monkeypatch.undo()
@@ -198,3 +202,124 @@ def test_the_device_decides_about_the_backend(monkeypatch: pytest.MonkeyPatch) -
         backend_of(device)
     with pytest.raises(UnavailableError, match="is on cpu"):
         backend_of(torch.device("cpu"))
+
+
+@pytest.fixture
+def on_cpu(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers on the CPU take themselves for layers on a GPU."""
+    monkeypatch.setattr(SemiStructuredProducts, "device", "cpu")
+    monkeypatch.setattr(layer, "IMPLEMENTATIONS", {"semi_structured": SemiStructuredProducts})
+    monkeypatch.setattr("bame_lightning.compute.choose.IMPLEMENTATIONS", layer.IMPLEMENTATIONS)
+    monkeypatch.setitem(layer.DTYPES, "cpu", semi_structured.DTYPES)
+    monkeypatch.setitem(binding._WEIGHTS, "cpu", (*semi_structured.DTYPES, torch.float32))
+
+
+class Half(Task):
+    """Two sparse layers of sizes that sparse tensor cores take, in bfloat16 throughout."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        hidden = (nn.Flatten(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 128))
+        model = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(128, 5)).bfloat16()
+        super().__init__(model, lambda p: torch.optim.SGD(p, lr=0.05))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch[0].bfloat16(), batch[1]), batch_idx)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_training_goes_the_way_of_dense_products(both_ways: bool) -> None:
+    runs = []
+    for compute in ("dense", "sparse"):
+        task, callback = Half(), StaticMask("2:4", both_ways=both_ways, layers={"model.1": "dense"}, compute=compute)
+        trainer(callback, max_epochs=2).fit(task)
+        runs.append((task, callback.summary()))
+    (dense, _), (sparse, summary) = runs
+    for a, b in zip(dense.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
+    assert not torch.equal(sparse.model[3].weight, Half().model[3].weight)
+    # Multiplications a sample: 48 * 64 and 128 * 5 dense; forward, and both ways the input gradient, at a half of the others.
+    whole, halves = 48 * 64 + 128 * 5, 64 * 64 + 64 * 128
+    expected = 2 * 128 * (3 * whole + halves * (0.5 + (0.5 if both_ways else 1) + 1))
+    assert summary["flops"]["flops/executed/train_total"] == pytest.approx(expected)
+    assert set(summary["compute"]) == {"model.3", "model.5"}
+    assert all(words.startswith("semi_structured") for words in summary["compute"].values())
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_masks_that_evolve_are_packed_anew() -> None:
+    task = Half()
+    callback = BAMECallback(
+        "1:8",
+        schedule=Schedule(every=1),
+        evidence=Evidence(read_every=2, contenders=0.5, step_size=8.0),
+        layers={"model.1": "dense"},
+        both_ways=True,
+        compute="sparse",
+        verify=True,
+    )
+    trainer(callback, max_epochs=2).fit(task)
+    assert callback.summary()["flips"] > 0
+    sparse = layer.SparseLayer(
+        Linear(), callback.weights[0].kept, NMPattern(1, 8), Choice("semi_structured", "semi_structured")
+    )
+    products = sparse.products("forward")
+    assert isinstance(products, SemiStructuredProducts)
+    weight, x = callback.weights[0].values, torch.randn(8, 64).bfloat16()
+    torch.testing.assert_close(products.forward(x, products.values(weight), None), x @ weight.t(), rtol=0.03, atol=0.05)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_under_autocast_single_precision_is_trained_and_multiplied_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU autocast is another one, so what it decides is put in.
+    monkeypatch.setattr(layer, "computing_type", lambda tensor: torch.bfloat16)
+    weight, mask = matrix("2:4", dtype=torch.float32)
+    parameter, bias = nn.Parameter(weight), nn.Parameter(torch.randn(OUT))
+    x = torch.randn(16, INP, requires_grad=True)
+    product = layer.SparseLayer(
+        Linear(), mask, NMPattern(2, 4), Choice("semi_structured", "semi_structured"), torch.float32
+    )
+    y = product(x, parameter, bias)
+    assert y.dtype == torch.bfloat16
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    assert product.ran == {"forward", "input_gradient"}
+    close: dict[str, Any] = {"rtol": 0.05, "atol": 0.2}
+    for found, expected in (
+        (y.detach(), x @ weight.t() + bias),
+        (x.grad, gradient.float() @ weight),
+        (parameter.grad, gradient.float().t() @ x),
+        (bias.grad, gradient.float().sum(0)),
+    ):
+        assert found is not None
+        torch.testing.assert_close(found.float(), expected.detach(), **close)
+    assert parameter.grad is not None
+    assert parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_weight_that_somebody_has_swapped_in_is_multiplied_densely_outside_of_training() -> None:
+    weight, mask = matrix("2:4")
+    product = layer.SparseLayer(Linear(), mask, NMPattern(2, 4), Choice("semi_structured"), torch.bfloat16)
+    product._mask = mask  # kept on a GPU
+    x = torch.randn(4, INP).bfloat16()
+    with torch.no_grad():
+        assert not product.why_dense(x, weight)
+        other = torch.randn(OUT, INP).bfloat16()
+        assert product.why_dense(x, other) == "pruned weights are not zero"
+        assert torch.equal(product(x, other, None), x @ other.t())
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_the_fastest_is_chosen_among_what_can_be_had(both_ways: bool) -> None:
+    weight, mask = matrix("2:4", both_ways=both_ways)
+    call = Call((32, INP), input_gradient=True)
+    ticks = iter(range(1000))
+    chosen = choose(Linear(), weight, mask, NMPattern(2, 4), call, clock=lambda: float(next(ticks)), margin=2.0)
+    assert (chosen.forward, chosen.weight_gradient) == ("semi_structured", "dense")
+    assert chosen.input_gradient == ("semi_structured" if both_ways else "dense")
+    refused = choose(Linear(), weight.double(), mask, NMPattern(2, 4), call)
+    assert refused.dense
+    assert refused.reason == "nothing multiplies torch.float64 on cpu"

@@ -29,7 +29,7 @@ class BagProducts:
         TypeError: If the operation is another one.
     """
 
-    name = "embedding_bag"
+    name, device = "embedding_bag", "cpu"
 
     def __init__(
         self, operation: Operation, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, dtype: torch.dtype

@@ -16,9 +16,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.choice import PHASES, Choice
 from bame_lightning.compute.choose import Call
-from bame_lightning.compute.layer import SparseLayer, why_not_now
+from bame_lightning.compute.layer import DTYPES, SparseLayer, why_not_now
 from bame_lightning.compute.operation import Conv2d, Linear, Operation
 
+_WEIGHTS = DTYPES | {"cuda": (*DTYPES["cuda"], torch.float32)}  # of single precision under autocast only
 BYPASSED = "inside nn.MultiheadAttention, which multiplies by itself"
 
 
@@ -152,7 +153,7 @@ def why_not(module: nn.Module, root: nn.Module | None = None) -> str:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
-    if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64):
+    if weight.dtype not in _WEIGHTS.get(weight.device.type, ()):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     return ""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Implementation = Literal["dense", "kernels", "embedding_bag"]
+Implementation = Literal["dense", "kernels", "embedding_bag", "semi_structured"]
 Phase = Literal["forward", "input_gradient", "weight_gradient"]
 PHASES: tuple[Phase, ...] = ("forward", "input_gradient", "weight_gradient")
 
@@ -34,8 +34,8 @@ class Choice:
 
     def __post_init__(self) -> None:
         for phase in PHASES:
-            if (name := getattr(self, phase)) not in ("dense", "kernels", "embedding_bag"):
-                raise ValueError(f"`{phase}` must be 'dense', 'kernels' or 'embedding_bag'; got {name!r}.")
+            if (name := getattr(self, phase)) not in get_args(Implementation):
+                raise ValueError(f"`{phase}` must be one of {', '.join(get_args(Implementation))}; got {name!r}.")
 
     @property
     def used(self) -> set[str]:

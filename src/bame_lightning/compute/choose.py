@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.choice import PHASES, Choice
-from bame_lightning.compute.layer import DTYPES, IMPLEMENTATIONS, Products
+from bame_lightning.compute.layer import DTYPES, IMPLEMENTATIONS, Products, computing_type
 from bame_lightning.compute.native.build import UnavailableError
 from bame_lightning.compute.native.products import KernelProducts
 from bame_lightning.compute.operation import Operation
@@ -32,12 +32,14 @@ class Call:
         channels_last: Whether the input lies channels last in memory.
         input_gradient: Whether the backward pass needs the input's gradient; the first layer's does not.
         contenders: Pruned positions whose gradients a step reads beside the kept ones.
+        dtype: Type in which autocast computes; None where it is off.
     """
 
     shape: tuple[int, ...]
     channels_last: bool = False
     input_gradient: bool = True
     contenders: int = 0
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, x: Tensor, contenders: int = 0) -> Call:
@@ -45,10 +47,11 @@ class Call:
 
         Example:
             >>> Call.of(torch.zeros(8, 4))
-            Call(shape=(8, 4), channels_last=False, input_gradient=False, contenders=0)
+            Call(shape=(8, 4), channels_last=False, input_gradient=False, contenders=0, dtype=None)
         """
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(x.shape), last, x.requires_grad, contenders)
+        kind = computing_type(x)
+        return cls(tuple(x.shape), last, x.requires_grad, contenders, kind if kind != x.dtype else None)
 
 
 def choose(
@@ -61,7 +64,7 @@ def choose(
     implementations: Iterable[str] | None = None,
     margin: float = MARGIN,
     rounds: int = _ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> Choice:
     """Choose the fastest implementation of each phase, by the shortest of some rounds in which all take turns.
 
@@ -75,24 +78,25 @@ def choose(
             kernels have been faster than `embedding_bag` wherever both were measured.
         margin: Share of the dense time that a sparse product must stay below.
         rounds: How often each is measured, after once to warm up.
-        clock: Returns seconds.
+        clock: Returns seconds; by default when all that was started has ended.
 
     Returns:
         The choice with its reason and what was measured. All dense where nothing else is possible.
     """
     reasons: list[str] = []
     found: dict[str, Products] = {}
-    possible = weight.dtype in DTYPES and weight.is_cpu
-    for name in (implementations or IMPLEMENTATIONS) if possible else ():
+    device, kind = weight.device.type, call.dtype or weight.dtype
+    possible = kind in DTYPES.get(device, ())
+    for name in implementations or _on(device) if possible else ():
         if implementations is None and found:
             break
         try:
-            found[name] = IMPLEMENTATIONS[name](operation, mask, pattern, weight.dtype)
+            found[name] = IMPLEMENTATIONS[name](operation, mask, pattern, kind)
         except (UnavailableError, TypeError, ValueError) as error:
             reasons.append(f"{name}: {error}")
     if not found:
-        return Choice(reason="; ".join(reasons) or f"not float32 or float64 on a CPU but {weight.dtype}")
-    times = _measure(operation, weight.detach() * mask, found, call, rounds, clock)
+        return Choice(reason="; ".join(reasons) or f"nothing multiplies {kind} on {device}")
+    times = _measure(operation, weight.detach().to(kind) * mask, found, call, rounds, clock or _clock_of(weight.device))
     best = {phase: _fastest(took, margin) for phase, took in times.items()}
     if best.get("input_gradient", "dense") not in ("dense", best["forward"]):
         # It must gather the kept weights itself then.
@@ -118,15 +122,28 @@ def without_dense(
         UnavailableError: If nothing else than the dense products can be had; it says why.
     """
     reasons = []
-    for name, kind in IMPLEMENTATIONS.items():
+    for name in _on(mask.device.type):
         try:
-            made = kind(operation, mask, pattern, dtype)
+            made = IMPLEMENTATIONS[name](operation, mask, pattern, dtype)
         except (UnavailableError, TypeError, ValueError) as error:
             reasons.append(f"{name}: {error}")
             continue
         weight_gradient = "kernels" if isinstance(made, KernelProducts) else "dense"
         return Choice(name, name, weight_gradient, reason="asked for")  # type: ignore[arg-type]
     raise UnavailableError("; ".join(reasons))
+
+
+def _on(device: str) -> list[str]:
+    """The implementations for a kind of device."""
+    return [name for name, kind in IMPLEMENTATIONS.items() if kind.device == device]
+
+
+def _clock_of(device: torch.device) -> Callable[[], float]:
+    def finished() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return finished if device.type == "cuda" else time.perf_counter
 
 
 def _measure(
@@ -139,10 +156,11 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     """Phase -> implementation -> milliseconds; beside the phases, what it takes to gather the kept weights."""
     generator = torch.Generator().manual_seed(0)  # the global one is the user's
-    x = torch.randn(call.shape, generator=generator, dtype=weight.dtype)
+    x = torch.randn(call.shape, generator=generator, dtype=weight.dtype).to(weight.device)
     x = x.to(memory_format=torch.channels_last) if call.channels_last else x
-    gradient = torch.randn_like(operation.forward(x, weight, None), generator=generator)
-    also = torch.randperm(weight.numel(), generator=generator)[: call.contenders].sort().values
+    output = operation.forward(x, weight, None)
+    gradient = torch.randn_like(output.cpu(), generator=generator).to(output.device)
+    also = torch.randperm(weight.numel(), generator=generator)[: call.contenders].sort().values.to(weight.device)
     values = {name: products.values(weight) for name, products in found.items()}
     work: dict[str, dict[str, Callable[[], object]]] = {
         "gather": {},
@@ -157,7 +175,7 @@ def _measure(
             continue
         work["gather"][name] = lambda p=products: p.values(weight)  # type: ignore[misc]
         work["forward"][name] = lambda p=products: p.forward(x, p.values(weight), None)  # type: ignore[misc]
-        if call.input_gradient:
+        if call.input_gradient and products.input_gradient(gradient, kept, x) is not None:
             work["input_gradient"][name] = lambda p=products, v=kept: p.input_gradient(gradient, v, x)  # type: ignore[misc]
         if products.weight_gradient(gradient, x, weight, also) is not None:
             work["weight_gradient"][name] = lambda p=products: p.weight_gradient(gradient, x, weight, also)  # type: ignore[misc]

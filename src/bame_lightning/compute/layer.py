@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.compute import semi_structured
 from bame_lightning.compute.bags import BagProducts
 from bame_lightning.compute.choice import PHASES, Choice
 from bame_lightning.compute.native.products import KernelProducts
 from bame_lightning.compute.operation import Operation
+from bame_lightning.compute.semi_structured import SemiStructuredProducts
 
-DTYPES = (torch.float32, torch.float64)
-"""What the sparse implementations multiply."""
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": semi_structured.DTYPES}
+"""What the sparse implementations multiply, by kind of device."""
 
 
 @runtime_checkable
@@ -25,6 +27,7 @@ class Products(Protocol):
     """The products of one sparse layer. Each may answer None: then the dense one is right, and this one would not be."""
 
     name: str
+    device: str
 
     def update(self, mask: Tensor, rows: Tensor | None = None) -> int:
         """Follow a mask that has changed; returns how many blocks did."""
@@ -42,10 +45,18 @@ class Products(Protocol):
         """The gradient of the weight, where kept and at the positions `also`."""
 
 
-IMPLEMENTATIONS: dict[str, type[KernelProducts] | type[BagProducts]] = {
+IMPLEMENTATIONS: dict[str, type[KernelProducts] | type[BagProducts] | type[SemiStructuredProducts]] = {
     "kernels": KernelProducts,
     "embedding_bag": BagProducts,
+    "semi_structured": SemiStructuredProducts,
 }
+
+
+def computing_type(tensor: Tensor) -> torch.dtype:
+    """Type in which products with a tensor are computed now: that of autocast on a GPU, or its own."""
+    if tensor.device.type == "cuda" and torch.is_autocast_enabled("cuda") and tensor.is_floating_point():
+        return torch.get_autocast_dtype("cuda")
+    return tensor.dtype
 
 
 class SparseLayer:
@@ -55,9 +66,10 @@ class SparseLayer:
     elsewhere. With `whole_gradient`, or where the choice or a fallback is dense, it is the whole dense gradient. Whatever
     the choice cannot do is done densely: no number ever differs by more than the order of sums makes it. So it is where
     inputs, gradients or weights are not finite (0 * inf = nan in a dense product), where pruned weights are not zero
-    (somebody swaps values in, an average for example), under autocast, a compiler, a tracer, `torch.func`, a dispatch
+    (somebody swaps values in, an average for example), under autocast on a CPU, a compiler, a tracer, `torch.func`, a dispatch
     mode, forward-mode differentiation, and when the backward pass is to be differentiated itself. A dispatch mode that
-    has a method `count_product(macs, input, weight)` is told of the products, which it cannot see.
+    has a method `count_product(macs, input, weight)` is told of the products, which it cannot see. On a GPU nothing waits to
+    look at values while gradients are recorded: training keeps pruned weights zero.
 
     Args:
         operation: What the layer computes.
@@ -84,6 +96,7 @@ class SparseLayer:
         self._products: dict[str, Products] = {
             name: IMPLEMENTATIONS[name](operation, mask, pattern, dtype) for name in sorted(choice.used)
         }
+        self._mask = mask if mask.device.type == "cuda" else None
         self.contenders: Int[Tensor, " contenders"] | None = None
         """Pruned positions whose gradients are computed, too, numbered as in `blocks.layout.gather_positions`."""
         self.whole_gradient = False
@@ -110,6 +123,7 @@ class SparseLayer:
         Raises:
             ValueError: If a block keeps another number than N.
         """
+        self._mask = mask if self._mask is not None else None
         changed = [products.update(mask, rows) for products in self._products.values()]
         self.version += any(changed)
         return max(changed, default=0)
@@ -118,7 +132,13 @@ class SparseLayer:
         """Why a call is computed densely; empty if it need not be."""
         if self.suspended or self.choice.dense:
             return "suspended" if self.suspended else self.choice.reason or "chosen"
-        return why_not_now() or _why_not_these(x, weight, self.dtype)
+        return why_not_now() or _why_not_these(x, weight, self.dtype) or self._why_not_outside(weight)
+
+    def _why_not_outside(self, weight: Tensor) -> str:
+        """Whether somebody has swapped in a weight that is not sparse, where nothing trains; waits for the GPU."""
+        if self._mask is None or torch.is_grad_enabled() or not bool((weight.detach() * ~self._mask).any()):
+            return ""
+        return "pruned weights are not zero"
 
     def note(self, *, sparse: Iterable[str] = (), dense: Iterable[str] = ()) -> None:
         """Remember how phases were computed."""
@@ -131,6 +151,8 @@ class SparseLayer:
         """The layer's output."""
         if self.why_dense(x, weight):
             return self.operation.forward(x, weight, bias)
+        kind = computing_type(x)  # where autocast is on, the casts are differentiated, too
+        x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
         made: Tensor = _Multiply.apply(x, weight, bias, self, torch.is_grad_enabled())
         return made
 
@@ -163,10 +185,12 @@ def _count_product(mode: Any) -> Any:
 def _why_not_these(x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
         return "tensors of a class of their own"
-    if not (x.is_cpu and weight.is_cpu) or x.layout != torch.strided:
-        return "not on the CPU"
-    if x.dtype != dtype or weight.dtype != dtype or dtype not in DTYPES:
-        return f"numbers of type {str(x.dtype).removeprefix('torch.')}"
+    device = x.device.type
+    if device not in DTYPES or weight.device != x.device or x.layout != torch.strided:
+        return f"not on one CPU or GPU, but on {x.device} and {weight.device}"
+    kind = computing_type(x)
+    if weight.dtype != dtype or kind != computing_type(weight) or kind not in DTYPES[device]:
+        return f"numbers of type {str(kind).removeprefix('torch.')}"
     if not x.numel() or x.dim() < 2 or (weight.dim() == 4 and x.dim() != 4):
         return "a batch of no samples, or without a dimension for them"
     return ""
@@ -207,7 +231,7 @@ class _Multiply(torch.autograd.Function):
         of_input = of_weight = of_bias = None
         # Who differentiates the backward pass gets operations that can be differentiated.
         sparse = ctx.sparse and ctx.version == layer.version and not torch.is_grad_enabled() and not layer.suspended
-        if sparse and type(gradient) is Tensor and gradient.dtype == layer.dtype:
+        if sparse and type(gradient) is Tensor and gradient.dtype == x.dtype:
             if needs[0]:
                 of_input = _input_gradient(ctx, layer, gradient, x, weight)
             products = layer.products("weight_gradient")

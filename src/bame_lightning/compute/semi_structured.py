@@ -18,6 +18,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.native.build import UnavailableError
@@ -62,7 +63,7 @@ class SemiStructuredProducts:
         operation: A linear layer.
         mask: True where kept, shape (out, in), on a GPU.
         pattern: N:M.
-        dtype: Of weights and activations as they are multiplied.
+        dtype: Of the weight; single precision is multiplied under autocast only.
 
     Raises:
         UnavailableError: If the device has no sparse tensor cores.
@@ -70,15 +71,15 @@ class SemiStructuredProducts:
         TypeError: If the operation is another one.
     """
 
-    name = "semi_structured"
+    name, device = "semi_structured", "cuda"
 
     def __init__(
         self, operation: Operation, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, dtype: torch.dtype
     ) -> None:
         if not isinstance(operation, Linear):
             raise TypeError("sparse tensor cores multiply linear layers only")
-        self.backend, self.dtype = backend_of(mask.device), dtype
-        if dtype not in DTYPES:
+        self.backend = backend_of(mask.device)
+        if dtype not in (*DTYPES, torch.float32):
             raise ValueError(f"sparse tensor cores multiply 2:4 in float16 and bfloat16, not in {dtype}")
         if why := self._why_not(mask.shape):
             raise ValueError(why)
@@ -88,7 +89,7 @@ class SemiStructuredProducts:
 
     def _why_not(self, shape: torch.Size) -> str:
         """Why a matrix of some shape cannot be packed; empty if it can."""
-        least = self.backend._DTYPE_SHAPE_CONSTRAINTS[self.dtype]
+        least = self.backend._DTYPE_SHAPE_CONSTRAINTS[DTYPES[0]]  # the same for all of them
         rows, columns = least.sparse_min_rows, least.sparse_min_cols
         if shape[0] % rows or shape[1] % columns:
             return f"{self.backend.BACKEND} takes multiples of {rows} x {columns} weights, not {shape[0]} x {shape[1]}"
@@ -112,9 +113,9 @@ class SemiStructuredProducts:
             raise ValueError(
                 "the mask keeps more than 2 of 4 consecutive inputs, which sparse tensor cores cannot multiply"
             )
-        self._forward = _Packing(mask, self.backend, self.dtype)
+        self._forward = _Packing(mask, self.backend)
         packs = transposed and not self._why_not(mask.t().shape)
-        self._transposed = _Packing(mask, self.backend, self.dtype, transposed=True) if packs else None
+        self._transposed = _Packing(mask, self.backend, transposed=True) if packs else None
         return 1
 
     @property
@@ -136,7 +137,9 @@ class SemiStructuredProducts:
     def forward(self, x: Float[Tensor, "*samples inp"], values: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
         samples = x.reshape(-1, x.shape[-1])
-        return functional.linear(samples, values, bias).view(*x.shape[:-1], -1)
+        # Who counts products is told of this one, and must not see it as well.
+        with _disable_current_modes():
+            return functional.linear(samples, values, bias).view(*x.shape[:-1], -1)
 
     def input_gradient(self, gradient: Float[Tensor, "*samples out"], values: Tensor, x: Tensor) -> Tensor | None:
         """The gradient of the input; None if the transposed weight does not fit."""
@@ -155,19 +158,16 @@ class _Packing:
     Args:
         mask: A mask of at most 2 in any 4 consecutive values of a row, or of a column if transposed.
         backend: Whose format.
-        dtype: Of the values.
         transposed: Whether the transposed weight is packed.
     """
 
-    def __init__(
-        self, mask: Bool[Tensor, "out inp"], backend: Backend, dtype: torch.dtype, *, transposed: bool = False
-    ) -> None:
+    def __init__(self, mask: Bool[Tensor, "out inp"], backend: Backend, *, transposed: bool = False) -> None:
         self.transposed = transposed
         self.index: Tensor | None = None
         self.meta: Tensor | None = None
         if backend is SparseSemiStructuredTensorCUTLASS:
             # A kept weight may be zero: the mask is packed in its place, so that the format follows nothing else.
-            ones, self.meta = _pack((mask.t() if transposed else mask).contiguous().to(dtype))
+            ones, self.meta = _pack((mask.t() if transposed else mask).contiguous().to(DTYPES[0]))
             taken = _unpack(torch.ones_like(ones), self.meta).view(-1, 4)
             places = taken.argsort(dim=1, descending=True, stable=True)[:, :2]
             places += torch.arange(0, mask.numel(), 4, device=mask.device)[:, None]

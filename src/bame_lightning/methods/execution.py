@@ -73,6 +73,10 @@ class Computed:
             layer.update(self.sparse.kept)
             self.mask = _version(self.sparse.kept)
 
+    def least(self, phase: str) -> float:
+        """Least share of the dense cost that a phase takes: sparse tensor cores multiply two of four, however few are kept."""
+        return 0.5 if getattr(self.choice, phase, "dense") == "semi_structured" else 0.0
+
     @property
     def executed(self) -> set[str]:
         """Phases that the step just taken has computed sparsely."""
@@ -254,9 +258,14 @@ class Execution:
         """
         found = {}
         for name, cost in costs.items():
-            ran = [layer.executed for layer in self.layers if layer.sparse.name == name]
-            sparse = set.intersection(*ran) if ran else set()
-            found[name] = Shares(*(getattr(cost, phase) if phase in sparse else 1.0 for phase in PHASES))
+            layers = [layer for layer in self.layers if layer.sparse.name == name]
+            sparse = set.intersection(*(layer.executed for layer in layers)) if layers else set()
+            found[name] = Shares(
+                *(
+                    max(getattr(cost, phase), *(layer.least(phase) for layer in layers)) if phase in sparse else 1.0
+                    for phase in PHASES
+                )
+            )
         return found
 
     def news(self) -> list[Computed]:

@@ -35,7 +35,7 @@ class KernelProducts:
         ValueError: If a block keeps another number than N.
     """
 
-    name = "kernels"
+    name, device = "kernels", "cpu"
 
     def __init__(
         self, operation: Operation, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPattern, dtype: torch.dtype
