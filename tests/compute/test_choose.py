@@ -78,7 +78,10 @@ def test_without_a_compiler_others_are_chosen_among(monkeypatch: pytest.MonkeyPa
 def test_what_nobody_multiplies_stays_dense_with_the_reason() -> None:
     mask = random_mask((8, 16), FOUR)
     choice = choose(Linear(), torch.randn(8, 16).bfloat16(), mask, FOUR, Call((5, 16)))
-    assert (choice.dense, choice.reason) == (True, "not float32 or float64 on a CPU but torch.bfloat16")
+    assert (choice.dense, choice.reason) == (
+        True,
+        "sparse products on cpu multiply float32 and float64; this one is of bfloat16",
+    )
     mask[3] = False
     assert "in output row 3 it does not" in choose(Linear(), torch.randn(8, 16), mask, FOUR, Call((5, 16))).reason
 
@@ -97,6 +100,6 @@ def test_a_real_measurement_leaves_the_random_state_alone_and_travels() -> None:
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_wrong_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="`forward` must be 'dense', 'kernels' or 'embedding_bag'; got 'fast'"):
+    with pytest.raises(ValueError, match="`forward` must be one of dense, kernels, embedding_bag, semi_structured; got 'fast'"):
         Choice(forward="fast")
     assert room.MARGIN < 1

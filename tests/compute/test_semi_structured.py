@@ -322,4 +322,4 @@ def test_the_fastest_is_chosen_among_what_can_be_had(both_ways: bool) -> None:
     assert chosen.input_gradient == ("semi_structured" if both_ways else "dense")
     refused = choose(Linear(), weight.double(), mask, NMPattern(2, 4), call)
     assert refused.dense
-    assert refused.reason == "nothing multiplies torch.float64 on cpu"
+    assert refused.reason == "sparse products on cpu multiply float16 and bfloat16; this one is of float64"

@@ -38,7 +38,7 @@ class BAMECallback(SparseCallback):
             with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
             pattern 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
-        compute: How products of sparse layers are computed on CPUs: "dense" as ever, "auto" by what is measured to be fastest,
+        compute: How products of sparse layers are computed: "dense" as ever, "auto" by what is measured to be fastest,
             "sparse" by sparse products throughout, or an error (`docs/performance.md`).
 
     Raises:

@@ -95,7 +95,7 @@ def choose(
         except (UnavailableError, TypeError, ValueError) as error:
             reasons.append(f"{name}: {error}")
     if not found:
-        return Choice(reason="; ".join(reasons) or f"nothing multiplies {kind} on {device}")
+        return Choice(reason="; ".join(reasons) or _no_product(kind, device))
     times = _measure(operation, weight.detach().to(kind) * mask, found, call, rounds, clock or _clock_of(weight.device))
     best = {phase: _fastest(took, margin) for phase, took in times.items()}
     if best.get("input_gradient", "dense") not in ("dense", best["forward"]):
@@ -131,6 +131,12 @@ def without_dense(
         weight_gradient = "kernels" if isinstance(made, KernelProducts) else "dense"
         return Choice(name, name, weight_gradient, reason="asked for")  # type: ignore[arg-type]
     raise UnavailableError("; ".join(reasons))
+
+
+def _no_product(kind: torch.dtype, device: str) -> str:
+    types = [str(known).removeprefix("torch.") for known in DTYPES.get(device, ())]
+    known = f"multiply {' and '.join(types)}" if types else "do not exist"
+    return f"sparse products on {device} {known}; this one is of {str(kind).removeprefix('torch.')}"
 
 
 def _on(device: str) -> list[str]:
