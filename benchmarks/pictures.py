@@ -85,7 +85,7 @@ def logged(folder: Path) -> Image.Image:
     title = mask_title(layer.label, NMPattern.parse(layer.pattern), size, last.mask.shape)
     pictures = [
         mask_picture(changes(last.mask, first.mask), layer.m, title),
-        count_picture(last.oscillations, layer.m, title),
+        count_picture(last.oscillations, layer.m, f"Oscillations: {title}"),
         trace_picture(most_restless(found.traces)),
     ]
     images = [Image.fromarray(picture.numpy()) for picture in pictures]
@@ -98,7 +98,8 @@ def logged(folder: Path) -> Image.Image:
 
 
 def save(image: Image.Image, name: str) -> None:
-    image.quantize(128, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
+    small = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small.save(PICTURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

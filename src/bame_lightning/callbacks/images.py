@@ -83,7 +83,7 @@ def draw(sparse: SparseWeight, maps: LayerMaps) -> dict[str, UInt8[Tensor, "heig
     title = mask_title(sparse.label, sparse.pattern, (filters, positions), codes.shape)
     pictures = {"mask": mask_picture(codes, m, title)}
     if maps.oscillations is not None:
-        pictures["oscillations"] = count_picture(maps.oscillations, m, title)
+        pictures["oscillations"] = count_picture(maps.oscillations, m, f"Oscillations: {title}")
     if maps.frozen is not None and maps.frozen.any():
-        pictures["frozen"] = frozen_picture(maps.frozen, m, title)
+        pictures["frozen"] = frozen_picture(maps.frozen, m, f"Frozen blocks: {title}")
     return pictures
