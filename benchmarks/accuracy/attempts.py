@@ -16,7 +16,7 @@ from typing_extensions import override
 from bame_lightning import Evidence
 from bame_lightning.bame.contenders import choose
 from bame_lightning.bame.evolution import Challenge, ContendingBlocks
-from bame_lightning.bame.evolving import EvolvingBlocks, Swaps
+from bame_lightning.bame.evolving import EvolvingBlocks
 from bame_lightning.blocks.layout import from_blocks
 from bame_lightning.weights.layers import SparseWeight
 
@@ -117,7 +117,7 @@ class _Heir(ContendingBlocks):
         self.optimizer = optimizer
 
     @override
-    def adapt(self, share: float = 1.0) -> Swaps | None:
+    def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         before = [sparse.mask().clone() for sparse in self.weights]
         swaps = super().adapt(share)
         for layer, (sparse, old) in enumerate(zip(self.weights, before, strict=True)):

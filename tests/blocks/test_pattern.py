@@ -6,11 +6,9 @@ import pytest
 import torch
 import yaml
 from hypothesis import given
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from torch import Tensor
 
-from bame_lightning.blocks.layout import from_blocks, gather_blocks, scatter_blocks_, to_blocks
+from bame_lightning.blocks.layout import from_blocks, to_blocks
 from bame_lightning.blocks.pattern import NMPattern
 from tests.helpers import Case, block_positions, cases
 
@@ -79,62 +77,6 @@ def test_blocks_take_their_places_back(case: Case) -> None:
         assert [int(restored[place]) for place in block] == blocks[row].tolist()
     assert torch.equal(to_blocks(restored, pattern.m), blocks)
     assert torch.equal(from_blocks(to_blocks(weight, pattern.m), weight.shape), weight)
-
-
-@given(cases(), st.data())
-def test_gathered_blocks_are_those_of_the_index_in_its_order(case: Case, data: st.DataObject) -> None:
-    pattern, values = case
-    weight = laid_out(values, data.draw(st.sampled_from(["contiguous", "inputs last", "transposed", "reversed"])))
-    positions = block_positions(weight.shape, pattern.m)
-    index = data.draw(st.lists(st.integers(0, len(positions) - 1), max_size=6))
-    gathered = gather_blocks(weight, pattern.m, torch.tensor(index, dtype=torch.int64))
-    assert gathered.shape == (len(index), pattern.m)
-    assert gathered.tolist() == [[weight[place].item() for place in positions[i]] for i in index]
-
-
-def test_gathered_blocks_are_a_copy() -> None:
-    for weight in (torch.zeros(2, 4), torch.zeros(2, 4, 3)):
-        gather_blocks(weight, 2, torch.tensor([0, 1])).fill_(1)
-        assert not weight.any()
-
-
-def laid_out(weight: Tensor, layout: str) -> Tensor:
-    """The same values in another order in memory."""
-    if layout == "transposed":
-        return weight.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "reversed":
-        return weight.permute(*range(weight.dim() - 1, -1, -1)).contiguous().permute(*range(weight.dim() - 1, -1, -1))
-    return weight.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "inputs last" else weight.contiguous()
-
-
-@given(cases(), st.sampled_from(["contiguous", "inputs last", "transposed", "reversed"]), st.data())
-def test_scattered_blocks_take_their_places_and_nothing_else_changes(
-    case: Case, layout: str, data: st.DataObject
-) -> None:
-    pattern, values = case
-    weight = laid_out(values, layout).clone(memory_format=torch.preserve_format)
-    assert weight.stride() == laid_out(values, layout).stride()
-    positions = block_positions(weight.shape, pattern.m)
-    index = data.draw(st.lists(st.integers(0, len(positions) - 1), max_size=6, unique=True))
-    blocks = 100.0 + torch.arange(len(index) * pattern.m).reshape(len(index), pattern.m)
-    expected = {place: weight[place].item() for block in positions for place in block}
-    for row, i in enumerate(index):
-        expected |= dict(zip(positions[i], blocks[row].tolist(), strict=True))
-    storage = weight.data_ptr()
-    scatter_blocks_(weight, torch.tensor(index, dtype=torch.int64), blocks)
-    assert weight.data_ptr() == storage
-    assert {place: weight[place].item() for place in expected} == expected
-    assert gather_blocks(weight, pattern.m, torch.tensor(index, dtype=torch.int64)).tolist() == blocks.tolist()
-
-
-def test_scattering_by_hand_keeps_the_type_of_the_weight() -> None:
-    weight = torch.zeros(2, 4, 2, dtype=torch.bool)
-    # Blocks of filter 0: position 0 inputs 01 and 23, position 1 likewise; then filter 1. Number 6 is filter 1, position 1.
-    scatter_blocks_(weight, torch.tensor([6, 1]), torch.tensor([[True, False], [False, True]]))
-    assert weight.nonzero().tolist() == [[0, 3, 0], [1, 0, 1]]
-    half = torch.zeros(1, 2, dtype=torch.bfloat16)
-    scatter_blocks_(half, torch.tensor([0]), torch.tensor([[1.0, 1.001]]))
-    assert half.tolist() == [[1.0, 1.0]]
 
 
 def test_blocks_of_a_linear_weight_are_a_view() -> None:

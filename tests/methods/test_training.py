@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.operations import Operations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bame_lightning import Evidence, OneBatch, Schedule
 from bame_lightning.methods.bame import BAME
@@ -88,16 +88,6 @@ def test_it_ends_and_leaves_the_optimizer_as_it_was() -> None:
     training.detach()
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def operations(method: Method, layers: int) -> list[int]:

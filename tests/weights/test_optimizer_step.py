@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bame_lightning.weights.optimizer_step import UpdateRule, block_rates, elementwise_state, update_rule
+from bame_lightning.weights.optimizer_step import UpdateRule, block_rates, update_rule
+from bame_lightning.weights.weight_state import WeightState
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -67,7 +68,7 @@ TORCH: dict[str, tuple[Make, set[str]]] = {
 def test_all_per_weight_state_of_torchs_optimizers_is_found(name: str, shape: tuple[int, ...]) -> None:
     make, expected = TORCH[name]
     optimizer, weight = stepped(make, shape)
-    found = dict(elementwise_state(optimizer, weight, "layer.weight"))
+    found = dict(WeightState(optimizer).elementwise(weight, "layer.weight"))
     assert set(found) == expected
     assert all(found[key] is optimizer.state[weight][key] for key in expected)
     # Nothing of the weight's shape was overlooked, but for step sizes that must not be zeroed.
@@ -78,7 +79,7 @@ def test_all_per_weight_state_of_torchs_optimizers_is_found(name: str, shape: tu
 @pytest.mark.parametrize("name", TORCH)
 def test_zeroed_state_lets_a_revived_weight_move_again(name: str) -> None:
     optimizer, weight = stepped(TORCH[name][0])
-    for _, value in elementwise_state(optimizer, weight, "layer.weight"):
+    for _, value in WeightState(optimizer).elementwise(weight, "layer.weight"):
         value.zero_()
     before = weight.detach().clone()
     for _ in range(2):
@@ -90,14 +91,14 @@ def test_zeroed_state_lets_a_revived_weight_move_again(name: str) -> None:
 
 def test_no_state_before_the_first_step() -> None:
     weight = nn.Parameter(torch.zeros(2, 4))
-    assert list(elementwise_state(torch.optim.Adam([weight]), weight, "layer.weight")) == []
+    assert list(WeightState(torch.optim.Adam([weight])).elementwise(weight, "layer.weight")) == []
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4, 1), (4, 4, 3, 3)])
 def test_an_unknown_optimizers_state_is_taken_by_its_shape_with_a_warning(shape: tuple[int, ...]) -> None:
     optimizer, weight = stepped(Lion, shape)
     with pytest.warns(UserWarning, match="Optimizer Lion is unknown; its state 'lion_average' .* is zeroed"):
-        found = list(elementwise_state(optimizer, weight, "layer.weight"))
+        found = list(WeightState(optimizer).elementwise(weight, "layer.weight"))
     assert [key for key, _ in found] == ["lion_average"]
 
 
@@ -105,7 +106,7 @@ def test_an_unknown_key_of_a_square_weight_is_refused() -> None:
     optimizer, weight = stepped(Lion, (4, 4))
     says = r"`optimizer` Lion keeps 'lion_average' for `net.fc.weight`.*\(4, 4\).*layers=\{'net.fc.weight': 'dense'\}.*ELEMENTW"
     with pytest.raises(ValueError, match=says):
-        list(elementwise_state(optimizer, weight, "net.fc.weight"))
+        list(WeightState(optimizer).elementwise(weight, "net.fc.weight"))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (6, 4)])
@@ -113,7 +114,7 @@ def test_an_unknown_optimizer_may_use_the_names_of_torchs(shape: tuple[int, ...]
     optimizer, weight = stepped(lambda p: Lion(p, key="exp_avg"), shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [key for key, _ in elementwise_state(optimizer, weight, "layer.weight")] == ["exp_avg"]
+        assert [key for key, _ in WeightState(optimizer).elementwise(weight, "layer.weight")] == ["exp_avg"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_an_unknown_optimizer_may_use_the_names_of_torchs(shape: tuple[int, ...]
 def test_sgd_moves_a_weight_by_its_rate_under_a_lasting_gradient(arguments: dict[str, Any], rate: float) -> None:
     optimizer, weight = stepped(lambda p: torch.optim.SGD(p, **arguments), gradient=3.0, steps=100)
     rule = update_rule(optimizer, weight)
-    assert rule == UpdateRule(learning_rate=rate, weight_decay=0)
+    assert rule == UpdateRule(learning_rate=rate)
     assert rates_of(rule, None, torch.ones(6, 4, dtype=torch.bool), 4).tolist() == [[rate]] * 6
     before = weight.detach().clone()
     optimizer.step()
@@ -165,7 +166,7 @@ def test_adams_rule_by_hand() -> None:
     )
     optimizer.state[weight]["exp_avg_sq"] = torch.tensor([[7.0, 100.0, 0.0, 100.0]])
     rule = update_rule(optimizer, weight)
-    assert (rule.learning_rate, rule.weight_decay, rule.eps) == (0.25, 0.1, 1.0)
+    assert (rule.learning_rate, rule.eps) == (0.25, 1.0)
     assert float(rule.correction) == 1 - 0.75**2
     # Kept are 7 and 0 (the pruned 100s do not count): mean 3.5, over 0.4375 it is 8; lr / (sqrt(8) + 1).
     rates = rates_of(rule, rule.second_moment, torch.tensor([[True, False, True, False]]), 2)
@@ -180,7 +181,7 @@ def test_rmsprops_rule_by_hand() -> None:
     # A quarter of 16; momentum doubles the lasting step; nothing corrects the bias.
     assert rule.second_moment is not None
     assert rule.second_moment.tolist() == [[4.0, 4.0, 4.0, 4.0]]
-    assert (rule.learning_rate, rule.weight_decay, rule.correction, rule.eps) == (1.0, 0.25, 1.0, 2.0)
+    assert (rule.learning_rate, rule.correction, rule.eps) == (1.0, 1.0, 2.0)
     assert rates_of(rule, rule.second_moment, torch.tensor([[True, True, True, False]]), 3).tolist() == [[0.25]]
 
 
@@ -201,8 +202,8 @@ def test_every_parameter_group_has_its_own_rule_and_schedulers_are_followed() ->
     first, second = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
     groups = [{"params": [first], "lr": 0.5, "weight_decay": 0.125}, {"params": [second], "momentum": 0.5}]
     optimizer = torch.optim.SGD(groups, lr=0.25)
-    assert update_rule(optimizer, first) == UpdateRule(0.5, 0.125)
-    assert update_rule(optimizer, second) == UpdateRule(0.5, 0)
+    assert update_rule(optimizer, first) == UpdateRule(0.5)
+    assert update_rule(optimizer, second) == UpdateRule(0.5)
     optimizer.param_groups[0]["lr"] = 0.0625
     assert update_rule(optimizer, first).learning_rate == 0.0625
 
@@ -214,7 +215,7 @@ def test_an_optimizer_that_maximizes_is_refused() -> None:
 
 
 def test_a_block_without_a_second_moment_moves_by_its_own_gradient_at_most() -> None:
-    rule = UpdateRule(learning_rate=0.5, weight_decay=0.0, second_moment=torch.zeros(3, 4), eps=1e-8)
+    rule = UpdateRule(learning_rate=0.5, second_moment=torch.zeros(3, 4), eps=1e-8)
     moment = torch.tensor([[0.0] * 4, [0.0] * 4, [64.0] * 4])
     gradient = torch.tensor([[2.0] * 4, [0.0] * 4, [2.0] * 4])
     rates = block_rates(rule, moment, gradient, torch.tensor([[True, False, False, False]] * 3), 1)
@@ -234,4 +235,4 @@ def test_state_that_is_not_floating_point_is_refused() -> None:
     optimizer, weight = stepped(lambda p: torch.optim.SGD(p, lr=0.5))
     optimizer.state[weight]["codes"] = torch.zeros(6, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"keeps 'codes' for `fc` as torch.uint8"):
-        list(elementwise_state(optimizer, weight, "fc"))
+        list(WeightState(optimizer).elementwise(weight, "fc"))

@@ -35,20 +35,18 @@ def select_mask(
     worth: Float[Tensor, "blocks m"],
     mask: Bool[Tensor, "blocks m"],
     n: int,
-    margin: float = 0.0,
     adaptable: Bool[Tensor, "#blocks"] | None = None,
 ) -> Bool[Tensor, "blocks m"]:
-    """Swap in every block while the best pruned weight is worth more than the worst kept one, by a margin.
+    """Swap in every block while the best pruned weight is worth more than the worst kept one.
 
     Each swap prunes the kept weight of the least worth and revives the pruned one of the greatest; at most
-    min(n, m - n) swaps can gain. Without a margin the n weights of the greatest worth are kept. On a tie the mask stays as
+    min(n, m - n) swaps can gain. The n weights of the greatest worth are kept. On a tie the mask stays as
     it is, and between equals the lower index swaps first.
 
     Args:
         worth: Value of each latent weight, at least 0, never NaN.
         mask: The mask in force, exactly `n` kept per block.
         n: Weights kept per block.
-        margin: Swap only where the gain exceeds (1 + margin) times the cost.
         adaptable: Blocks that may change, or one value for all of them; None for all.
 
     Returns:
@@ -58,7 +56,7 @@ def select_mask(
     for _ in range(min(n, mask.shape[-1] - n)):
         cost, weakest = worth.masked_fill(~mask, math.inf).min(-1, keepdim=True)
         gain, strongest = worth.masked_fill(mask, -math.inf).max(-1, keepdim=True)
-        swap = gain > (1 + margin) * cost
+        swap = gain > cost
         if adaptable is not None:
             swap &= adaptable[:, None]
         # Where nothing is swapped an index may mean nothing: infinite values are as large as what stands for masked ones.

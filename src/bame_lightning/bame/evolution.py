@@ -8,16 +8,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.bame.contenders import choose, closeness, count_in_share, first
-from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
+from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer
 from bame_lightning.bame.reading import Reading, noise_step
 from bame_lightning.bame.room import Room
-from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.blocks.masks import kept_places, pieces, zero_pruned_
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.positions import take
@@ -259,10 +258,8 @@ class ContendingBlocks(EvolvingBlocks):
     # Contenders.
 
     @override
-    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
-        kept = to_blocks(self.weights[layer].values, self.pattern.m).gather(1, self.of(layer, self.kept_places).long())
-        weakest = kept.abs().amin(-1, keepdim=True).to(self.dtype)
-        return closeness(self.of(layer, self.evidence), weakest, self.of(layer, self.kept_places))
+    def kept_in(self, layer: int) -> Int16[Tensor, "blocks n"]:
+        return self.of(layer, self.kept_places)
 
     @override
     def contend(self, share: float | None = None) -> None:
@@ -340,7 +337,7 @@ class ContendingBlocks(EvolvingBlocks):
     # Adaptations.
 
     @override
-    def adapt(self, share: float = 1.0) -> Swaps | None:
+    def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         """Swap a contender of each output row with the weakest kept weight of its block, if it outgrew that by the margin."""
         self.predicted = torch.zeros_like(self.predicted)
         if not self.contenders.numel():
@@ -448,18 +445,15 @@ class ContendingBlocks(EvolvingBlocks):
         pruned: Int[Tensor, " pairs"],
         started: Float[Tensor, " pairs"],
         counts: list[int],
-    ) -> Swaps:
-        """Write revived weights, and zeros where weights are pruned, weight by weight."""
-        places = torch.stack((revived, pruned), dim=1).flatten()
-        values = torch.stack((started, torch.zeros_like(started)), dim=1).to(self.weights[0].weight.dtype).flatten()
+    ) -> list[Tensor]:
+        """Write revived weights, and zeros where weights are pruned, weight by weight; returns where they were pruned."""
         twice = [2 * count for count in counts]
-        swaps = Swaps(
-            *(list(torch.split(part, size)) for part, size in ((places, twice), (values, twice), (pruned, counts)))
-        )
-        for layer, (where, what) in enumerate(zip(swaps.places, swaps.values, strict=True)):
+        places = torch.split(torch.stack((revived, pruned), dim=1).flatten(), twice)
+        values = torch.stack((started, torch.zeros_like(started)), dim=1).to(self.weights[0].weight.dtype).flatten()
+        for layer, (where, what) in enumerate(zip(places, torch.split(values, twice), strict=True)):
             if len(where):
                 self.positions.weight(layer).index_copy_(0, where, what)
-        return swaps
+        return list(torch.split(pruned, counts))
 
     # What others see.
 

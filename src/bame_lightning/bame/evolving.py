@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bame_lightning.bame.contenders import closeness
 from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks
 from bame_lightning.blocks.layout import to_blocks
-from bame_lightning.blocks.masks import pack_mask, unpack_mask, zeroed
+from bame_lightning.blocks.masks import kept_places, pack_mask, unpack_mask, zeroed
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.mask_set import MaskSet
 from bame_lightning.weights.positions import Positions, flat_memory
@@ -131,21 +132,28 @@ class EvolvingBlocks(ABC):
         """Choose what the steps up to the next reading of all read, after one."""
 
     @abstractmethod
-    def adapt(self, share: float = 1.0) -> Swaps | None:
+    def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         """Swap weights, masks and evidence in place, in a share of each weight's blocks.
 
         Returns:
-            What was swapped, for those who keep one value per weight; None if they must look at the masks.
+            Of each weight, the places in its memory that were pruned, for those who keep one value per weight; where a pair
+            was not swapped, one that was pruned before. None if they must look at the masks.
         """
-
-    @abstractmethod
-    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
-        """How close the positions of a weight are to a swap, `contenders.closeness`."""
 
     def end_step(self) -> None:  # noqa: B027 some keep nothing
         """Forget what this step has read."""
 
     # What all rules share.
+
+    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
+        """How close the positions of a weight are to a swap, `contenders.closeness`."""
+        places = self.kept_in(layer)
+        kept = to_blocks(self.weights[layer].values, self.pattern.m).gather(1, places.long())
+        return closeness(self.of(layer, self.evidence), kept.abs().amin(-1, keepdim=True).to(self.dtype), places)
+
+    def kept_in(self, layer: int) -> Int16[Tensor, "blocks n"]:
+        """Places in its block of what each block of a weight keeps, ascending."""
+        return kept_places(self.weights[layer].mask(), self.pattern.n)
 
     @property
     def frozen(self) -> Bool[Tensor, " blocks"]:
@@ -258,22 +266,6 @@ class EvolvingBlocks(ABC):
         """Lay out what was saved of the pruned positions of a weight."""
         own = self.weights[layer].rows.own(values).to(self.evidence)
         return torch.zeros_like(pruned, dtype=self.dtype).masked_scatter(pruned, own)
-
-
-@dataclass(frozen=True)
-class Swaps:
-    """What an adaptation has swapped, weight by weight, as places in the memory of each.
-
-    Args:
-        places: Where a value belongs, and of each pair the place of what was pruned; shape (pairs * 2,). Where nothing was
-            swapped, both are a place that was pruned before.
-        values: What the weights are there now; shape (pairs * 2,).
-        pruned: The places that were pruned; where nothing was swapped, one that was pruned before; shape (pairs,).
-    """
-
-    places: list[Tensor]
-    values: list[Tensor]
-    pruned: list[Tensor]
 
 
 def _copy(value: Tensor) -> Tensor:

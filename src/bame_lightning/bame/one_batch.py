@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.bame.contenders import closeness, count_in_share
+from bame_lightning.bame.contenders import count_in_share
 from bame_lightning.bame.criterion import first_order_worth, select_mask
-from bame_lightning.bame.evolving import EvolvingBlocks, Swaps
+from bame_lightning.bame.evolving import EvolvingBlocks
 from bame_lightning.bame.reading import Reading
 from bame_lightning.blocks.layout import from_blocks, to_blocks
-from bame_lightning.blocks.masks import kept_places, zero_pruned_, zeroed
+from bame_lightning.blocks.masks import zero_pruned_, zeroed
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.optimizer_step import block_rates, update_rule
 from bame_lightning.weights.sharding import ALL_ROWS, Rows, local
@@ -67,7 +67,7 @@ class OneBatchBlocks(EvolvingBlocks):
             self.of(layer, self.evidence).addcmul_(zeroed(gradient, may), rate, value=-1)
 
     @override
-    def adapt(self, share: float = 1.0) -> Swaps | None:
+    def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         before = [sparse.mask().clone() for sparse in self.weights]
         after = [self._adapt(layer, share) for layer in range(len(self.weights))]
         self.history.record(torch.cat(before), torch.cat(after))
@@ -98,12 +98,6 @@ class OneBatchBlocks(EvolvingBlocks):
         sparse.values.copy_(from_blocks(weight, sparse.values.shape))
         self.masks.change(layer, from_blocks(new, sparse.kept.shape))
         return new
-
-    @override
-    def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
-        places = kept_places(self.weights[layer].mask(), self.pattern.n)
-        kept = to_blocks(self.weights[layer].values, self.pattern.m).gather(1, places.long())
-        return closeness(self.of(layer, self.evidence), kept.abs().amin(-1, keepdim=True).to(self.dtype), places)
 
     @override
     def end_step(self) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
-
-_STRIDED = 16
-"""How many times as long it takes to find a strided block as to lay it out among all."""
 
 
 def oriented(values: Shaped[Tensor, "*shape"], transposed: bool) -> Shaped[Tensor, "*oriented"]:
@@ -59,76 +56,3 @@ def from_blocks(blocks: Shaped[Tensor, "blocks m"], shape: torch.Size) -> Shaped
         A view of `blocks` with shape `shape` (not contiguous if there are kernel dimensions).
     """
     return blocks.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-def gather_blocks(
-    weight: Shaped[Tensor, "out inp *kernel"], m: int, index: Int[Tensor, " chosen"]
-) -> Shaped[Tensor, "chosen {m}"]:
-    """Copy some blocks out of a weight.
-
-    Equal to `to_blocks(weight, m)[index]`; for convolutions, a few blocks are found without laying out all of them.
-
-    Args:
-        weight: Weight of shape (out, in, *kernel), with `m` dividing `in`.
-        m: Weights in a block.
-        index: Which blocks, in the order of `to_blocks`.
-
-    Returns:
-        The chosen blocks, shape (chosen, m).
-    """
-    grid = _grid(weight, m)
-    if grid.is_contiguous():
-        return grid.view(-1, m).index_select(0, index)
-    if len(index) * m * _STRIDED > weight.numel():
-        return to_blocks(weight, m).index_select(0, index)
-    return grid[_unravel(index, grid.shape[:-1])]
-
-
-def gather_positions(
-    weight: Shaped[Tensor, "out inp *kernel"], index: Int[Tensor, " chosen"]
-) -> Shaped[Tensor, " chosen"]:
-    """Copy single weights out, numbered in the order of `to_blocks`: by filter, kernel position, input.
-
-    Args:
-        weight: Weight of shape (out, in, *kernel), however it lies in memory.
-        index: Which weights.
-
-    Returns:
-        The chosen weights.
-    """
-    inputs_last = weight.movedim(1, -1)
-    if inputs_last.is_contiguous():
-        return inputs_last.view(-1).index_select(0, index)
-    return inputs_last[_unravel(index, inputs_last.shape)]
-
-
-def scatter_blocks_(
-    weight: Shaped[Tensor, "out inp *kernel"], index: Int[Tensor, " chosen"], blocks: Shaped[Tensor, "chosen m"]
-) -> None:
-    """Put some blocks back into a weight, in place: the inverse of `gather_blocks`.
-
-    Args:
-        weight: Weight of shape (out, in, *kernel), however it lies in memory.
-        index: Which blocks, in the order of `to_blocks`, each at most once.
-        blocks: Their new values.
-    """
-    grid = _grid(weight, blocks.shape[-1])
-    if grid.is_contiguous():
-        grid.view(-1, blocks.shape[-1]).index_copy_(0, index, blocks.to(weight.dtype))
-        return
-    grid[_unravel(index, grid.shape[:-1])] = blocks.to(weight.dtype)
-
-
-def _grid(weight: Tensor, m: int) -> Tensor:
-    """A view of shape (out, *kernel, in / m, m): flattened but for the last dimension, the order of `to_blocks`."""
-    inputs_last = weight.movedim(1, -1)
-    return inputs_last.view(*inputs_last.shape[:-1], -1, m)
-
-
-def _unravel(index: Int[Tensor, " chosen"], shape: torch.Size) -> tuple[Tensor, ...]:
-    """`torch.unravel_index` for a few blocks, whose checks of the shape take several times as long as the divisions."""
-    places = []
-    for size in reversed(shape):
-        places.append(index % size)
-        index = index // size
-    return tuple(reversed(places))

@@ -98,7 +98,7 @@ class SparseLayer:
         }
         self._mask = mask if mask.device.type == "cuda" else None
         self.contenders: Int[Tensor, " contenders"] | None = None
-        """Pruned positions whose gradients are computed, too, numbered as in `blocks.layout.gather_positions`."""
+        """Pruned positions whose gradients are computed, too, numbered in the order of `blocks.layout.to_blocks`."""
         self.whole_gradient = False
         """Whether backward passes give the whole dense gradient of the weight."""
         self.suspended = False

@@ -279,7 +279,6 @@ class Ledger:
         *,
         executed: Mapping[str, Shares] | None = None,
         batches: int = 1,
-        mask_search: float = 0.0,
         only: Set[str] | None = None,
     ) -> None:
         """Book one optimizer step.
@@ -288,7 +287,6 @@ class Ledger:
             shares: What the step needs of each weight's dense cost; weights left out are dense.
             executed: What it has computed of it; all of it unless given.
             batches: Batches whose gradients the step accumulates.
-            mask_search: Multiply-accumulates of the search for masks in this step, if it has any.
             only: Which `parts` to book; all of them unless given.
         """
         least = self.transposed_share
@@ -297,9 +295,9 @@ class Ledger:
             for name, share in shares.items()
         }
         algorithmic, hardware = self._macs(shares, only), self._macs(executable, only)
-        self._booked["algorithmic"] += batches * algorithmic + mask_search
-        self._booked["hardware"] += batches * hardware + mask_search
-        self._booked["executed"] += batches * self._macs(executed or {}, only) + mask_search
+        self._booked["algorithmic"] += batches * algorithmic
+        self._booked["hardware"] += batches * hardware
+        self._booked["executed"] += batches * self._macs(executed or {}, only)
         self._booked["dense"] += batches * self._macs({}, only)
         self._booked["sr_ste"] += batches * self._macs(self._sr_ste, only)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bame_lightning.bame.evidence import Evidence, OneBatch
-from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer, Swaps
+from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer
 from bame_lightning.bame.oscillation import oscillated_lately, oscillation_frequency
 from bame_lightning.bame.reading import Reading
 from bame_lightning.bame.schedule import Schedule
@@ -217,9 +217,9 @@ class BAME(Masked):
                 self._follow_swaps(holder, group, swaps)
             self.restart_copies(holder, before)
 
-    def _follow_swaps(self, holder: Holder, group: EvolvingBlocks, swaps: Swaps) -> None:
+    def _follow_swaps(self, holder: Holder, group: EvolvingBlocks, places: list[Tensor]) -> None:
         """Put optimizer state to rest where weights were pruned."""
-        for sparse, pruned in zip(group.weights, swaps.pruned, strict=True):
+        for sparse, pruned in zip(group.weights, places, strict=True):
             for key, value in holder.state.elementwise(sparse.weight, sparse.name):
                 rest = holder.state.rest(key)
                 if sparse.oriented(value).stride() == sparse.kept.stride():

@@ -1,8 +1,7 @@
-"""What an optimizer holds, under which names, and the step that it takes."""
+"""The step that an optimizer takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from warnings import warn
 
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
-from bame_lightning.weights.weight_state import ELEMENTWISE as ELEMENTWISE
-from bame_lightning.weights.weight_state import STEP_SIZES as STEP_SIZES
-from bame_lightning.weights.weight_state import WeightState
 
 
 class UpdateRule(NamedTuple):
@@ -22,15 +18,13 @@ class UpdateRule(NamedTuple):
 
     Args:
         learning_rate: $\eta = lr / (1 - \text{momentum})$, what a lasting gradient moves a weight per step (SGD), or lr
-            (adaptive optimizers); what weight decay multiplies.
-        weight_decay: Weight decay, wd.
+            (adaptive optimizers).
         second_moment: s, the running mean of squared gradients, shaped like the weight; None for SGD.
         correction: Divides s for its bias, $1 - \beta_2^t$.
         eps: Keeps the denominator positive.
     """
 
     learning_rate: float | Tensor
-    weight_decay: float
     second_moment: Tensor | None = None
     correction: float | Tensor = 1.0
     eps: float = 0.0
@@ -76,7 +70,7 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
     correction: float | Tensor = 1.0
     if "betas" in group and "step" in state:
         correction = 1 - group["betas"][1] ** state["step"]
-    return UpdateRule(rate, group.get("weight_decay", 0.0), moment, correction, group.get("eps", 0.0))
+    return UpdateRule(rate, moment, correction, group.get("eps", 0.0))
 
 
 def block_rates(
@@ -110,17 +104,3 @@ def block_rates(
     kept = (second_moment.to(gradient.dtype) * mask).sum(-1, keepdim=True) / n
     mean = torch.maximum(kept / correction, gradient.square().mean(-1, keepdim=True))
     return torch.where(mean > 0, rate / (mean.sqrt() + rule.eps), 0)
-
-
-def elementwise_state(optimizer: Optimizer, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimizer state that holds one value per weight: `WeightState.elementwise`, for a single look.
-
-    Args:
-        optimizer: An optimizer that holds `weight`.
-        weight: One of its parameters.
-        name: What to call the weight in messages.
-
-    Yields:
-        Key and tensor, shaped like the weight, or like the part of it that this process holds.
-    """
-    return WeightState(optimizer).elementwise(weight, name)

@@ -194,7 +194,7 @@ class WeightState:
                 f"`optimizer` {type(self.optimizer).__name__} keeps '{key}' for `{name}`, of the same square shape "
                 f"{tuple(weight.shape)}: one value per weight and a matrix factor look alike there. Keep the layer dense with "
                 f"layers={{'{name}': 'dense'}}, use an optimizer of torch.optim, or add the key to "
-                "`bame_lightning.weights.optimizer_step.ELEMENTWISE` if it is elementwise."
+                "`bame_lightning.weights.weight_state.ELEMENTWISE` if it is elementwise."
             )
 
     def _has_factor(self, weight: nn.Parameter, found: Mapping[str, Any], shaped: Mapping[str, Tensor]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from bame_lightning.blocks.layout import from_blocks, oriented, to_blocks
 from bame_lightning.blocks.masks import top_n_mask, unpack_mask, zero_pruned_
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.checkpoints.audit import audit_weights, read
+from bame_lightning.checkpoints.audit import AuditReport, audit_weights, read
 from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.checkpoints.saved import layers_in
 
@@ -123,13 +123,7 @@ def load_trained(
     path = Path(path)
     weights = read(path, key)
     report = audit_weights(path, weights, pattern, dense=dense, transposed=transposed)
-    bad = [layer for layer in report.layers if not layer.compliant]
-    if bad:
-        raise ExportError(
-            f"`{path}` is not N:M sparse: {bad[0].name} violates {bad[0].pattern}, {bad[0].reason}"
-            f"{f'; {len(bad) - 1} more weights do' if len(bad) > 1 else ''}. Export what a sparsity callback trained, or "
-            f"name what is dense on purpose: --dense '{bad[0].name}'. `bame-audit` lists every weight."
-        )
+    _check_compliant(path, report)
     state, saved = weights.tensors, layers_in(weights) or {}
     if prefix is None:
         prefix = _NETWORK if weights.lightning and all(name.startswith(_NETWORK) for name in state) else ""
@@ -141,12 +135,7 @@ def load_trained(
             patterns.setdefault(layer.name, layer.pattern)
     turned = {layer.name for layer in report.layers if layer.transposed}
     if not patterns:
-        first = ", ".join(f"`{name}`" for name in list(state)[:3])
-        where = f" below the `--prefix` {prefix!r}" if prefix else ""
-        raise ExportError(
-            f"`{path}` holds no N:M sparse weight{where}; its names begin with {first}. Choose a `--pattern` whose M divides "
-            "input dimensions, or another `--prefix`."
-        )
+        _refuse_names(path, list(state), prefix)
     for name in names:
         _check_plain(path, name, state[name])
 
@@ -174,6 +163,25 @@ def load_trained(
         unread=weights.unread,
         dropped=weights.dropped,
         transposed=frozenset(short[name] for name in turned.intersection(patterns) - same_as.keys()),
+    )
+
+
+def _check_compliant(path: Path, report: AuditReport) -> None:
+    bad = [layer for layer in report.layers if not layer.compliant]
+    if bad:
+        raise ExportError(
+            f"`{path}` is not N:M sparse: {bad[0].name} violates {bad[0].pattern}, {bad[0].reason}"
+            f"{f'; {len(bad) - 1} more weights do' if len(bad) > 1 else ''}. Export what a sparsity callback trained, or "
+            f"name what is dense on purpose: --dense '{bad[0].name}'. `bame-audit` lists every weight."
+        )
+
+
+def _refuse_names(path: Path, names: list[str], prefix: str) -> NoReturn:
+    first = ", ".join(f"`{name}`" for name in names[:3])
+    where = f" below the `--prefix` {prefix!r}" if prefix else ""
+    raise ExportError(
+        f"`{path}` holds no N:M sparse weight{where}; its names begin with {first}. Choose a `--pattern` whose M divides "
+        "input dimensions, or another `--prefix`."
     )
 
 
