@@ -92,7 +92,7 @@ def evolving(sparse: SparseWeight, rule: Evidence | OneBatch, freeze_after: int 
 
 def contend_at(blocks: Any, positions: list[list[int]]) -> None:
     """Let positions of a single weight contend, as many in each row."""
-    blocks._set_contenders([torch.tensor(positions, dtype=torch.int64).view(len(blocks.weights[0].kept), -1)])
+    blocks.contenders.choose([torch.tensor(positions, dtype=torch.int64).view(len(blocks.weights[0].kept), -1)])
 
 
 def sgd(blocks: EvolvingBlocks, **kwargs: Any) -> torch.optim.SGD:

@@ -80,8 +80,8 @@ class _MeanOfContenders(ContendingBlocks):
     def _move_all(self, gradient: Tensor, finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]) -> None:
         mean = self.mean_gradient
         assert mean is not None
-        held = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders, True).view_as(mean)
-        rates = rate.repeat_interleave(self._blocks_of)[:, None]
+        held = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders.positions, True).view_as(mean)
+        rates = self._of_blocks(rate)[:, None]
         mean.copy_(torch.where(held, torch.lerp(gradient, mean, self.config.momentum), 0))
         self.evidence.mul_(keep).sub_(rates * torch.where(held, mean, gradient))
 

@@ -123,7 +123,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         square = sum(gradient[flat[i]].item() ** 2 for i in read_places) / max(1, len(read_places))
         unit = 1 / math.sqrt(square) if square else 0.0
     else:
-        weight.noise, weight.unit, unit = torch.tensor([1.0]), torch.tensor([0.5]), 0.5
+        weight.sizes.noise, weight.sizes.unit, unit = torch.tensor([1.0]), torch.tensor([0.5]), 0.5
     learn(weight, sgd(weight, lr=0.5, weight_decay=0.25), gradient, everywhere=everywhere)
     evidence = [-unit * gradient[place].item() if i in read_places else 0.0 for i, place in enumerate(flat)]
     torch.testing.assert_close(weight.evidence.flatten(), torch.tensor(evidence))
@@ -220,7 +220,7 @@ def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
     weight.adapt(1.0)  # nothing was read
     assert sparse.weight.tolist() == [[1, 0, 1, 0]]
     contend_at(weight, [[3]])
-    weight.noise = torch.tensor([1.0])
+    weight.sizes.noise = torch.tensor([1.0])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
     assert weight.evidence.tolist() == [[0, 2], [1, 0]]
@@ -231,14 +231,14 @@ def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
     weight = evolving(sparse, Evidence(), freeze_after=None)
     learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.adapt(1.0)
-    assert (weight.noise.item(), weight.unit.item()) == (0, 0)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0, 0)
     assert weight.evidence.tolist() == [[0, 2]]
     # Nor does a first one that is not finite count; the second one counts whole.
     read(weight, [[0.0, math.inf]])
     weight.accumulate(sgd(weight), Reading(True, 1), NO, WINDOW)
-    assert (weight.noise.item(), weight.unit.item()) == (0, 0)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0, 0)
     learn(weight, sgd(weight), [[0.0, 4.0]])
-    assert weight.noise.item() == 16
+    assert weight.sizes.noise.item() == 16
 
 
 def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
@@ -247,10 +247,10 @@ def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
     noise = []
     for gradient, everywhere in [(2.0, True), (9.0, False), (-4.0, True), (0.0, True), (1.0, True), (5.0, False)]:
         learn(weight, sgd(weight), [[7.0, gradient]], everywhere=everywhere)
-        noise.append(weight.noise.item())
+        noise.append(weight.sizes.noise.item())
     # 4; 3.6 + 1.6; 4.68 + 0; 4.212 + 0.1
     assert noise == pytest.approx([4, 4, 5.2, 4.68, 4.312, 4.312])
-    assert weight.unit.item() == pytest.approx(2 / math.sqrt(4.312))
+    assert weight.sizes.unit.item() == pytest.approx(2 / math.sqrt(4.312))
 
 
 def test_evidence_starts_at_pruned_weights_unless_it_shall_start_at_zero() -> None:
@@ -307,7 +307,7 @@ def test_only_contenders_swap_and_others_wait_for_the_next_reading_of_all() -> N
     weight.evidence[:, 1] = torch.tensor([5.0, 4, 3, 2])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 1, 0, 0, 1, 1, 0]]
-    assert weight.contenders.tolist() == [4]
+    assert weight.contenders.positions.tolist() == [4]
     weight.adapt(1.0)
     assert int(weight.masks.last_flips) == 0
     weight.contend(0.5)
@@ -347,18 +347,18 @@ def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state
     sparse.weight = nn.Parameter(sparse.weight.detach().to(dtype))
     weight = evolving(sparse, Evidence(momentum=0.0, margin=0.5), freeze_after=1)
     contend_at(weight, [[1, 2, 3]])
-    weight.noise = torch.tensor([1.0], dtype=state)
-    weight.unit = weight.noise.clone()
+    weight.sizes.noise = torch.tensor([1.0], dtype=state)
+    weight.sizes.unit = weight.sizes.noise.clone()
     for _ in range(3):
         # bfloat16 cannot hold 3 + 3 / 512
         learn(weight, sgd(weight), torch.tensor([[0, -(2.0**-9), -1.0, 0]]), everywhere=False)
-    assert {weight.evidence.dtype, weight.noise.dtype} == {state}
+    assert {weight.evidence.dtype, weight.sizes.noise.dtype} == {state}
     assert weight.evidence[0].tolist() == pytest.approx([0, 3 * 2.0**-9, 3, 0], rel=1e-12)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
     assert sparse.weight.tolist() == [[0, 0, 1.5, 0]]
     learn(weight, sgd(weight), torch.ones(1, 4))
-    assert {weight.evidence.dtype, weight.noise.dtype, weight.unit.dtype} == {state}
+    assert {weight.evidence.dtype, weight.sizes.noise.dtype, weight.sizes.unit.dtype} == {state}
     weight.contend(1.0)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
@@ -422,13 +422,13 @@ def everything(weight: EvolvingBlocks) -> list[Tensor]:
         weight.weights[0].pruned,
         weight.evidence,
         weight.mean_gradient,
-        weight.noise,
-        weight.unit,
+        weight.sizes.noise,
+        weight.sizes.unit,
         *vars(weight.history).values(),
     ]
     return [
         *tensors,
-        weight.contenders,
+        weight.contenders.positions,
         weight.designated,
         weight.masks.flips,
         weight.masks.last_flips,

@@ -31,14 +31,14 @@ def test_accumulated_evidence_by_hand() -> None:
     e = 0.125
     gradient = [[99, 99, -5 * e, 6 * e, 4 * e, 99, e, 99], [99, -2 * e, 99, e, -3 * e, 6 * e, 99, 99]]
     learn(weight, optimizer, gradient, distance=0.5)
-    assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0.25, 4)
     v = [[0, 0, 1.25, -1.5], [-1, 0, -0.25, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
 
     # Over the weakest kept weight of the block: 2.5, 3; 4, 1 in the first row, 0.4, 0.2; 0.6, 1.2 in the second. Half of the
     # four pruned positions of each row contend. They lie in three of the four blocks.
     weight.contend(0.5)
-    assert weight.contenders.tolist() == [3, 4, 12, 13]
+    assert weight.contenders.positions.tolist() == [3, 4, 12, 13]
     assert weight.designated.tolist() == [True, True, False, True]
 
     # A quarter of the unit is a step of 1: v = v - g. Neither noise nor unit follow what only contenders show.
@@ -46,7 +46,7 @@ def test_accumulated_evidence_by_hand() -> None:
     learn(weight, optimizer, gradient, distance=0.25, everywhere=False)
     v = [[0, 0, 1.25, -1.75], [-1.5, 0, -0.25, 0], [0, 0.5, 0, -0.25], [1, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert (weight.noise.item(), weight.unit.item()) == (0.25, 4)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0.25, 4)
     assert weight.read_shares[0] == 4 / 8
 
     # Block 0: 1.75 for 0.5, more than 1.25 times as much: it starts at 1.25 * 0.5. Block 1: 1.5 for 0.25, starting at 0.3125.
@@ -61,7 +61,7 @@ def test_accumulated_evidence_by_hand() -> None:
     assert sparse.mask().int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
     assert (~sparse.pruned).int().tolist() == [[1, 0, 0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0, 1, 1]]
     # What was pruned contends in place of what was revived.
-    assert weight.contenders.tolist() == [1, 7, 12, 13]
+    assert weight.contenders.positions.tolist() == [1, 7, 12, 13]
     assert weight.history.oscillations.tolist() == [0, 0, 0, 0]
     pruned_before = [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
@@ -79,7 +79,7 @@ def test_accumulated_evidence_by_hand() -> None:
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     v = [[0, 0, 1.25, -0.625], [0, 0, -0.25, 0.25], [0, 0.5, 0, -0.25], [0, -1.5, 0, 1.25]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert weight.contenders.tolist() == [3, 7, 15, 13]
+    assert weight.contenders.positions.tolist() == [3, 7, 15, 13]
     assert weight.history.oscillations.tolist() == [1, 0, 0, 0]
     pruned_before = [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert weight.history.pruned_before.int().tolist() == pruned_before
@@ -92,11 +92,11 @@ def test_accumulated_evidence_by_hand() -> None:
     # 0.25 are 1: the unit is 1, half of it a step of 1/2.
     sparse.weight.data = torch.tensor([[1.0, 1, 0, 0, -1, 1, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
     learn(weight, optimizer, [[99, 99, 0, 3, 99, 99, 0, 0], [99, -2, 99, 0, 99, 0, 99, -7]], distance=0.5)
-    torch.testing.assert_close(torch.cat([weight.noise, weight.unit]), torch.ones(2))
+    torch.testing.assert_close(torch.cat([weight.sizes.noise, weight.sizes.unit]), torch.ones(2))
     v = [[0, 0, 1.25, -2.125], [0, 0, -0.25, 0.25], [0, 1.5, 0, -0.25], [0, -1.5, 0, 4.75]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
     weight.contend(0.25)
-    assert weight.contenders.tolist() == [3, 15]
+    assert weight.contenders.positions.tolist() == [3, 15]
     # Block 0 revives position 3, its second oscillation, one more than it may make; block 3 position 15, its first one. Of
     # equal kept weights the first one goes.
     weight.adapt(1.0)
@@ -104,7 +104,7 @@ def test_accumulated_evidence_by_hand() -> None:
     torch.testing.assert_close(sparse.weight.detach(), torch.tensor(w))
     assert weight.history.oscillations.tolist() == [2, 0, 0, 1]
     assert weight.frozen.tolist() == [True, False, False, False]
-    assert weight.contenders.tolist() == [0, 12]
+    assert weight.contenders.positions.tolist() == [0, 12]
     assert weight.designated.tolist() == [False, False, False, True]
 
     # It is neither read nor adapted any more, whatever comes, nor does it count as noise: nine tenths of 1, and nothing.
@@ -114,7 +114,7 @@ def test_accumulated_evidence_by_hand() -> None:
         read(weight, [[99, 99, 99, 99, 0, 0, 0, 0], [0] * 8], everywhere)
         assert weight.read_shares[0] == share
         weight.accumulate(optimizer, reading(weight, everywhere=everywhere), YES, WINDOW)
-    torch.testing.assert_close(weight.noise, torch.tensor([0.9]))
+    torch.testing.assert_close(weight.sizes.noise, torch.tensor([0.9]))
     weight.adapt(1.0)
     assert weight.masks.last_flips == 0
     weight.contend(1.0)
@@ -148,7 +148,7 @@ def test_evidence_follows_a_mean_of_gradients_by_hand() -> None:
     sparse = sparse_linear([[1.0, 0.0, 1.0, 0.0]], [[1, 0, 1, 0]], "1:2")
     weight = evolving(sparse, Evidence(momentum=0.5, init="zero", margin=0.5), freeze_after=None)
     contend_at(weight, [[3]])
-    weight.noise, weight.unit = torch.tensor([1.0]), torch.tensor([1.0])
+    weight.sizes.noise, weight.sizes.unit = torch.tensor([1.0]), torch.tensor([1.0])
     optimizer = sgd(weight)
 
     def follow(gradient: list[float]) -> None:
@@ -218,7 +218,7 @@ def test_one_block_of_each_row_swaps_at_a_time() -> None:
     )
     weight = evolving(sparse, Evidence(), freeze_after=0)
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
-    weight.noise = torch.tensor([1.0])
+    weight.sizes.noise = torch.tensor([1.0])
     contend_at(weight, [[1, 3, 5], [7, 9, 11], [13, 15, 17]])
     weight.adapt(1.0)
     swapped = [[1.0, 0, 0, 1.2, 2, 0], [0, 1.2, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]]

@@ -110,7 +110,7 @@ def test_adaptations_are_those_that_are_found_by_hand(pattern: str, outputs: int
     assert isinstance(blocks, ContendingBlocks)
     blocks.keep_both_ways()
     assert blocks.room is not None
-    blocks.noise.fill_(1.0)
+    blocks.sizes.noise.fill_(1.0)
     moved = 0
     for step in range(6):
         generator = torch.Generator().manual_seed(1000 * seed + step)
@@ -121,7 +121,7 @@ def test_adaptations_are_those_that_are_found_by_hand(pattern: str, outputs: int
         blocks.contend()
         for layer, sparse in enumerate(weights):
             # What is full comes last, unless all others contend already.
-            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.split(blocks._split)[layer]]
+            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
             contends = torch.zeros(matrix(sparse.kept).shape, dtype=torch.bool)
             contends.view(-1)[own] = True
             full = torch.stack(
@@ -132,7 +132,7 @@ def test_adaptations_are_those_that_are_found_by_hand(pattern: str, outputs: int
                 assert not (contends[row] & full[row]).any() or (contends[row] >= open_places).all()
         expected = []
         for layer, sparse in enumerate(weights):
-            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.split(blocks._split)[layer]]
+            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
             contends = torch.zeros(matrix(sparse.kept).shape, dtype=torch.bool)
             contends.view(-1)[own] = True
             evidence = blocks.of(layer, blocks.evidence).view(contends.shape).clone()

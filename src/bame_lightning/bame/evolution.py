@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.bame.contenders import choose, closeness, count_in_share, first
+from bame_lightning.bame.contenders import choose, closeness, count_in_share
+from bame_lightning.bame.contending import Contenders
 from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer
 from bame_lightning.bame.reading import Reading, noise_step
 from bame_lightning.bame.room import Room
+from bame_lightning.bame.sizes import Sizes
 from bame_lightning.blocks.masks import kept_places, pieces, zero_pruned_
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.positions import take
 
 if TYPE_CHECKING:
     from bame_lightning.bame.evidence import Evidence
-
-MEMORY = 0.9
-"""Weight of the past in the running mean of squared gradients, at a reading everywhere."""
 
 
 class DenseGradient(NamedTuple):
@@ -77,13 +75,10 @@ class ContendingBlocks(EvolvingBlocks):
 
     Attributes:
         kept_places: Places in its block of the positions that each block keeps, ascending; shape (blocks, n).
-        contenders: Pruned positions that steps between two readings of all read, as many in each row of a weight, weight by
-            weight and row by row; shape (contenders,).
+        contenders: The pruned positions that steps between two readings of all read.
         mean_gradient: Running mean of pruned positions' gradients over their readings, like `evidence`; None without
             `momentum`.
-        noise: Running mean of squared gradients of pruned weights, over readings everywhere; shape (weights,).
-        unit: Root mean square of kept weights over that of pruned weights' gradients, at the last reading everywhere: the
-            step by which a typical gradient moves evidence as far as a typical weight; shape (weights,).
+        sizes: Sizes of gradients and weights, by readings everywhere.
         reading: Dense gradients that this step has read; None if it has not.
         room: What refuses swaps, so that masks stay 2:4 along the output dimension, too; None refuses none.
     """
@@ -94,19 +89,13 @@ class ContendingBlocks(EvolvingBlocks):
         if config.init == "weights":
             self.dense_start()
         self.kept_places = torch.cat([kept_places(sparse.mask(), self.pattern.n) for sparse in weights])
-        device = self.evidence.device
         self.mean_gradient = torch.zeros_like(self.evidence) if config.momentum > 0 else None
-        self.noise = torch.zeros(len(weights), dtype=self.dtype, device=device)
-        self.unit = torch.zeros(len(weights), dtype=self.dtype, device=device)
+        self.sizes = Sizes(self.weights, self.dtype)
+        self.contenders = Contenders(self.weights, self.positions)
         self.reading: DenseGradient | None = None
         self.room: Room | None = None
-        self._block_split = [end - start for start, end in pairwise(self.firsts)]
-        self._blocks_of = torch.tensor(self._block_split, device=device)
-        self._split: list[int] = []
-        # Of the step that is going on: where contenders and kept weights lie, and weights where they are kept.
-        self._places: Tensor | None = None
+        # Of the step that is going on: weights where they are kept.
         self._kept: Tensor | None = None
-        self._set_contenders([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
 
     @override
     def keep_both_ways(self) -> None:
@@ -132,8 +121,8 @@ class ContendingBlocks(EvolvingBlocks):
             kept = whole.gather(1, places) if adapts else None
             self.reading = DenseGradient(whole, None, kept, present)
             return
-        places = self._contested() if adapts else self.positions.offsets(self.contenders[:, None], self._counts)
-        values = take(laid_out, torch.split(places, self._split)).to(self.dtype)
+        places = self.contenders.contested(self.kept_places) if adapts else self.contenders.places()[:, None]
+        values = take(laid_out, torch.split(places, self.contenders.split)).to(self.dtype)
         self.reading = DenseGradient(None, values[:, 0], values[:, 1:] if adapts else None, present)
 
     @override
@@ -151,8 +140,9 @@ class ContendingBlocks(EvolvingBlocks):
         if read.everywhere is not None:
             zero_pruned_(read.everywhere, finite)
             read.everywhere.scatter_(1, self.kept_places.long(), 0)
-            self._measure(read.everywhere, finite, read.present)
-        rate = reading.steps * noise_step(window, self.pattern.m) * self.unit
+            frozen = None if self.freeze_after is None else self.frozen
+            self.sizes.measure(read.everywhere, self._kept_weights(), frozen, finite, read.present)
+        rate = reading.steps * noise_step(window, self.pattern.m) * self.sizes.unit
         # The unit may be poisoned by what the optimizer did to the weights.
         rate = torch.where(finite & rate.isfinite(), rate, 0)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
@@ -165,8 +155,8 @@ class ContendingBlocks(EvolvingBlocks):
         self, gradient: Float[Tensor, "blocks m"], finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]
     ) -> None:
         """Move mean and evidence of all pruned positions outside frozen blocks."""
-        moves = self._moving(self._blocks_of, self.firsts[-1], present, lambda: ~self.frozen)[:, None]
-        rates = rate.repeat_interleave(self._blocks_of, output_size=self.firsts[-1])[:, None]
+        moves = self._moving(self._of_blocks, present, lambda: ~self.frozen)[:, None]
+        rates = self._of_blocks(rate)[:, None]
         means = gradient if self.mean_gradient is None else self.mean_gradient
         moves, rates = moves.expand(len(gradient), 1), rates * moves
         weight = (1 - self.config.momentum) * (finite & moves).to(self.dtype)
@@ -179,8 +169,8 @@ class ContendingBlocks(EvolvingBlocks):
         self, gradient: Float[Tensor, " contenders"], finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]
     ) -> None:
         """Move mean and evidence of the contenders outside frozen blocks."""
-        places = self.contenders
-        moves = self._moving(self._counts, len(places), present, lambda: self._unfrozen(places))
+        places = self.contenders.positions
+        moves = self._moving(self.contenders.spread, present, lambda: self._unfrozen(places))
         change = gradient.clone()
         zero_pruned_(change, finite)
         if self.mean_gradient is not None:
@@ -188,72 +178,31 @@ class ContendingBlocks(EvolvingBlocks):
             change = mean.lerp_(change, (1 - self.config.momentum) * (finite & moves).to(self.dtype))
             self.mean_gradient.view(-1).index_copy_(0, places, change)
         evidence = self.evidence.view(-1)[places]
-        rates = rate.repeat_interleave(self._counts, output_size=len(places))
-        moved = torch.where(moves, evidence * keep - rates * change, evidence)
+        moved = torch.where(moves, evidence * keep - self.contenders.spread(rate) * change, evidence)
         self.evidence.view(-1).index_copy_(0, places, moved)
 
-    def _measure(self, gradient: Float[Tensor, "blocks m"], finite: Tensor, present: list[bool]) -> None:
-        """Follow the size of gradients and of weights at a reading everywhere, both over all rows of each weight.
-
-        Gradients of frozen blocks count for nothing.
-        """
-        frozen = None if self.freeze_after is None else self.frozen
-        if frozen is not None:
-            zero_pruned_(gradient, ~frozen[:, None])
-        sums = [
-            torch.stack([torch.dot(part, part) for part in torch.split(values.view(-1), sizes)])
-            for values, sizes in (
-                (gradient, self._sizes(self.pattern.m)),
-                (self._kept_weights(), self._sizes(self.pattern.n)),
-            )
-        ]
-        unfrozen = torch.ones_like(self.noise) * self._blocks_of
-        if frozen is not None:
-            unfrozen = torch.stack([(~part).sum() for part in torch.split(frozen, self._block_split)]).to(self.dtype)
-        squares, weights, blocks = self._total(torch.stack((*sums, unfrozen)))
-        square = squares / (blocks * (self.pattern.m - self.pattern.n)).clamp_min(1)
-        running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
-        # The square of a finite gradient may overflow.
-        seen = finite & running.isfinite()
-        if not all(present):
-            seen = seen & torch.tensor(present, device=seen.device)
-        self.noise = torch.where(seen, running, self.noise)
-        # As many weights are kept in each block of all rows.
-        parts = torch.tensor([sparse.rows.parts * self.pattern.n for sparse in self.weights], device=weights.device)
-        self.unit = torch.where(self.noise > 0, (weights / (self._blocks_of * parts) / self.noise).sqrt(), 0)
-
-    def _sizes(self, of_block: int) -> list[int]:
-        return [blocks * of_block for blocks in self._block_split]
-
-    def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
-        """Sums over all rows of each weight."""
-        if all(sparse.rows.whole for sparse in self.weights):
-            return values.unbind()
-        found = [
-            sparse.rows.total(own.contiguous()) for sparse, own in zip(self.weights, values.unbind(1), strict=True)
-        ]
-        return torch.stack(found, dim=1).unbind()
+    def _of_blocks(self, values: Shaped[Tensor, " weights"]) -> Shaped[Tensor, " blocks"]:
+        """For each block the value of its weight."""
+        return values.repeat_interleave(self.sizes.blocks, output_size=self.firsts[-1])
 
     def _kept_weights(self) -> Float[Tensor, "blocks n"]:
         """Weights where they are kept; an optimizer may have moved the others, which are zeroed only later."""
         if self._kept is None:
             first = torch.arange(0, self.positions.starts[-1], self.pattern.m, device=self.evidence.device)
-            places = self.positions.offsets(first[:, None] + self.kept_places, self._blocks_of)
-            self._kept = take(self._values(), torch.split(places, self._block_split)).to(self.dtype)
+            places = self.positions.offsets(first[:, None] + self.kept_places, self.sizes.blocks)
+            self._kept = take(self._values(), torch.split(places, self.sizes.split)).to(self.dtype)
         return self._kept
 
     def _values(self) -> list[Tensor]:
         return [self.positions.weight(layer) for layer in range(len(self.weights))]
 
-    def _moving(self, counts: Tensor, total: int, present: list[bool], unfrozen: Any) -> Bool[Tensor, "#some"]:
+    def _moving(
+        self, spread: Callable[[Tensor], Tensor], present: list[bool], unfrozen: Callable[[], Tensor]
+    ) -> Bool[Tensor, "#some"]:
         """Whether evidence moves: not in frozen blocks, nor in weights without a gradient."""
-        moves = torch.ones(1, dtype=torch.bool, device=counts.device)
-        if self.freeze_after is not None:
-            moves = unfrozen()
-        if not all(present):
-            has = torch.tensor(present, device=counts.device)
-            moves = moves & has.repeat_interleave(counts, output_size=total)
-        return moves
+        device = self.evidence.device
+        moves = torch.ones(1, dtype=torch.bool, device=device) if self.freeze_after is None else unfrozen()
+        return moves if all(present) else moves & spread(torch.tensor(present, device=device))
 
     # Contenders.
 
@@ -276,11 +225,11 @@ class ContendingBlocks(EvolvingBlocks):
             least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(self._closed(), 0)
             ratios = torch.where(ratios < 0, ratios, least)
         chosen = []
-        for own, sparse in zip(torch.split(ratios.view(-1), self._sizes(self.pattern.m)), self.weights, strict=True):
+        for own, sparse in zip(self.sizes.of_weights(ratios), self.weights, strict=True):
             rows = len(sparse.kept)
             pruned = len(own) // self.pattern.m // rows * (self.pattern.m - self.pattern.n)
             chosen.append(self.choose(own.view(rows, -1), count_in_share(share, pruned)))
-        self._set_contenders(chosen)
+        self.contenders.choose(chosen)
 
     def _closed(self) -> Bool[Tensor, "blocks places"]:
         """Positions that may not swap now: in frozen blocks, or without room in their column; 1 place for all of a block."""
@@ -293,43 +242,20 @@ class ContendingBlocks(EvolvingBlocks):
         """Choose the contenders of each row of a weight, numbered within the weight."""
         return choose(ratios, count)
 
-    def _set_contenders(self, chosen: Sequence[Tensor]) -> None:
-        starts, self._places = self.positions.starts, None
-        self.contenders = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
-        counts = [own.numel() for own in chosen]
-        if counts != self._split:
-            self._split = counts
-            self._counts = torch.tensor(counts, device=self.contenders.device)
-            # Rows without a contender, of a weight that has just joined, challenge nobody.
-            self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
-            rows, layers = (torch.tensor(v, device=self._counts.device) for v in (self._row_split, range(len(chosen))))
-            per_row = torch.tensor([own.shape[1] for own in chosen], device=rows.device)
-            self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
-
-    def _contested(self) -> Int[Tensor, "contenders places"]:
-        """Places in memory of each contender, and of the weights that its block keeps."""
-        if self._places is None:
-            block = self.contenders // self.pattern.m
-            kept = block[:, None] * self.pattern.m + self.kept_places[block]
-            self._places = self.positions.offsets(torch.cat((self.contenders[:, None], kept), dim=1), self._counts)
-        return self._places
-
     @property
     @override
     def designated(self) -> Bool[Tensor, " blocks"]:
         chosen = torch.zeros(self.firsts[-1], dtype=torch.bool, device=self.evidence.device)
-        return chosen.index_fill_(0, self.contenders // self.pattern.m, True) & ~self.frozen
+        return chosen.index_fill_(0, self.contenders.blocks, True) & ~self.frozen
 
     @override
     def contended(self) -> list[Int[Tensor, " contenders"]]:
-        starts = torch.tensor(self.positions.starts[:-1], device=self.contenders.device)
-        within = self.contenders - starts.repeat_interleave(self._counts, output_size=len(self.contenders))
-        return list(torch.split(within, self._split))
+        return self.contenders.within()
 
     @property
     @override
     def contender_count(self) -> int:
-        return self.contenders.numel()
+        return self.contenders.positions.numel()
 
     def _unfrozen(self, places: Int[Tensor, " positions"]) -> Bool[Tensor, " positions"]:
         return ~self.frozen[places // self.pattern.m]
@@ -340,62 +266,66 @@ class ContendingBlocks(EvolvingBlocks):
     def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         """Swap a contender of each output row with the weakest kept weight of its block, if it outgrew that by the margin."""
         self.predicted = torch.zeros_like(self.predicted)
-        if not self.contenders.numel():
+        if not self.contender_count:
             self.masks.unchanged()
             self.history.quiet += 1
             return None
-        challenge = self._challenge()
+        challenge, of, counts = self._challenge()
         size = (1 + self.config.margin) * challenge.weakest.abs()
         swapped = challenge.may_swap & (challenge.evidence.abs() > size)
         started = self.started(size, challenge)
         m, position = self.pattern.m, challenge.position
         dropped = challenge.block * m + self.kept_places[challenge.block, challenge.place]
-        of, rows = self._layer_of(position)
         if self.room is not None:
             urgency = _ratio(challenge.evidence, challenge.weakest.abs())
             swapped = self.room.admit(position, dropped, of, urgency, swapped)
-        places = self._contested()[challenge.slot]
+        places = self.contenders.contested(self.kept_places)[challenge.slot]
         revived, pruned = places[:, 0], places.gather(1, challenge.place[:, None] + 1).squeeze(1)
         self._predict(challenge, swapped, started, of)
         self._hand_over(challenge, swapped, dropped)
         self.masks.swap(revived, pruned, swapped, of)
         self.history.record_swaps(challenge.block, position, dropped, swapped)
         # Where nothing was swapped, what was pruned before stands for what is pruned now.
-        return self._write(revived, torch.where(swapped, pruned, revived), torch.where(swapped, started, 0), rows)
+        pruned = torch.where(swapped, pruned, revived)
+        started = torch.where(swapped, started, 0).to(self.weights[0].weight.dtype)
+        places = torch.stack((revived, pruned), dim=1).flatten()
+        values = torch.stack((started, torch.zeros_like(started)), dim=1).flatten()
+        self.positions.put(places, values, [2 * count for count in counts])
+        return list(torch.split(pruned, counts))
 
     def started(self, size: Float[Tensor, " rows"], challenge: Challenge) -> Float[Tensor, " rows"]:
         """Where a revived weight starts: as large as the margin demands, however far evidence went."""
         return size.copysign(challenge.evidence)
 
-    def _challenge(self) -> Challenge:
-        """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen."""
-        contested = self.contenders // self.pattern.m
-        kept = take(self._values(), torch.split(self._contested()[:, 1:], self._split)).to(self.dtype)
+    def _challenge(self) -> tuple[Challenge, Int[Tensor, " rows"], list[int]]:
+        """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen.
+
+        Returns:
+            The challenge, the weight of each, and how many are in each weight.
+        """
+        contenders = self.contenders
+        places = contenders.contested(self.kept_places)[:, 1:]
+        kept = take(self._values(), torch.split(places, contenders.split)).to(self.dtype)
         sizes, place = kept.abs().min(-1)
-        evidence = self.evidence.view(-1)[self.contenders]
+        evidence = self.evidence.view(-1)[contenders.positions]
         near = _ratio(evidence, sizes)
-        trained = self.noise > 0
+        trained = self.sizes.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
             # Somebody has frozen a layer since: a weight that moved would be no frozen one.
             trained = trained & torch.tensor([s.weight.requires_grad for s in self.weights], device=trained.device)
-        may = trained.repeat_interleave(self._counts, output_size=len(contested))
+        may = contenders.spread(trained)
         if self.freeze_after is not None:
-            may = may & self._unfrozen(self.contenders)
+            may = may & self._unfrozen(contenders.positions)
         if self.room is not None:
             # Where there is none, the next contender challenges in its row.
-            layers = torch.arange(len(self.weights), device=near.device)
-            of = layers.repeat_interleave(self._counts, output_size=len(near))
-            may = may & self.room.has(self.contenders, of, may & (near > 1 + self.config.margin))
+            of = contenders.spread(torch.arange(len(self.weights), device=near.device))
+            may = may & self.room.has(contenders.positions, of, may & (near > 1 + self.config.margin))
         near = torch.where(may & (near == near), near, -1)
-        if self.config.one_per_row:
-            rows = len(self._row_layer)
-            group = torch.arange(rows, device=near.device).repeat_interleave(self._per_row, output_size=len(near))
-            slot, swaps = first(near, group, rows)
-        else:
-            slot, swaps = first(near, contested, self.firsts[-1])
-            slot, swaps = slot[swaps], swaps[swaps]  # waits for the device
-        weakest = kept[slot, place[slot]]
-        return Challenge(slot, self.contenders[slot], evidence[slot], contested[slot], place[slot], weakest, swaps)
+        find = contenders.first_of_rows if self.config.one_per_row else contenders.first_of_blocks
+        slot, swaps, of, counts = find(near)
+        position, weakest = contenders.positions[slot], kept[slot, place[slot]]
+        challenge = Challenge(slot, position, evidence[slot], position // self.pattern.m, place[slot], weakest, swaps)
+        return challenge, of, counts
 
     def _predict(self, challenge: Challenge, swapped: Tensor, started: Tensor, of: Tensor) -> None:
         """Predict the loss reduction to first order, -<g, change of w>, where this step has read g."""
@@ -425,35 +355,16 @@ class ContendingBlocks(EvolvingBlocks):
         entered = torch.where(swapped, position % self.pattern.m, dropped % self.pattern.m)
         kept = kept.scatter_(1, place[:, None], entered[:, None]).sort(-1).values
         self.kept_places.index_copy_(0, challenge.block, kept.to(self.kept_places.dtype))
-        self.contenders.index_copy_(0, challenge.slot, torch.where(swapped, dropped, position))
-        self._places = self._kept = None
+        self.contenders.replace(challenge.slot, torch.where(swapped, dropped, position))
+        self._forget()
 
     def handed_down(self, challenge: Challenge) -> Float[Tensor, " rows"]:
         """Evidence of a weight that is pruned: its value."""
         return challenge.weakest
 
-    def _layer_of(self, position: Int[Tensor, " pairs"]) -> tuple[Int[Tensor, " pairs"], list[int]]:
-        """Place of the weight of each pair, and how many pairs are in each weight."""
-        if self.config.one_per_row:
-            return self._row_layer, self._row_split
-        of = torch.bucketize(position, torch.tensor(self.positions.starts[1:], device=position.device), right=True)
-        return of, of.bincount(minlength=len(self.weights)).tolist()
-
-    def _write(
-        self,
-        revived: Int[Tensor, " pairs"],
-        pruned: Int[Tensor, " pairs"],
-        started: Float[Tensor, " pairs"],
-        counts: list[int],
-    ) -> list[Tensor]:
-        """Write revived weights, and zeros where weights are pruned, weight by weight; returns where they were pruned."""
-        twice = [2 * count for count in counts]
-        places = torch.split(torch.stack((revived, pruned), dim=1).flatten(), twice)
-        values = torch.stack((started, torch.zeros_like(started)), dim=1).to(self.weights[0].weight.dtype).flatten()
-        for layer, (where, what) in enumerate(zip(places, torch.split(values, twice), strict=True)):
-            if len(where):
-                self.positions.weight(layer).index_copy_(0, where, what)
-        return list(torch.split(pruned, counts))
+    def _forget(self) -> None:
+        self._kept = None
+        self.contenders.forget()
 
     # What others see.
 
@@ -462,17 +373,20 @@ class ContendingBlocks(EvolvingBlocks):
         mean = None if self.mean_gradient is None else self.of(layer, self.mean_gradient)
         refused = None if self.room is None else self.room.refused[layer]
         known = super()._layer(layer)
-        return replace(known, mean_gradient=mean, noise=self.noise[layer], unit=self.unit[layer], refused=refused)
+        return replace(
+            known, mean_gradient=mean, refused=refused, noise=self.sizes.noise[layer], unit=self.sizes.unit[layer]
+        )
 
     @override
     def end_step(self) -> None:
-        self.reading = self._places = self._kept = None
+        self.reading = None
+        self._forget()
 
     @override
     def copies(self, layer: int) -> dict[str, Tensor]:
         own = {
             "evidence": self.of(layer, self.evidence),
-            "contenders": torch.split(self.contenders, self._split)[layer],
+            "contenders": self.contenders.by_weight()[layer],
         }
         if self.mean_gradient is not None:
             own["mean gradient"] = self.of(layer, self.mean_gradient)
@@ -480,16 +394,16 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def statistics(self, layer: int) -> dict[str, Tensor]:
-        return {"size of gradients": self.noise[layer]}
+        return {"size of gradients": self.sizes.noise[layer]}
 
     @override
     def state(self, layer: int) -> dict[str, Any]:
         sparse = self.weights[layer]
         rows, pruned = sparse.rows, ~sparse.mask()
         state = {
-            "contenders": rows.gather((self._own_contenders(layer) - self._row_starts(layer)).int()),
-            "noise": self.noise[layer],
-            "unit": self.unit[layer],
+            "contenders": rows.gather(self.contenders.saved(layer).int()),
+            "noise": self.sizes.noise[layer],
+            "unit": self.sizes.unit[layer],
         }
         if self.mean_gradient is not None:
             state["mean_gradient"] = rows.gather(self.of(layer, self.mean_gradient)[pruned])
@@ -508,25 +422,14 @@ class ContendingBlocks(EvolvingBlocks):
         if self.room is not None:
             self.room.recount(layer)
             self.room.refused[layer] = sparse.rows.part_of(state["refused"].to(mask.device))
-        self.noise[layer], self.unit[layer] = (state[name].to(self.noise) for name in ("noise", "unit"))
-        own = [self._own_contenders(place) for place in range(len(self.weights))]
-        own[layer] = sparse.rows.own(state["contenders"]).to(mask.device).long() + self._row_starts(layer)
-        self._set_contenders(own)
-
-    def _own_contenders(self, layer: int) -> Int[Tensor, "rows count"]:
-        """Contenders of a weight, numbered within it."""
-        own = torch.split(self.contenders, self._split)[layer] - self.positions.starts[layer]
-        return own.view(len(self.weights[layer].kept), -1)
-
-    def _row_starts(self, layer: int) -> Int[Tensor, "rows 1"]:
-        """Number of the first position of each row of a weight, within it."""
-        kept = self.weights[layer].kept
-        return torch.arange(0, kept.numel(), kept[0].numel(), device=kept.device)[:, None]
+        for name, sizes in (("noise", self.sizes.noise), ("unit", self.sizes.unit)):
+            sizes[layer] = state[name].to(sizes)
+        self.contenders.restore(layer, sparse.rows.own(state["contenders"]))
 
     def _shares_read(self, everywhere: bool) -> list[float]:
         """Share of each weight's pruned positions that a reading reads; waits for the device if blocks may freeze."""
         shares = []
-        for layer, own in enumerate(torch.split(self.contenders, self._split)):
+        for layer, own in enumerate(self.contenders.by_weight()):
             pruned = (self.firsts[layer + 1] - self.firsts[layer]) * (self.pattern.m - self.pattern.n)
             share = 1.0 if everywhere else len(own) / max(1, pruned)
             if self.freeze_after is not None and share:

@@ -71,6 +71,13 @@ class Positions:
             found = self._views[layer] = flat_memory(weight.detach())
         return found
 
+    def put(self, places: Int[Tensor, " chosen"], values: Shaped[Tensor, " chosen"], counts: list[int]) -> None:
+        """Write values at places in the memory of their weights, those of the first weight first, `counts` of each."""
+        parts = zip(torch.split(places, counts), torch.split(values, counts), strict=True)
+        for layer, (where, what) in enumerate(parts):
+            if len(where):
+                self.weight(layer).index_copy_(0, where, what)
+
 
 def _grid(value: Tensor, name: str) -> tuple[int, int, int, int, int]:
     """Positions of a kernel, input channels, and how far outputs, positions and channels lie apart in memory."""

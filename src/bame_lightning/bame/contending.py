@@ -1,0 +1,124 @@
+"""Which pruned positions contend: as many in each output row, weight by weight, and where they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int, Int16, Shaped
+from torch import Tensor
+
+from bame_lightning.bame.contenders import first
+from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.positions import Positions
+
+
+class Contenders:
+    """The pruned positions that steps between two readings of all read.
+
+    Args:
+        weights: The weights, of one pattern.
+        positions: How their positions are numbered.
+
+    Attributes:
+        positions: The contenders, as many in each row of a weight, weight by weight and row by row; shape (contenders,).
+        counts: How many are in each weight, on the device; shape (weights,).
+        split: The same in plain numbers.
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
+        self._weights, self._numbering, self._m = weights, positions, weights[0].pattern.m
+        self.split: list[int] = []
+        # Where contenders and the kept weights of their blocks lie, for the step that is going on.
+        self._places: Tensor | None = None
+        device = weights[0].kept.device
+        self.choose([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
+
+    def choose(self, chosen: Sequence[Tensor]) -> None:
+        """Let others contend: of each row of each weight, numbered within the weight."""
+        self._places = None
+        starts = self._numbering.starts
+        self.positions = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
+        split = [own.numel() for own in chosen]
+        if split != self.split:
+            self.split = split
+            self.counts = torch.tensor(split, device=self.positions.device)
+            # Rows without a contender, of a weight that has just joined, challenge nobody.
+            self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
+            rows, layers = (torch.tensor(v, device=self.counts.device) for v in (self._row_split, range(len(chosen))))
+            per_row = torch.tensor([own.shape[1] for own in chosen], device=rows.device)
+            self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
+
+    def replace(self, slots: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> None:
+        """Let other positions take slots."""
+        self.positions.index_copy_(0, slots, positions)
+
+    @property
+    def blocks(self) -> Int[Tensor, " contenders"]:
+        """The block of each."""
+        return self.positions // self._m
+
+    def by_weight(self) -> list[Tensor]:
+        """Those of each weight."""
+        return list(torch.split(self.positions, self.split))
+
+    def within(self) -> list[Tensor]:
+        """Those of each weight, numbered within it."""
+        starts = torch.tensor(self._numbering.starts[:-1], device=self.positions.device)
+        return list(torch.split(self.positions - self.spread(starts), self.split))
+
+    def spread(self, values: Shaped[Tensor, " weights"]) -> Shaped[Tensor, " contenders"]:
+        """For each contender the value of its weight."""
+        return values.repeat_interleave(self.counts, output_size=len(self.positions))
+
+    def places(self) -> Int[Tensor, " contenders"]:
+        """Where each lies in the memory of its weight."""
+        return self._numbering.offsets(self.positions, self.counts)
+
+    def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "contenders places"]:
+        """Where each lies, and the weights that its block keeps; remembered until `forget`."""
+        if self._places is None:
+            block = self.blocks
+            kept = block[:, None] * self._m + kept_places[block]
+            self._places = self._numbering.offsets(torch.cat((self.positions[:, None], kept), dim=1), self.counts)
+        return self._places
+
+    def forget(self) -> None:
+        """Call when what blocks keep has changed, and when a step ends."""
+        self._places = None
+
+    def first_of_rows(
+        self, near: Float[Tensor, " contenders"]
+    ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"], Int[Tensor, " rows"], list[int]]:
+        """Of each row the contender closest to a swap: its slot, whether it may, its weight; and rows of each weight."""
+        rows = len(self._row_layer)
+        group = torch.arange(rows, device=near.device).repeat_interleave(self._per_row, output_size=len(near))
+        return *first(near, group, rows), self._row_layer, self._row_split
+
+    def first_of_blocks(
+        self, near: Float[Tensor, " contenders"]
+    ) -> tuple[Int[Tensor, " blocks"], Bool[Tensor, " blocks"], Int[Tensor, " blocks"], list[int]]:
+        """The same of each block, where there is one that may; waits for the device."""
+        starts = self._numbering.starts
+        slot, may = first(near, self.blocks, starts[-1] // self._m)
+        slot, may = slot[may], may[may]
+        of = torch.bucketize(self.positions[slot], torch.tensor(starts[1:], device=slot.device), right=True)
+        return slot, may, of, of.bincount(minlength=len(self._weights)).tolist()
+
+    def saved(self, layer: int) -> Int[Tensor, "rows count"]:
+        """Those of a weight, numbered within their rows, which may be spread over processes."""
+        return self._of_rows(layer) - self._row_starts(layer)
+
+    def restore(self, layer: int, saved: Int[Tensor, "rows count"]) -> None:
+        """Go on with what `saved` returned of a weight."""
+        own = [self._of_rows(place) for place in range(len(self._weights))]
+        own[layer] = saved.to(self.positions.device).long() + self._row_starts(layer)
+        self.choose(own)
+
+    def _of_rows(self, layer: int) -> Int[Tensor, "rows count"]:
+        own = self.by_weight()[layer] - self._numbering.starts[layer]
+        return own.view(len(self._weights[layer].kept), -1)
+
+    def _row_starts(self, layer: int) -> Int[Tensor, "rows 1"]:
+        kept = self._weights[layer].kept
+        return torch.arange(0, kept.numel(), kept[0].numel(), device=kept.device)[:, None]

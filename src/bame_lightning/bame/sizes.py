@@ -1,0 +1,89 @@
+"""How large gradients of pruned weights are beside the weights: what makes evidence independent of the scale of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bame_lightning.blocks.masks import zero_pruned_
+from bame_lightning.weights.layers import SparseWeight
+
+MEMORY = 0.9
+"""Weight of the past in the running mean of squared gradients, at a reading everywhere."""
+
+
+class Sizes:
+    """Sizes of gradients and weights, as readings everywhere find them.
+
+    Args:
+        weights: The weights, of one pattern.
+        dtype: Of what is measured.
+
+    Attributes:
+        noise: Running mean of squared gradients of pruned weights; shape (weights,).
+        unit: Root mean square of kept weights over that of pruned weights' gradients: the step by which a typical gradient
+            moves evidence as far as a typical weight; shape (weights,).
+        split: Blocks of each weight.
+        blocks: The same on the device; shape (weights,).
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight], dtype: torch.dtype) -> None:
+        self._weights, self._pattern = weights, weights[0].pattern
+        device = weights[0].kept.device
+        self.noise = torch.zeros(len(weights), dtype=dtype, device=device)
+        self.unit = torch.zeros(len(weights), dtype=dtype, device=device)
+        self.split = [sparse.kept.numel() // self._pattern.m for sparse in weights]
+        self.blocks = torch.tensor(self.split, device=device)
+
+    def measure(
+        self,
+        gradient: Float[Tensor, "blocks m"],
+        kept: Float[Tensor, "blocks n"],
+        frozen: Bool[Tensor, " blocks"] | None,
+        finite: Bool[Tensor, ""],
+        present: list[bool],
+    ) -> None:
+        """Follow both sizes, over all rows of each weight; gradients of frozen blocks count for nothing, and are zeroed.
+
+        Args:
+            gradient: Dense gradients, zero where weights are kept.
+            kept: Weights where they are kept.
+            frozen: Blocks whose mask is final; None if none ever is.
+            finite: False leaves everything as it is.
+            present: Which weights have a gradient.
+        """
+        n, m = self._pattern.n, self._pattern.m
+        if frozen is None:
+            unfrozen = self.blocks.to(self.noise.dtype)
+        else:
+            zero_pruned_(gradient, ~frozen[:, None])
+            unfrozen = torch.stack([(~part).sum() for part in torch.split(frozen, self.split)]).to(self.noise.dtype)
+        sums = torch.stack((self._squares(gradient), self._squares(kept), unfrozen))
+        squares, weights, blocks = self._total(sums)
+        square = squares / (blocks * (m - n)).clamp_min(1)
+        running = torch.where(self.noise > 0, torch.lerp(square, self.noise, MEMORY), square)
+        # The square of a finite gradient may overflow.
+        seen = finite & running.isfinite()
+        if not all(present):
+            seen = seen & torch.tensor(present, device=seen.device)
+        self.noise = torch.where(seen, running, self.noise)
+        # As many weights are kept in each block of all rows.
+        parts = torch.tensor([sparse.rows.parts * n for sparse in self._weights], device=weights.device)
+        self.unit = torch.where(self.noise > 0, (weights / (self.blocks * parts) / self.noise).sqrt(), 0)
+
+    def of_weights(self, values: Float[Tensor, "blocks k"]) -> tuple[Tensor, ...]:
+        """Cut what is kept per block into that of each weight, flat."""
+        return torch.split(values.view(-1), [blocks * values.shape[1] for blocks in self.split])
+
+    def _squares(self, values: Float[Tensor, "blocks k"]) -> Float[Tensor, " weights"]:
+        return torch.stack([torch.dot(part, part) for part in self.of_weights(values)])
+
+    def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
+        """Sums over all rows of each weight."""
+        if all(sparse.rows.whole for sparse in self._weights):
+            return values.unbind()
+        own = zip(self._weights, values.unbind(1), strict=True)
+        return torch.stack([sparse.rows.total(value.contiguous()) for sparse, value in own], dim=1).unbind()
