@@ -100,6 +100,8 @@ def test_a_real_measurement_leaves_the_random_state_alone_and_travels() -> None:
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_wrong_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="`forward` must be one of dense, kernels, embedding_bag, semi_structured; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="`forward` must be one of dense, kernels, embedding_bag, semi_structured; got 'fast'"
+    ):
         Choice(forward="fast")
     assert room.MARGIN < 1
