@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from benchmarks.accuracy.publish import ablation, equal, findings, headline, longer
-from benchmarks.accuracy.study import AS_COSTLY, COLUMNS, Row, stretched
+from benchmarks.accuracy.publish import ablation, both_ways, equal, findings, headline, longer
+from benchmarks.accuracy.study import AS_COSTLY, BOTH_WAYS, COLUMNS, Row, stretched
 
 
 def rows(method: str, accuracies: Sequence[float], **rest: str) -> list[Row]:
@@ -141,3 +141,16 @@ def test_a_stretched_run_takes_whole_epochs_each_cut_short_alike(recipe: str, fa
     assert (epochs, name) == (overrides[0], "++trainer.limit_train_batches")
     assert float(value) == pytest.approx(overrides[1])
     assert ("." in value) == isinstance(overrides[1], float)
+
+
+def test_both_ways_stands_beside_plain_and_transposable_masks_of_the_same_seeds() -> None:
+    plain, both = rows("bame", [90, 90, 90]), rows("bame", [89, 88, 87], variant=BOTH_WAYS, flips_per_block="0.25")
+    rival = rows("transposable", [91], flips_per_block="")
+    found = cells(both_ways(plain + both + rival + rows("bame", [80], pattern="1:8")))
+    # Gains of -1, -2, -3: 4.303 x 1 / sqrt(3) = 2.48.
+    assert [(row[1], row[2], row[3], row[5], row[7]) for row in found] == [
+        ("1:16", "BAME", "3", "", "1.00 ± 0.00"),
+        ("1:16", "BAME, both ways", "3", "-2.00 ± 2.48", "0.25 ± 0.00"),
+        ("1:16", "transposable", "1", "+1.00", ""),
+    ]
+    assert both_ways(plain + rival) == ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]

@@ -28,6 +28,7 @@ from bame_lightning.methods.masked import Masked
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
     AS_COSTLY,
+    BOTH_WAYS,
     CSV,
     LONGER,
     TABLE,
@@ -99,6 +100,7 @@ def main() -> None:
     fill(results, "findings", "\n".join(findings(rows)))
     fill(results, "equal", "\n".join(equal(rows)))
     fill(results, "headline", "\n".join([f"Measured on {hardware}.", "", *headline(rows), "", *over_sparse_layers()]))
+    fill(results, "both ways", "\n".join(both_ways(rows)))
     # On the digits the seeds tell no difference between lengths.
     fill(results, "longer", "\n".join(longer([row for row in rows if row["recipe"] != "digits_cnn"])))
     fill(results, "ablation", "\n".join(ablation(rows)))
@@ -212,6 +214,28 @@ def equal(rows: list[Row]) -> list[str]:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study equal`."]
+
+
+def both_ways(rows: list[Row]) -> list[str]:
+    """BAME with masks that are 2:4 along the output dimension, too, and transposable masks, each beside plain BAME."""
+    lines = [
+        "| task | N:M | method | seeds | quality | ahead of BAME | training loss | swaps a block |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    kinds = {("bame", ""): "BAME", ("bame", BOTH_WAYS): "BAME, both ways", ("transposable", ""): "transposable"}
+    for task, pattern in [(task, pattern) for task in TASKS for pattern in MARKERS if pattern]:
+        runs = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
+        groups = {kind: [row for row in runs if (row["method"], row["variant"]) == kind] for kind in kinds}
+        for kind, group in groups.items() if groups["bame", BOTH_WAYS] else ():
+            if group:
+                cells = [
+                    *(task, pattern, kinds[kind], str(len(group)), quality_spread(group)),
+                    _ahead(group, groups["bame", ""]) if kind != ("bame", "") else "",
+                    spread([float(row["train_loss"]) for row in group], 4),
+                    spread([float(row["flips_per_block"]) for row in group], 2) if group[0]["flips_per_block"] else "",
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
 
 
 def _ahead(own: list[Row], rivals: list[Row]) -> str:
