@@ -140,6 +140,6 @@ def test_a_folder_without_python_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 bytes are for training"):
         PythonSource(str(tmp_path)).setup("fit")
     with pytest.raises(
-        FileNotFoundError, match=r"`folder` must be a folder of Python files; .*nowhere is none.*data\.f"
+        FileNotFoundError, match=r"`folder` must be a folder of Python files; there is no folder .*nowhere.*data\.f"
     ):
         PythonSource(str(tmp_path / "nowhere")).setup("fit")

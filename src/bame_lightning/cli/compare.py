@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.sweep_dir.is_dir():
         print(
-            f"bame-compare: error: `SWEEP_DIR` must be a folder with runs; {args.sweep_dir} is none.", file=sys.stderr
+            f"bame-compare: error: `SWEEP_DIR` must be a folder with runs; there is no folder {args.sweep_dir}.",
+            file=sys.stderr,
         )
         return 1
     loading("bame-compare", "SciPy and Matplotlib")

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder
     if not folder.is_dir():
         print(
-            f"bame-report: error: `RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; {folder} is none.",
+            f"bame-report: error: `RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; there is no folder {folder}.",
             file=sys.stderr,
         )
         return 1

@@ -95,8 +95,8 @@ class PythonSource(InMemoryData):
     def split(self) -> tuple[Windows, Windows, Windows]:
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"`folder` must be a folder of Python files; {self.folder} is none. Name one (data.folder=...), or leave "
-                "it out for Python's standard library."
+                f"`folder` must be a folder of Python files; there is no folder {self.folder}. Name one "
+                "(data.folder=...), or leave it out for Python's standard library."
             )
         texts = (bytearray().join(map(Path.read_bytes, part)) for part in self._files())
         train, val, test = (torch.from_numpy(np.frombuffer(text, dtype=np.uint8)) for text in texts)
