@@ -130,8 +130,9 @@ def findings(rows: list[Row]) -> list[str]:
     changes = _changes(rows, MLP)
     if changes:
         name, ahead = min(changes.items(), key=lambda item: statistics.mean(item[1]))
+        of = "" if _version(rows, name) == "bame" else ", of the first version"
         lines.append(
-            f"- **What costs most to change** on the MLP: {MATTER[name]}. Accuracy is then {-statistics.mean(ahead):.2f} "
+            f"- **What costs most to change** on the MLP{of}: {MATTER[name]}. Accuracy is then {-statistics.mean(ahead):.2f} "
             "points lower ([table](#what-each-part-gives))."
         )
     return lines
