@@ -21,7 +21,7 @@ class Watch(L.Callback):
 
     Args:
         method: The callback that is watched.
-        names: Weights that must be 2:4 sparse, all of them.
+        names: Weights that must be 2:4 sparse, or 1:4, all of them.
         masked: Whether their gradients and optimizer state must be sparse, too.
     """
 
@@ -68,7 +68,8 @@ class Watch(L.Callback):
             self.moves += name in self.kept and not torch.equal(kept, self.kept[name])
             self.kept[name] = kept
             allowed = kept.movedim(1, -1).reshape(-1, 4).sum(-1)
-            assert allowed.min() == allowed.max() == 2
+            assert sparse.pattern.m == 4
+            assert allowed.min() == allowed.max() == sparse.pattern.n
             assert self.weights[name] is sparse.weight
         for name in self.names:
             weight, kept = self.weights[name], self.kept[name]
