@@ -8,8 +8,9 @@
 `steps` lets dense training, SR-STE, RigL, static masks and BAME take turns, as `bame-bench` does, the masked ones with dense
 products and with `compute="auto"`, and adds a row for each to `performance_steps.csv`. One thread is timed in processor time,
 several by the clock on the wall; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same
-parts in steps of ResNet-18 (`performance_sections.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench`
-does all of it: `python -m benchmarks.performance all`.
+parts in steps of ResNet-18 (`performance_sections.csv`), `validation` forward passes without gradients
+(`performance_validation.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench` does all of it:
+`python -m benchmarks.performance all`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from benchmarks.documents import fill
 
 HERE = Path(__file__).parent
 STEPS, CORE, FIGURE = HERE / "performance_steps.csv", HERE / "performance_core.csv", HERE / "performance.png"
-SECTIONS = HERE / "performance_sections.csv"
+SECTIONS, VALIDATION = HERE / "performance_sections.csv", HERE / "performance_validation.csv"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
 IMAGES, TOKENS = ((3, 32, 32), 10), ((128,), 256)
 # Builder, input shape and classes, batch.
@@ -88,6 +89,11 @@ CASES: list[dict[str, Any]] = [
     *({"model": "resnet18", "channels_last": last, "threads": 2} for last in (False, True)),
 ]
 """What `all` measures."""
+VALIDATED: list[dict[str, Any]] = [
+    {"model": "mlp", "width": 2048, "batch": 256},
+    {"model": "gpt", "width": 1024, "batch": 4},
+    {"model": "resnet18"},
+]
 PARTS = {
     "read all": "read all blocks",
     "finite all": "look for NaN",
@@ -264,6 +270,46 @@ def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> di
     return {name: statistics.median(times) for name, times in took.items()}
 
 
+def validation(args: argparse.Namespace) -> None:
+    """Time forward passes without gradients, dense and as `auto` has chosen, in turns: the shortest of some rounds."""
+    rows = []
+    for case in VALIDATED:
+        usual = {"batch": None, "width": None, "channels_last": False}
+        given = argparse.Namespace(**usual | case, pattern=args.pattern)
+        given.batch = given.batch or MODELS[given.model][2]
+        fit = make_fit(given, "static_auto")
+        quiet: dict[str, Any] = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        trainer = L.Trainer(max_steps=2, callbacks=fit.callbacks, **quiet)
+        trainer.fit(fit.module, DataLoader([fit.batch] * 2, batch_size=None))  # type: ignore[arg-type]
+        callback, model = fit.callbacks[0], fit.module.eval()
+        execution = callback.training.execution  # type: ignore[attr-defined]
+        took: dict[str, list[float]] = defaultdict(list)
+        clock = time.process_time if args.threads == 1 else time.perf_counter
+        for _ in range(7):
+            for how in ("dense", "auto"):
+                if how == "auto":
+                    execution.bind(model, callback.weights, watching=False)  # type: ignore[attr-defined]
+                with torch.no_grad():
+                    began = clock()
+                    model(fit.batch[0])
+                    took[how].append(clock() - began)
+                execution.release()
+        forward = [(choice.forward, choice.milliseconds["forward"]) for choice in execution.choices.values()]
+        dense, chosen = sum(ms["dense"] for _, ms in forward), sum(ms[name] for name, ms in forward)
+        rows.append(
+            {"model": given.model, "width": given.width or "", "pattern": args.pattern, "batch": given.batch}
+            | {"threads": args.threads, "sparse_layers": f"{dense / chosen:.2f}"}
+            | {
+                "dense_ms": f"{1e3 * min(took['dense']):.2f}",
+                "times_as_fast": f"{min(took['dense']) / min(took['auto']):.2f}",
+            }
+        )
+        print(*rows[-1].values(), flush=True)
+    add(VALIDATION, rows, ["model", "width", "pattern", "batch", "threads"])
+
+
 def sections(args: argparse.Namespace) -> None:
     """Time what BAME does in each kind of step of ResNet-18, batch 32, in milliseconds."""
     clock: dict[str, float] = defaultdict(float)
@@ -384,6 +430,16 @@ def publish(args: argparse.Namespace) -> None:
         "cycles of 20 steps. Time over that of the dense step beside it, ± the standard deviation from cycle to cycle. One "
         "thread: processor time. Two: the clock on the wall."
     )
+    judged = [
+        "| model | pattern | batch | threads | dense, ms | whole network | its sparse layers |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['model']}{' of width ' * bool(row['width'])}{row['width']} | {row['pattern']} | {row['batch']} "
+            f"| {row['threads']} | {row['dense_ms']} | {row['times_as_fast']}x | {row['sparse_layers']}x |"
+            for row in read(VALIDATION)
+        ),
+    ]
+    fill(DOCUMENT, "validation", "\n".join(judged))
     fill(DOCUMENT, "executed", "\n".join([measured, "", *executed]))
     fill(DOCUMENT, "steps", "\n".join(timed))
     fill(DOCUMENT, "sections", "\n".join(sections_table(hardware)))
@@ -403,6 +459,8 @@ def sections_table(hardware: str) -> list[str]:
 def everything(args: argparse.Namespace) -> None:
     core(args)
     sections(argparse.Namespace(pattern="1:16", cycles=5, threads=args.threads))
+    for pattern in ("1:16", "1:8"):
+        validation(argparse.Namespace(pattern=pattern, threads=args.threads))
     for case in CASES:
         measure(args, **case)
     publish(args)
@@ -459,6 +517,8 @@ def main() -> None:
     one.add_argument("--width", type=int)
     one.add_argument("--cycles", type=int, default=2)
     one.add_argument("--channels-last", action="store_true")
+    judged = commands.add_parser("validation")
+    judged.add_argument("--pattern", default="1:16")
     parts = commands.add_parser("sections")
     parts.add_argument("--pattern", default="1:16")
     parts.add_argument("--cycles", type=int, default=5)
@@ -466,6 +526,7 @@ def main() -> None:
     for command, call in [
         (one, steps),
         (parts, sections),
+        (judged, validation),
         *((commands.add_parser(name), call) for name, call in calls.items()),
     ]:
         command.add_argument("--threads", type=int, default=2)
