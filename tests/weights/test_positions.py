@@ -81,3 +81,22 @@ def test_kernels_that_are_scattered_in_memory_are_refused() -> None:
     odd = torch.zeros(2, 3, 4, 5).permute(0, 3, 2, 1)  # kernel positions the other way round
     with pytest.raises(ValueError, match=r"`odd` has strides .*contiguous"):
         Positions([sparse("odd", odd, 5)])
+
+
+@pytest.mark.parametrize(
+    ("weight", "straight"),
+    [
+        (torch.zeros(4, 8), True),
+        (torch.zeros(8, 4).t(), False),
+        (torch.zeros(4, 8, 1, 1), True),
+        (torch.zeros(4, 8, 1, 1).to(memory_format=torch.channels_last), True),
+        (torch.zeros(4, 8, 3, 3), False),
+        (torch.zeros(4, 8, 3, 3).to(memory_format=torch.channels_last), True),
+    ],
+)
+def test_what_lies_in_memory_as_it_is_numbered_is_known(weight: torch.Tensor, straight: bool) -> None:
+    positions = Positions([sparse("a", weight, 4)])
+    assert positions.straight == [straight]
+    everything = torch.arange(weight.numel())
+    same = torch.equal(positions.offsets(everything, torch.tensor([weight.numel()])), everything)
+    assert same == straight
