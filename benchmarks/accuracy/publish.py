@@ -426,15 +426,15 @@ def draw_overview(rows: list[Row]) -> None:
         axis.barh(range(len(methods)), costs, color=[COLOURS[method] for method in methods], height=0.62)
         for place, (cost, group) in enumerate(zip(costs, groups, strict=True)):
             value = statistics.mean(quality(row) for row in group)
-            unit = "bits per byte" if task.startswith("python") else "% right"
+            unit = "bits per byte (less is better)" if task.startswith("python") and not place else "bits per byte"
+            unit = unit if task.startswith("python") else "% right"
             axis.text(cost + 2, place, f"{value:.{decimals(group[0])}f} {unit}", va="center", fontsize=10)
         axis.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
         axis.invert_yaxis()
         axis.set_xlim(0, 170)
         axis.set_xticks([0, 50, 100], ["0", "50 %", "100 %"])
         axis.set_xlabel("training FLOPs (dense = 100 %)")
-        less = ", less is better" if task.startswith("python") else ""
-        axis.set_title(f"{TASKS[task].split(',')[0]}{less}", fontsize=10, loc="left")
+        axis.set_title(TASKS[task].split(",")[0], fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(OVERVIEW)
 
