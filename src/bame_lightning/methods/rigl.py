@@ -85,7 +85,7 @@ class DropAndGrow(Masked):
         super().__init__(rescale=rescale, both_ways=both_ways)
         self.schedule = schedule
         self.share = share
-        self.masks: MaskSet | None = None
+        self.masks = MaskSet(())
         self._gradients: dict[str, Tensor] = {}
         self._swapped = False
         self.refused = torch.zeros((), dtype=torch.int64)
@@ -97,9 +97,8 @@ class DropAndGrow(Masked):
         if restored is not None or not self.run.steps:
             self.refused = torch.zeros_like(self.refused) + (restored or {}).get("refused", 0)
         if restored is not None or not self.run.steps:
-            self.masks = None
-        self.masks = MaskSet.following(self.masks, self.run.weights)
-        assert self.masks is not None
+            self.masks = MaskSet(())
+        self.masks = self.masks.following(self.run.weights)
         for place, sparse in enumerate(self.run.weights if restored is not None else ()):
             assert restored is not None
             self.masks.load_state(place, restored["layers"][sparse.name])
@@ -107,7 +106,7 @@ class DropAndGrow(Masked):
 
     @override
     def regroup(self) -> None:
-        self.masks = MaskSet.following(self.masks, self.run.weights)
+        self.masks = self.masks.following(self.run.weights)
         names = {sparse.name for sparse in self.run.weights}
         self._gradients = {name: gradient for name, gradient in self._gradients.items() if name in names}
         super().regroup()
@@ -152,7 +151,6 @@ class DropAndGrow(Masked):
         return holder.window.annealed(self.share, holder.steps)
 
     def _swap(self, sparse: SparseWeight, gradient: Tensor, share: float, finite: Tensor) -> None:
-        assert self.masks is not None
         # The share is one of the blocks of all rows.
         rows, old, blocks = sparse.rows, sparse.mask(), to_blocks(sparse.values, sparse.pattern.m)
         before, confined = rows.gather(old), len(sparse.kept) * rows.parts if self.both_ways else None
@@ -173,27 +171,21 @@ class DropAndGrow(Masked):
 
     @override
     def metrics(self) -> dict[str, Tensor]:
-        if self.masks is None:
-            return {}
         refused = {"bame/refused_swaps": self.refused.float()} if self.both_ways else {}
         return flip_rates([self.masks]) | refused
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        if self.masks is None:
-            return {}, {}
-        masks = self.masks
-        return {
-            sparse.name: {name: value.cpu().clone() for name, value in masks.state(place).items()}
-            for place, sparse in enumerate(masks.weights)
-        }, ({"refused": int(self.refused)} if self.both_ways else {})
+        return {sparse.name: self.masks.state(place) for place, sparse in enumerate(self.masks.weights)}, (
+            {"refused": int(self.refused)} if self.both_ways else {}
+        )
 
     @override
     def forget(self) -> None:
         super().forget()
-        self.masks = None
+        self.masks = MaskSet(())
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
         refused = {"refused_swaps": int(self.refused)} if self.both_ways else {}
-        return {"flips": 0 if self.masks is None else self.masks.total(), **refused}
+        return {"flips": self.masks.total(), **refused}

@@ -38,7 +38,7 @@ class StraightThrough(Method):
         super().__init__()
         self.decay = decay
         self.latents: list[LatentWeight] = []
-        self.masks: MaskSet | None = None
+        self.masks = MaskSet(())
         self._exposed = False
 
     def choose_mask(self, latent: LatentWeight, holder: Holder) -> Bool[Tensor, "out inp *kernel"] | None:
@@ -57,9 +57,9 @@ class StraightThrough(Method):
     @override
     def start(self, restored: Mapping[str, Any] | None) -> None:
         if restored or not self.run.steps:
-            self.latents, self.masks = [], None
+            self.latents, self.masks = [], MaskSet(())
         StraightThrough.regroup(self)
-        if restored and self.masks is not None:
+        if restored:
             for place, latent in enumerate(self.latents):
                 latent.load_state_dict(restored["layers"][latent.sparse.name])
                 self.masks.load_state(place, restored["layers"][latent.sparse.name])
@@ -69,7 +69,7 @@ class StraightThrough(Method):
     def regroup(self) -> None:
         known = {latent.sparse: latent for latent in self.latents}
         self.latents = [known.get(sparse) or LatentWeight(sparse) for sparse in self.run.weights]
-        self.masks = MaskSet.following(self.masks, self.run.weights)
+        self.masks = self.masks.following(self.run.weights)
 
     @override
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
@@ -100,7 +100,6 @@ class StraightThrough(Method):
 
     @override
     def after_update(self, holder: Holder) -> None:
-        assert self.masks is not None
         for latent in self._latents_of(holder):
             self.settle(latent)
             mask = self.choose_mask(latent, holder)
@@ -126,7 +125,7 @@ class StraightThrough(Method):
 
     @override
     def metrics(self) -> dict[str, Tensor]:
-        return flip_rates([self.masks]) if self.masks is not None else {}
+        return flip_rates([self.masks])
 
     @override
     def copies(self) -> Iterator[Copy]:
@@ -137,22 +136,18 @@ class StraightThrough(Method):
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        assert self.masks is not None or not self.latents
         return {
-            latent.sparse.name: {
-                **latent.state_dict(),
-                **{name: value.cpu().clone() for name, value in self.masks.state(place).items()},  # type: ignore[union-attr]
-            }
+            latent.sparse.name: {**latent.state_dict(), **self.masks.state(place)}
             for place, latent in enumerate(self.latents)
         }, {}
 
     @override
     def forget(self) -> None:
-        self.latents, self.masks = [], None
+        self.latents, self.masks = [], MaskSet(())
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
-        return {"flips": 0 if self.masks is None else self.masks.total()}
+        return {"flips": self.masks.total()}
 
 
 class Transposable(StraightThrough):

@@ -29,7 +29,7 @@ class MaskSet:
 
     def __init__(self, weights: Sequence[SparseWeight]) -> None:
         self.weights = list(weights)
-        device = self.weights[0].kept.device
+        device = self.weights[0].kept.device if self.weights else None
         self.flips = torch.zeros(len(self.weights), dtype=torch.int64, device=device)
         self.last_flips = torch.zeros_like(self.flips)
         values = [sparse.values for sparse in self.weights]
@@ -41,16 +41,14 @@ class MaskSet:
             kept = self._kept.as_strided(value.shape, value.stride(), start)
             sparse.kept = kept.copy_(sparse.kept)
 
-    @classmethod
-    def following(cls, before: MaskSet | None, weights: Sequence[SparseWeight]) -> MaskSet | None:
-        """Go on with other weights: those that stay keep what was counted; None without weights."""
-        if before is not None and before.weights == list(weights):
-            return before
-        masks = cls(weights) if weights else None
-        known = {} if before is None else {id(sparse): place for place, sparse in enumerate(before.weights)}
+    def following(self, weights: Sequence[SparseWeight]) -> MaskSet:
+        """Go on with other weights: those that stay keep what was counted."""
+        if self.weights == list(weights):
+            return self
+        masks, known = MaskSet(weights), {id(sparse): place for place, sparse in enumerate(self.weights)}
         for place, sparse in enumerate(weights):
-            if masks is not None and before is not None and id(sparse) in known:
-                masks.load_state(place, before.state(known[id(sparse)]))
+            if id(sparse) in known:
+                masks.load_state(place, self.state(known[id(sparse)]))
         return masks
 
     def change(self, place: int, kept: Bool[Tensor, "out inp *kernel"]) -> None:
@@ -86,9 +84,9 @@ class MaskSet:
         self.last_flips = torch.zeros_like(self.flips)
 
     def state(self, place: int) -> dict[str, Tensor]:
-        """What was counted for a weight, over all rows."""
-        rows = self.weights[place].rows
-        return {"flips": rows.total(self.flips[place]), "last_flips": rows.total(self.last_flips[place])}
+        """A copy of what was counted for a weight, over all rows, in main memory."""
+        rows, counts = self.weights[place].rows, {"flips": self.flips, "last_flips": self.last_flips}
+        return {name: rows.total(values[place]).cpu().clone() for name, values in counts.items()}
 
     def load_state(self, place: int, state: Mapping[str, Any]) -> None:
         """Go on counting from what `state` returned."""
@@ -105,9 +103,11 @@ def flip_rates(sets: Iterable[MaskSet]) -> dict[str, Tensor]:
     """Share of mask positions that the last change has changed: of all weights, and layer by layer.
 
     Returns:
-        Metrics, on the device of the masks.
+        Metrics, on the device of the masks; none without weights.
     """
     found = [(sparse, flips) for each in sets for sparse, flips in zip(each.weights, each.last_flips, strict=True)]
+    if not found:
+        return {}
     total = torch.stack([flips for _, flips in found]).sum() / sum(sparse.kept.numel() for sparse, _ in found)
     layers = {f"bame/layer/{sparse.label}/flip_rate": flips / sparse.kept.numel() for sparse, flips in found}
     return {"bame/flip_rate": total, **layers}
