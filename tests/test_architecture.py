@@ -94,6 +94,14 @@ def test_the_callback_costs_no_import_beyond_lightning() -> None:
     assert set(done.stdout.split()) <= {"bame_lightning", "jaxtyping"}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_longer_than_a_screen(module: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[ast.get_docstring(node) is not None :]
+            assert not body or body[-1].end_lineno - body[0].lineno < 40, f"{node.name} has more than 40 lines"
+
+
 def test_public_names_come_when_they_are_asked_for() -> None:
     for name in bame_lightning.__all__:
         found = getattr(bame_lightning, name)

@@ -99,7 +99,7 @@ class SparseCallback(KeepsBooks):
         self._brought: dict[str, Any] | None = None
         super().__init__(pattern, layers)
         self._restored: dict[str, Any] | None = None
-        self._blank = False
+        """A state that was loaded and is not yet taken up; empty if it was saved before a first fit."""
         self._stage = Stage.OUTSIDE
         self._optimizers: list[Optimizer] = []
         self.averages = Averages((), ())
@@ -221,11 +221,9 @@ class SparseCallback(KeepsBooks):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict, type(self).__name__)
-        if state_dict["layers"]:
-            self._restored = state_dict
-        else:
+        self._restored = state_dict if state_dict["layers"] else {}
+        if not self._restored:
             # Saved before a first fit, as by a learning-rate finder that puts everything back: start anew.
-            self._restored, self._blank = None, True
             self.training.forget()
 
     # Lightning's hooks, in the order in which they are called.
@@ -238,7 +236,7 @@ class SparseCallback(KeepsBooks):
         if stage != "fit":
             return
         # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
-        self._restored, self._blank = None, False
+        self._restored = None
         here = {id(parameter) for parameter in pl_module.parameters()}
         if not any(id(sparse.weight) in here for sparse in self.weights):
             self.training.forget()
@@ -409,10 +407,10 @@ class SparseCallback(KeepsBooks):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the weights sparse, or restore them."""
-        restored, blank = self._restored, self._blank
-        self._restored, self._blank, self._stage = None, False, Stage.READY
-        if restored is None and not blank and trainer.ckpt_path and self.init != "nonzero":
+        loaded, self._restored, self._stage = self._restored, None, Stage.READY
+        if loaded is None and trainer.ckpt_path and self.init != "nonzero":
             refuse_unknown_masks(trainer.ckpt_path, type(self).__name__, self.pattern)
+        restored = loaded or None
         self._members.begin(restored)
         plans, known = self._choose_weights(trainer, pl_module, restored)
         self._members.try_masks(known, restored)

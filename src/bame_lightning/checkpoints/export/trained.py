@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bame_lightning.blocks.layout import from_blocks, oriented, to_blocks
-from bame_lightning.blocks.masks import top_n_mask, unpack_mask, zero_pruned_
+from bame_lightning.blocks.masks import top_n_mask, unpack_mask, zeroed
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.checkpoints.audit import AuditReport, audit_weights, read
 from bame_lightning.checkpoints.export.errors import ExportError
@@ -138,25 +138,21 @@ def load_trained(
         _refuse_names(path, list(state), prefix)
     for name in names:
         _check_plain(path, name, state[name])
-
     short = {name: name.removeprefix(prefix) for name in names}
     # Sparse weights first, so that a tied weight is stored under the name that has the mask.
     same_as = _ties({name: state[name] for name in sorted(names, key=lambda name: name not in patterns)})
-    tensors, kept = {}, {}
-    for name in names:
-        if name in same_as:
-            continue
-        tensor = state[name].detach().contiguous()
-        if name in patterns:
-            mask = _mask(tensor, patterns[name], name in turned, saved.get(name))
-            tensor = tensor.clone()
-            zero_pruned_(tensor, mask)  # a pruned -0 becomes +0, as readers of any format make it
-            kept[short[name]] = mask
-        tensors[short[name]] = tensor
+    tensors = {name: state[name].detach().contiguous() for name in names if name not in same_as}
+    kept = {
+        name: _mask(tensor, patterns[name], name in turned, saved.get(name))
+        for name, tensor in tensors.items()
+        if name in patterns
+    }
+    for name, mask in kept.items():
+        tensors[name] = zeroed(tensors[name], mask)  # a pruned -0 becomes +0, as readers of any format make it
     return Trained(
-        tensors=tensors,
+        tensors={short[name]: tensor for name, tensor in tensors.items()},
         patterns={short[name]: own for name, own in patterns.items() if name not in same_as},
-        kept=kept,
+        kept={short[name]: mask for name, mask in kept.items()},
         same_as={short[alias]: short[name] for alias, name in same_as.items()},
         prefix=prefix,
         left_out=tuple(name for name in state if name not in short),

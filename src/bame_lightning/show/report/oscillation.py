@@ -145,21 +145,7 @@ def _traces(traces: Sequence[Trace]) -> Figure:
     shortened = dict(zip(dict.fromkeys(trace.label for trace in traces), labels, strict=True))
     for index, trace in enumerate(traces):
         m = trace.kept.shape[1]
-        lines = paths(trace)
-        for x, y in lines:
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": trace.title,
-                    "x": x,
-                    "y": [base + position for position in y],
-                    "customdata": y,
-                    "hovertemplate": f"{trace.title}<br>after adaptation %{{x}}: position %{{customdata}}<extra></extra>",
-                    "line": {"shape": "hv", "width": 2, "color": COLOURS[index % len(COLOURS)]},
-                    "showlegend": False,
-                }
-            )
+        data += [_line(trace, x, y, base, COLOURS[index % len(COLOURS)]) for x, y in paths(trace)]
         places.append(base + (m - 1) / 2)
         often = "1 time" if trace.oscillations == 1 else f"{trace.oscillations:,} times"
         names.append(f"{shortened[trace.label]}<br>{trace.filter:,} / {trace.block:,}<br>{often}")
@@ -184,6 +170,21 @@ def _traces(traces: Sequence[Trace]) -> Figure:
     )
     title = "What do the most restless blocks do?"
     return Figure("restless", title, note, data, layout, wide=True)
+
+
+def _line(trace: Trace, x: list[int], y: list[int], base: int, colour: str) -> dict[str, Any]:
+    """The way of one kept place, in the band that begins at `base`."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": trace.title,
+        "x": x,
+        "y": [base + position for position in y],
+        "customdata": y,
+        "hovertemplate": f"{trace.title}<br>after adaptation %{{x}}: position %{{customdata}}<extra></extra>",
+        "line": {"shape": "hv", "width": 2, "color": colour},
+        "showlegend": False,
+    }
 
 
 def paths(trace: Trace) -> list[tuple[list[int], list[int]]]:
