@@ -313,7 +313,7 @@ class TestCheckpoints:
             trainer(bame(layers={"*.6": "dense"})).fit(Task(), ckpt_path=path)
 
     def test_state_of_another_version_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="version 7, this release reads 5"):
+        with pytest.raises(ValueError, match="version 7, this release reads 6"):
             bame().load_state_dict({"nm_sparsity_version": 7})
 
     def test_state_is_a_bit_a_weight_for_masks_and_a_float_a_pruned_weight_for_evidence(self) -> None:

@@ -328,7 +328,11 @@ def test_a_sweep_without_flops_is_shown_by_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (lambda folder: None, ["nowhere"], r"`RUN_OR_SWEEP_DIR` must be the folder of a run .*; there is no folder \S*nowhere"),
+        (
+            lambda folder: None,
+            ["nowhere"],
+            r"`RUN_OR_SWEEP_DIR` must be the folder of a run .*; there is no folder \S*nowhere",
+        ),
         (lambda folder: None, [""], r"holds no summary.json of a finished run"),
         (lambda folder: (folder / "summary.json").write_text("{}"), [""], r"no metrics.csv.*Train with logger=csv"),
         (
