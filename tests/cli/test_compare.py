@@ -86,6 +86,15 @@ def test_unusable_input_gets_one_line_and_exits_1(tmp_path: Path, capsys: pytest
     assert not list((tmp_path / "sweep").glob("compare.*"))
 
 
+def test_a_folder_that_takes_no_results_is_told_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compare.csv").mkdir()
+    assert main([sweep(tmp_path)]) == 1
+    line = f"{tmp_path / 'compare.csv'}: Is a directory. The command writes into the folder: copy it to where you may write."
+    assert capsys.readouterr().err == f"bame-compare: error: {line}\n"
+
+
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bame_lightning.cli.compare", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

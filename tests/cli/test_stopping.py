@@ -7,12 +7,16 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from bame_lightning.cli import start
 from tests.cli.processes import TINY, stopping, train
+
+ROOT = Path(__file__).parents[2]
 
 SIGNALS = pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 
@@ -105,3 +109,30 @@ def test_commands_that_answer_end_in_a_line_too(command: str, tmp_path: Path) ->
     os.close(ours)
     assert said.decode().splitlines()[-1] == f"bame-{command}: stopped by Ctrl-C."
     assert "Traceback" not in said.decode()
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {during!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from bame_lightning.cli import start
+sys.exit(start.{command}())
+"""
+
+
+@pytest.mark.parametrize(("command", "during"), [("train", "hydra"), ("audit", "bame_lightning.cli.checkpoints")])
+def test_a_command_that_is_still_being_imported_ends_in_a_line(command: str, during: str) -> None:
+    program = [sys.executable, "-c", INTERRUPTED.format(command=command, during=during)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, f"bame-{command}: stopped by Ctrl-C.\n")
+
+
+def test_every_command_starts_there() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {name: f"bame_lightning.cli.start:{name.removeprefix('bame-')}" for name in scripts}
+    assert all(callable(getattr(start, name.removeprefix("bame-"))) for name in scripts)

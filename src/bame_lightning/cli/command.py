@@ -13,6 +13,7 @@ from importlib import metadata
 
 import bame_lightning
 
+WRITES = "The command writes into the folder: copy it to where you may write."
 _TOLD = ("torch", "lightning", "hydra-core")
 
 
@@ -45,6 +46,21 @@ def version(name: str) -> str:
     """
     others = ", ".join(f"{package} {metadata.version(package)}" for package in _TOLD)
     return f"{name} {bame_lightning.__version__} ({others}, Python {platform.python_version()})"
+
+
+def told(error: Exception, remedy: str) -> str:
+    """Say what is wrong in a line; what the system says of a file names no remedy.
+
+    Args:
+        error: What was raised.
+        remedy: A sentence that follows what the system says.
+
+    Returns:
+        The line.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. {remedy}"
+    return str(error)
 
 
 def loading(name: str, what: str) -> None:

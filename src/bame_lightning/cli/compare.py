@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.command import WRITES, command_parser, loading, told
 from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.sweep_dir / "compare.md").write_text(to_markdown(comparison))
         draw(comparison, args.sweep_dir / "compare.png")
     except (CompareError, OSError) as error:
-        print(f"bame-compare: error: {error}", file=sys.stderr)
+        print(f"bame-compare: error: {told(error, WRITES)}", file=sys.stderr)
         return 1
     show(comparison)
     print(f"Written to {args.sweep_dir}: compare.csv, compare.md, compare.png")

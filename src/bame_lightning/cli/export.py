@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.cli.checkpoints import add_arguments, check_given, printable
-from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.command import command_parser, loading, told
 from bame_lightning.cli.interruption import stoppable
 
 _FORMATS = ("dense", "packed", "semi_structured", "onnx")
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         lines = export(args)
     except (ValueError, OSError) as error:
-        print(f"bame-export: error: {printable(str(error))}", file=sys.stderr)
+        line = told(error, "Name another path with --output.")
+        print(f"bame-export: error: {printable(line)}", file=sys.stderr)
         return 1
     for line in lines:
         print(printable(line))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.cli.command import command_parser, loading
+from bame_lightning.cli.command import WRITES, command_parser, loading, told
 from bame_lightning.cli.interruption import stoppable
 
 _DESCRIPTION = """\
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = write_report(folder, args.baseline)
     except (ReportError, CompareError, ValueError, OSError) as error:
-        print(f"bame-report: error: {error}", file=sys.stderr)
+        print(f"bame-report: error: {told(error, WRITES)}", file=sys.stderr)
         return 1
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

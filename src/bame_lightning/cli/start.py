@@ -1,0 +1,24 @@
+"""Where commands start: Ctrl-C is a line from the first moment on, while what a command needs is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def _command(name: str) -> Callable[[], Any]:
+    def command() -> Any:
+        try:
+            module = importlib.import_module(f"bame_lightning.cli.{name}")
+        except KeyboardInterrupt:
+            print(f"bame-{name}: stopped by Ctrl-C.", file=sys.stderr)
+            return 130
+        return module.main()
+
+    return command
+
+
+audit, bench, compare, dashboard = map(_command, ("audit", "bench", "compare", "dashboard"))
+export, flops, report, train = map(_command, ("export", "flops", "report", "train"))
