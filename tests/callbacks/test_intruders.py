@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.callbacks.registry import METHODS, every_method
+from tests.callbacks.registry import MASKED, METHODS, every_method
 from tests.training import Spy, Task, blocks_over, trainer
 
 
@@ -100,6 +100,33 @@ def test_little_is_found_too(what: str) -> None:
 
     (found,) = told(method, Spy(change), task=Task(), max_epochs=3)
     assert found.startswith("`model.6` held non-zero weights")
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "clip", [{}, {"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}]
+)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_noise_that_a_hook_of_the_module_adds_after_masking(name: str, clip: Any, optimizer: Any) -> None:
+    class Noisy(Task):
+        def on_before_optimizer_step(self, optimizer) -> None:
+            for parameter in self.parameters():
+                parameter.grad.add_(torch.randn_like(parameter), alpha=1e-2)
+
+    callback, stale = make(name), []
+
+    def look(run, module) -> None:
+        (held,) = run.optimizers
+        for sparse in callback.weights:
+            kept = (sparse.weight, *(v for v in held.state[sparse.weight].values() if v.shape == sparse.weight.shape))
+            stale.extend(int(value.detach()[~sparse.oriented(sparse.kept)].count_nonzero()) for value in kept)
+
+    task = Noisy(optimizer=lambda p: optimizer(p, lr=1e-2))
+    trainer(callback, Spy(look), **clip).fit(task)
+    assert callback.steps == 16
+    assert len(stale) >= 16 * 3 * 2
+    assert not any(stale)
+    assert all(parameter.isfinite().all() for parameter in task.parameters())
 
 
 @every_method

@@ -456,6 +456,8 @@ class SparseCallback(KeepsBooks):
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See the steps of the optimizers; no hook of Lightning follows the update before somebody sees the weights."""
+        clipped = bool(trainer.gradient_clip_val)  # by norm in one operation, by value in two
+        self.training.run.clips = clipped * (2 if trainer.gradient_clip_algorithm == "value" else 1)
         self.training.before_inner = partial(self._before_step, pl_module)
         self.training.on_step = partial(self._after_step, trainer)
         # The optimizers' state may come from a checkpoint of dense training.

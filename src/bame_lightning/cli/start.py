@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def _command(name: str) -> Callable[[], Any]:
-    def command() -> Any:
+def _command(name: str) -> Callable[..., Any]:
+    def command(*words: Sequence[str]) -> Any:
         try:
             module = importlib.import_module(f"bame_lightning.cli.{name}")
         except KeyboardInterrupt:
             print(f"bame-{name}: stopped by Ctrl-C.", file=sys.stderr)
             return 130
-        return module.main()
+        return module.main(*words)
 
     return command
 

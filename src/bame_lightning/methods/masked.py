@@ -48,6 +48,7 @@ class Masked(Method):
         self._expected: dict[str, Bool[Tensor, "*shape"]] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._touched: list[SparseWeight] = []
+        self._masked: dict[str, int] = {}
         self._factors: dict[str, Tensor] = {}
 
     # What a method overrides.
@@ -169,6 +170,16 @@ class Masked(Method):
             factors.append(self._factor(sparse))
         if bits:
             torch._foreach_mul_(bits, factors)
+        self._masked = {s.name: s.weight.grad._version for s in holder.weights if s.weight.grad is not None}
+
+    def _rewritten(self, holder: Holder) -> list[SparseWeight]:
+        """Weights to whose gradients somebody has written after they were masked, other than to clip them, as to add noise."""
+        found = ((sparse, sparse.weight.grad) for sparse in holder.weights)
+        return [
+            sparse
+            for sparse, gradient in found
+            if gradient is not None and gradient._version > self._masked.get(sparse.name, 0) + self.run.clips
+        ]
 
     def _factor(self, sparse: SparseWeight) -> Tensor:
         """The mask as zeros and ones, as the weight lies in memory."""
@@ -220,7 +231,7 @@ class Masked(Method):
         if not holder.keeps_zeros or holder.steps % LOOK_EVERY == 0:
             self.enforce(holder.weights)
         else:
-            self.enforce(self._touched)
+            self.enforce([*self._touched, *self._rewritten(holder)])
         evolved = self.evolve(holder)
         for sparse in holder.weights:
             self._withheld.pop(sparse.name, None)

@@ -46,6 +46,7 @@ class Run:
         steps: Optimizer steps so far, of all of them.
         window: When masks adapt, in optimizer steps, where optimizers step once a batch.
         verify: Whether to check invariants at every step.
+        clips: How often clipping writes to a gradient after it was masked.
         everywhere: Turns a boolean scalar into whether it is true in all processes that hold other rows.
     """
 
@@ -54,6 +55,7 @@ class Run:
     steps: int = 0
     window: Window = field(default_factory=lambda: Window(0, 0, 1))
     verify: bool = False
+    clips: int = 0
     everywhere: Callable[[Tensor], Tensor] = _as_it_is
 
 
