@@ -107,7 +107,8 @@ def test_every_method_under_ddp(ranks: int, tmp_path: Path, alone: dict[str, Any
 @pytest.mark.slow
 def test_every_method_under_fsdp2(tmp_path: Path, alone: dict[str, Any]) -> None:
     processes.launch(processes.sharded, tmp_path, 2)
-    for name in METHODS:
+    # What is sharded is computed densely, so other FLOPs are executed than by one process.
+    for name in METHODS.keys() - {"bame_computed"}:
         assert_trains_one_network(load(tmp_path, name, 2), alone[name])
 
 

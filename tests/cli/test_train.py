@@ -387,6 +387,7 @@ def test_wandb_is_offline_unless_logged_in(
     (tmp_path / "netrc").chmod(0o600)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("bame_lightning.cli.loggers.check_reachable", lambda: None)
     assert wandb_logger(silent=True, save_dir=".")._wandb_init.get("mode") == mode
 
 
