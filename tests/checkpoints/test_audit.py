@@ -307,7 +307,7 @@ def test_a_saved_layer_without_weight_is_named(path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"nm_sparsity_version": 6, "layers": {}}, "`nm_sparsity_version` 7, where this release reads 1 to 6"),
+        ({"nm_sparsity_version": 7, "layers": {}}, "`nm_sparsity_version` 7, where this release reads 1 to 6"),
         ({"nm_sparsity_version": torch.ones(3), "layers": {}}, "where this release reads 1 to 6"),
         ({"nm_sparsity_version": 2}, "names no `layers`"),
         ({"nm_sparsity_version": 2, "layers": {}}, "names no `layers`"),
