@@ -86,7 +86,7 @@ def test_bame_and_the_run_are_counted_as_by_hand(report: Any) -> None:
     assert found["dense_forward_macs"] == forward
     assert found["f"] == pytest.approx(f)
     read = (1 + 19 * 0.5) / 40
-    assert found["read_share"] == {"bame": pytest.approx(read), "rigl": pytest.approx(3 / 40)}
+    assert found["read_share"] == {"bame": pytest.approx(read), "rigl": pytest.approx(3 / 40), "top_kast": 1.0}
     bame = found["methods"]["bame"]
     assert bame["algorithmic"]["step_in_dense_forwards"] == pytest.approx(3 * f + read * (1 - f))
     assert bame["hardware"]["step_in_dense_forwards"] == pytest.approx(2 * f + 1 + read * (1 - f))

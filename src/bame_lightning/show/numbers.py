@@ -15,7 +15,7 @@ def flops(value: float) -> str:
         The number with the prefix of its thousands.
 
     Example:
-        >>> flops(23_700_000_000), flops(999_600), flops(4.1e18), flops(0)
+        >>> flops(23.7e9), flops(999_600.0), flops(4.1e18), flops(0.0)
         ('23.7 GFLOPs', '1 MFLOPs', '4.1 EFLOPs', '0 FLOPs')
     """
     place = 0
