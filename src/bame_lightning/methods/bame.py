@@ -363,4 +363,5 @@ class BAME(Masked):
 
 def _total(layers: Sequence[EvolvingLayer], values: Callable[[EvolvingLayer], Tensor]) -> Tensor:
     """Sum over all rows of all layers, written so that its mean over ranks is right."""
-    return torch.stack([values(layer).sum().double() * layer.sparse.rows.parts for layer in layers]).sum()
+    totals = [values(layer).sum().double() * layer.sparse.rows.parts for layer in layers]
+    return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)
