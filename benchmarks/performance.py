@@ -467,11 +467,11 @@ def everything(args: argparse.Namespace) -> None:
     for pattern in ("1:16", "1:8"):
         validation(argparse.Namespace(pattern=pattern, threads=args.threads))
     for case in CASES:
-        measure(args, **case)
+        measure(**case)
     publish(args)
 
 
-def measure(args: argparse.Namespace, **case: Any) -> None:
+def measure(**case: Any) -> None:
     usual = {"pattern": "1:16", "batch": None, "width": None, "cycles": 3, "channels_last": False, "threads": 1}
     args = argparse.Namespace(**usual | case)
     torch.set_num_threads(args.threads)

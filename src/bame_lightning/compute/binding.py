@@ -55,7 +55,7 @@ class BoundForward:
             made: Tensor = self.__wrapped__(*args, **kwargs)
             return made
         module: Any = self.module
-        return self.layer(_padded(module, x), self._weight, module.bias)
+        return self.layer.multiply(_padded(module, x), self._weight, module.bias)
 
     def _falls_back(self, x: Tensor) -> bool:
         """Whether a call is computed densely, although it was to be sparse."""

@@ -149,8 +149,12 @@ class SparseLayer:
         self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, ...]:
         """The layer's output."""
-        if self.why_dense(x, weight):
-            return self.operation.forward(x, weight, bias)
+        return self.operation.forward(x, weight, bias) if self.why_dense(x, weight) else self.multiply(x, weight, bias)
+
+    def multiply(
+        self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, ...]:
+        """The same where `why_dense` has nothing to say."""
         kind = computing_type(x)  # where autocast is on, the casts are differentiated, too
         x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
         made: Tensor = _Multiply.apply(x, weight, bias, self, torch.is_grad_enabled())

@@ -81,11 +81,13 @@ class Computed:
     def executed(self) -> set[str]:
         """Phases that the step just taken has computed sparsely."""
         layer = self.bound.layer if self.bound is not None else None
-        if layer is None or "forward" not in layer.ran:
-            return set(layer.ran - layer.fell) if layer is not None else set()
-        # Where nobody asks for the gradient of the input, the first layer for example, nothing was computed densely either.
-        nobody_asked = {"input_gradient"} - layer.fell if layer.choice.input_gradient != "dense" else set()
-        return (layer.ran | nobody_asked) - layer.fell
+        if layer is None:
+            return set()
+        ran = set(layer.ran)
+        if "forward" in ran and layer.choice.input_gradient != "dense":
+            # Where nobody asks for the gradient of the input, the first layer for example, nothing was computed densely either.
+            ran.add("input_gradient")
+        return ran - layer.fell
 
 
 class Execution:
@@ -204,7 +206,8 @@ class Execution:
         for layer in layers:
             if self.compute == "sparse" and layer.bound is not None and layer.bound.why_dense:
                 self._refuse(layer, layer.bound.why_dense)
-        self._choose([layer for layer in layers if layer.choice is None], method.contenders(holder) if layers else {})
+        if undecided := [layer for layer in layers if layer.choice is None]:
+            self._choose(undecided, method.contenders(holder))
         self.prepare(holder, method)
 
     def prepare(self, holder: Holder, method: Method) -> None:
@@ -221,8 +224,6 @@ class Execution:
 
     def _choose(self, layers: Sequence[Computed], contenders: Mapping[str, Tensor]) -> None:
         """Measure what has been watched, on the first process; layers called alike are measured once."""
-        if not layers:
-            return
 
         def measure() -> dict[str, dict[str, Any] | None]:
             measured: dict[Any, Choice] = {}
