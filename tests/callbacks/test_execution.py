@@ -241,7 +241,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="`compute` must be"):
             OneShotMagnitude("2:4", "dense.ckpt", compute=True)
 
-    def test_sparse_where_attention_multiplies_by_itself(self) -> None:
+    def test_sparse_where_attention_multiplies_by_itself(self, caplog: pytest.LogCaptureFixture) -> None:
         class Attends(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -257,8 +257,11 @@ class TestRefused:
         ):
             trainer(StaticMask("2:4", compute="sparse")).fit(task)
         assert not bound(task)
+        caplog.set_level("INFO")
         callback = StaticMask("2:4", compute="auto")
         trainer(callback, max_epochs=1).fit(Task(Attends()))
+        table = next(record.message for record in caplog.records if "computes with" in record.message)
+        assert "model.inside.in_proj_weight" in table
         told = callback.summary()["compute"]
         assert told["model.inside.out_proj"] == "dense: inside nn.MultiheadAttention, which multiplies by itself"
         assert told["model.inside.in_proj_weight"] == "dense: no layer multiplies with it by itself"

@@ -149,7 +149,9 @@ class Execution:
         held = {id(layer.sparse) for layer in self.layers}
         # Packed projections of attention, or a weight of a module of the user's own.
         for sparse in (sparse for sparse in of.values() if id(sparse) not in held):
-            self._leave_dense(Computed(sparse.label, nn.Identity(), sparse), "no layer multiplies with it by itself")
+            layer = Computed(sparse.label, nn.Identity(), sparse)
+            self._leave_dense(layer, "no layer multiplies with it by itself")
+            self.layers.append(layer)
 
     def _begin(self, layer: Computed, model: nn.Module, watching: bool) -> None:
         chosen = self.choices.get(layer.name)
