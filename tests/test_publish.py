@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from benchmarks.accuracy.publish import ablation, both_ways, equal, findings, headline, longer
+from benchmarks.accuracy.groups import ahead
+from benchmarks.accuracy.publish import ablation, both_ways, equal, findings, headline, longer, predictor
 from benchmarks.accuracy.study import AS_COSTLY, BOTH_WAYS, COLUMNS, Row, stretched
 
 
 def rows(method: str, accuracies: Sequence[float], **rest: str) -> list[Row]:
-    known = {"recipe": "digits_cnn", "pattern": "1:16", "method": method, "train_loss": "0.5", "flips_per_block": "1"}
+    known = {"recipe": "digits_cnn", "pattern": "1:16", "method": method, "train_loss": "0.5"}
     flops = {"train_vs_dense": "0.2", "train_vs_sr_ste": "0.25"}
     return [
         dict.fromkeys(COLUMNS, "") | known | flops | {"seed": str(seed), "test_accuracy": str(accuracy / 100)} | rest
@@ -18,9 +20,9 @@ def rows(method: str, accuracies: Sequence[float], **rest: str) -> list[Row]:
     ]
 
 
-def cells(table: list[str]) -> list[list[str]]:
+def cells(table: list[str], head: int = 2) -> list[list[str]]:
     """Of the rows below the head."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[head:]]
 
 
 # Student's t of 2 degrees of freedom is 4.303 at 97.5 %. Gains of 1, 2, 3: 4.303 x 1 / sqrt(3) = 2.48.
@@ -32,34 +34,34 @@ def cells(table: list[str]) -> list[list[str]]:
         ([91.9, 92, 92.1], "**+2.00 ± 0.25**"),
         ([88.1, 88, 87.9], "**-2.00 ± 0.25**"),
         ([91], "+1.00"),
+        # Seeds 0 and 1 gain 1 and 1; the rival's seed 2 has no twin, whatever it reached.
+        ([91, 91], "**+1.00 ± 0.00**"),
     ],
 )
 def test_gain_is_bold_where_its_interval_leaves_out_zero(own: list[float], text: str) -> None:
-    found = cells(headline(rows("bame", own) + rows("sr_ste", [90, 90, 90])))[0]
-    assert (found[:4], found[5]) == (["digits_cnn", "1:16", "BAME", str(len(own))], text)
-
-
-def test_gain_compares_the_same_seeds_only() -> None:
-    # Seeds 0 and 1 gain 2 and 2; the rival's seeds 2 and 3 have no twin, whatever they reached.
-    found = cells(headline(rows("bame", [92, 82]) + rows("sr_ste", [90, 80, 10, 20])))[0]
-    assert found[5] == "**+2.00 ± 0.00**"
+    assert ahead(rows("bame", own), rows("sr_ste", [90, 90, 90])) == text
 
 
 def test_fewer_bits_per_byte_are_ahead() -> None:
     own = rows("bame", [0], recipe="python_source_gpt", test_bits_per_byte="2.25")
     rival = rows("sr_ste", [0], recipe="python_source_gpt", test_bits_per_byte="2.5")
-    assert cells(headline(own + rival))[0][5] == "+0.250"
+    assert ahead(own, rival) == "+0.250"
 
 
-def test_headline_sets_each_method_against_sr_ste() -> None:
-    found = cells(headline(rows("bame", [91]) + rows("sr_ste", [90]) + rows("rigl", [89])))
-    assert [(row[2], row[5]) for row in found] == [("BAME", "+1.00"), ("SR-STE", ""), ("RigL in blocks", "-1.00")]
-
-
-def test_the_first_version_stands_in_where_the_default_was_not_measured() -> None:
-    first, rival = rows("bame_blocks", [91]), rows("sr_ste", [90])
-    assert [row[2] for row in cells(headline(first + rival))] == ["BAME, first version", "SR-STE"]
-    assert [row[2] for row in cells(headline(first + rival + rows("bame", [91])))] == ["BAME", "SR-STE"]
+def test_headline_has_a_table_for_each_task_and_a_row_for_each_pattern_of_bame() -> None:
+    digits = rows("bame", [91, 92]) + rows("sr_ste", [90], train_vs_dense="0.7") + rows("rigl", [89, 88])
+    digits += rows("sr_ste", [93], pattern="2:4") + rows("dense", [95], pattern="")
+    mlp = rows("bame", [80], pattern="1:8", recipe="fashion_mnist_mlp", train_vs_dense="0.157")
+    lines = headline(digits + mlp)
+    assert [line for line in lines if line.startswith("**")] == [
+        "**784-512-512-10 on Fashion-MNIST, 6 epochs**: test accuracy, %.",
+        "**A small CNN on scikit-learn's digits, 30 epochs**: test accuracy, %. Dense training reaches 95.00.",
+    ]
+    found = cells([line for line in lines if line.startswith("| 1")], head=0)
+    assert found == [
+        ["1:8", "1", "80.00", "", "", "", "", "16/-/-/-"],
+        ["1:16", "1-2", "91.50 ± 0.71", "90.00", "", "88.50 ± 0.71", "+1.00", "20/70/-/20"],
+    ]
 
 
 def test_findings_say_what_the_seeds_can_tell() -> None:
@@ -69,7 +71,7 @@ def test_findings_say_what_the_seeds_can_tell() -> None:
         own + rows("sr_ste", [90, 90, 90]) + rows("rigl", [89.1, 90, 90.9]) + rows("static", [92.9, 94, 95.1])
     )
     assert "SR-STE 90.00 ± 0.00 at 4.00 times the training FLOPs" in line
-    assert "ahead of RigL in blocks by 2.00 ± 0.25" in line
+    assert "ahead of RigL by 2.00 ± 0.25" in line
     assert "behind the static mask by 2.00 ± 0.25" in line
     assert "not told apart from SR-STE" in line
 
@@ -81,32 +83,27 @@ def test_ablation_sets_changes_against_what_they_change_the_costliest_first() ->
     literal = rows("bame_one_batch", [85, 85], **mlp)
     other = rows("bame", [50], variant="unheard of", **mlp)
     found = cells(ablation(first + default + literal + other))
-    assert [row[:2] for row in found] == [
-        ["one batch, the criterion as the abstract reads", "default"],
-        ["the first weights are not rescaled", "default"],
-        ["the stronger weight swaps at once, without a margin", "first"],
+    # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.0707 / sqrt(2) = 0.635. Nothing was measured on the CNN.
+    assert found == [
+        ["one batch, the criterion as the abstract reads", "**-5.00 ± 0.00**", ""],
+        ["the first weights are not rescaled", "-2.00", ""],
+        ["the stronger weight swaps at once, without a margin†", "**-1.05 ± 0.64**", ""],
     ]
-    # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.0707 / sqrt(2) = 0.635.
-    assert [row[2] for row in found] == ["**-5.00 ± 0.00**", "-2.00", "**-1.05 ± 0.64**"]
-    assert [row[3] for row in found] == ["", "", ""]  # nothing was measured on the CNN
 
 
-def test_longer_runs_are_set_against_sr_ste_of_the_recipes_length_by_what_they_cost() -> None:
-    # The recipe of the digits trains 30 epochs.
-    twice = rows("bame", [92, 93], variant="twice the epochs", epochs="60")
-    four_times = rows("static", [91, 91], variant="four times the epochs", train_vs_dense="0.07", epochs="120")
+def test_longer_runs_stand_by_length_with_what_they_cost() -> None:
+    # The recipe of the digits trains 30 epochs; 1.4 times are what five epochs make of 1.5.
+    longer_runs = rows("bame", [92, 93], variant="twice the epochs", epochs="60")
+    longer_runs += rows("bame", [91], variant="half as long again", epochs="42")
+    longer_runs += rows("static", [91, 91], variant="four times the epochs", train_vs_dense="0.07", epochs="120")
     other = rows("bame", [50], variant="no margin")
     base = rows("sr_ste", [90, 90], train_vs_dense="0.3")
-    found = cells(longer(rows("bame", [89, 90]) + base + twice + four_times + other))
-    # Of dense training for the recipe's epochs: 0.2, 4 x 0.07, 0.3, 2 x 0.2; of 0.3 these are 1 / 1.5, 1 / 1.07, 1, 1 / 0.75.
-    assert [(row[2], row[3], *row[8:]) for row in found] == [
-        ("BAME", "1x", "0.200", "1.50x"),
-        ("static mask", "4x", "0.280", "1.07x"),
-        ("SR-STE", "1x", "0.300", "1.00x"),
-        ("BAME", "2x", "0.400", "0.75x"),
+    # Of dense training for the recipe's epochs: 0.2, 1.4 x 0.2, 2 x 0.2; 4 x 0.07; 0.3.
+    assert cells(longer(rows("bame", [89, 90]) + base + longer_runs + other)) == [
+        ["Digits", "BAME", "89.50 at 0.20", "91.00 at 0.28", "92.50 at 0.40", ""],
+        ["Digits", "SR-STE", "90.00 at 0.30", "", "", ""],
+        ["Digits", "static mask", "", "", "", "91.00 at 0.28"],
     ]
-    # Student's t of 1 degree of freedom is 12.706: 12.706 x 0.707 / sqrt(2) = 6.35.
-    assert [row[6] for row in found] == ["-0.50 ± 6.35", "**+1.00 ± 0.00**", "", "+2.50 ± 6.35"]
 
 
 def test_tasks_without_longer_runs_are_left_out() -> None:
@@ -114,14 +111,12 @@ def test_tasks_without_longer_runs_are_left_out() -> None:
 
 
 def test_rivals_of_the_same_flops_are_set_beside_bame_by_their_steps() -> None:
-    own = rows("bame", [90, 91], steps="1000", train_vs_dense="0.14")
-    rivals = rows("rigl", [89, 91], variant=AS_COSTLY, steps="1400", train_vs_dense="0.1")
-    shorter = rows("rigl", [80, 80], steps="1000", train_vs_dense="0.1")
-    found = cells(equal(own + rivals + shorter))
+    own = rows("bame", [90, 91], steps="1000")
+    rivals = rows("rigl", [89, 91], variant=AS_COSTLY, steps="1400")
+    shorter = rows("rigl", [80, 80], steps="1000")
     # Gains 1 and 0; Student's t of 1 degree of freedom is 12.706: 12.706 x 0.707 / sqrt(2) = 6.35.
-    assert [(row[2], row[3], row[6], row[8]) for row in found] == [
-        ("BAME", "1.00x", "", "0.140"),
-        ("RigL in blocks", "1.40x", "+0.50 ± 6.35", "0.140"),
+    assert cells(equal(own + rivals + shorter)) == [
+        ["Digits", "90.50 ± 0.71", "", "", "", "90.00 ± 1.41", "1.40x", "+0.50 ± 6.35"]
     ]
 
 
@@ -144,13 +139,20 @@ def test_a_stretched_run_takes_whole_epochs_each_cut_short_alike(recipe: str, fa
 
 
 def test_both_ways_stands_beside_plain_and_transposable_masks_of_the_same_seeds() -> None:
-    plain, both = rows("bame", [90, 90, 90]), rows("bame", [89, 88, 87], variant=BOTH_WAYS, flips_per_block="0.25")
-    rival = rows("transposable", [91], flips_per_block="")
-    found = cells(both_ways(plain + both + rival + rows("bame", [80], pattern="1:8")))
+    plain, both = rows("bame", [90, 90, 90]), rows("bame", [89, 88, 87], variant=BOTH_WAYS)
+    rival = rows("transposable", [91])
     # Gains of -1, -2, -3: 4.303 x 1 / sqrt(3) = 2.48.
-    assert [(row[1], row[2], row[3], row[5], row[7]) for row in found] == [
-        ("1:16", "BAME", "3", "", "1.00 ± 0.00"),
-        ("1:16", "BAME, both ways", "3", "-2.00 ± 2.48", "0.25 ± 0.00"),
-        ("1:16", "transposable", "1", "+1.00", ""),
+    assert cells(both_ways(plain + both + rival + rows("bame", [80], pattern="1:8"))) == [
+        ["Digits", "1:16", "3", "90.00 ± 0.00", "88.00 ± 1.00", "-2.00 ± 2.48", "91.00", "+1.00"]
     ]
     assert both_ways(plain + rival) == ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
+
+
+def test_the_prediction_is_ranked_by_batch_and_half_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("every", "one_per_row", "half_of_run", "realised_on", "predicted", "adaptations", "rank_correlation")
+    runs = [(half, batch) for half in ("first", "second") for batch in ("same_batch", "next_batch")]
+    lines = [f"2,True,{half},{batch},logged,41,0.{place}" for place, (half, batch) in enumerate(runs, start=1)]
+    others = ["2,True,first,same_batch,squares,41,0.8", "2,False,first,same_batch,logged,41,0.9"]
+    monkeypatch.setattr("benchmarks.accuracy.publish.PREDICTOR", tmp_path / "predictor.csv")
+    (tmp_path / "predictor.csv").write_text("\n".join([",".join(names), *lines, *others]))
+    assert cells(predictor()) == [["2 steps", "0.1 (41)", "0.3 (41)", "0.2 (41)", "0.4 (41)"]]
