@@ -91,8 +91,10 @@ def evolving(sparse: SparseWeight, rule: Evidence | OneBatch, freeze_after: int 
 
 
 def contend_at(blocks: Any, positions: list[list[int]]) -> None:
-    """Let positions of a single weight contend, as many in each row."""
-    blocks.contenders.choose([torch.tensor(positions, dtype=torch.int64).view(len(blocks.weights[0].kept), -1)])
+    """Let positions of a single weight contend, numbered within it, as many in each row."""
+    kept = blocks.weights[0].kept
+    chosen = torch.tensor(positions, dtype=torch.int64).view(len(kept), -1)
+    blocks.contenders.choose([chosen % (kept.numel() // len(kept))])
 
 
 def sgd(blocks: EvolvingBlocks, **kwargs: Any) -> torch.optim.SGD:

@@ -31,7 +31,8 @@ class BlockContenders(Evidence):
 class _BlockContenders(ContendingBlocks):
     @override
     def choose(self, ratios: Tensor, count: int) -> Tensor:
-        return choose(ratios.view(-1, self.pattern.m), 1).view(len(ratios), -1)
+        blocks = choose(ratios.view(-1, self.pattern.m), 1).view(len(ratios), -1)
+        return blocks + torch.arange(0, ratios.shape[1], self.pattern.m, device=ratios.device)
 
 
 class RandomContenders(Evidence):
@@ -78,7 +79,7 @@ class MeanOfContenders(Evidence):
 class _MeanOfContenders(ContendingBlocks):
     @override
     def _move_all(self, gradient: Tensor, finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]) -> None:
-        mean = self.mean_gradient
+        mean = self.accumulated.mean
         assert mean is not None
         held = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders.positions, True).view_as(mean)
         rates = self._of_blocks(rate)[:, None]

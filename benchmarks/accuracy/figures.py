@@ -88,7 +88,9 @@ def _panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
         axis.grid(color="#E3E3E3")
         axis.set_axisbelow(True)
     for method, colour in COLOURS.items():
-        axes[0].plot([], [], MARKERS[""] if method == "dense" else "o", color=colour, label=METHODS[method], linestyle="")
+        axes[0].plot(
+            [], [], MARKERS[""] if method == "dense" else "o", color=colour, label=METHODS[method], linestyle=""
+        )
     return figure, list(axes[: len(tasks)])
 
 

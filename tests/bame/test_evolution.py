@@ -421,7 +421,7 @@ def everything(weight: EvolvingBlocks) -> list[Tensor]:
         weight.weights[0].weight.detach(),
         weight.weights[0].pruned,
         weight.evidence,
-        weight.mean_gradient,
+        weight.accumulated.mean,
         weight.sizes.noise,
         weight.sizes.unit,
         *vars(weight.history).values(),

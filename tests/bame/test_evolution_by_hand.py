@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 
 from bame_lightning.bame.evidence import Evidence, OneBatch
@@ -31,7 +32,7 @@ def test_accumulated_evidence_by_hand() -> None:
     e = 0.125
     gradient = [[99, 99, -5 * e, 6 * e, 4 * e, 99, e, 99], [99, -2 * e, 99, e, -3 * e, 6 * e, 99, 99]]
     learn(weight, optimizer, gradient, distance=0.5)
-    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0.25, 4)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == pytest.approx((0.25, 4))
     v = [[0, 0, 1.25, -1.5], [-1, 0, -0.25, 0], [0, 0.5, 0, -0.25], [0.75, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
 
@@ -46,7 +47,7 @@ def test_accumulated_evidence_by_hand() -> None:
     learn(weight, optimizer, gradient, distance=0.25, everywhere=False)
     v = [[0, 0, 1.25, -1.75], [-1.5, 0, -0.25, 0], [0, 0.5, 0, -0.25], [1, -1.5, 0, 0]]
     torch.testing.assert_close(weight.evidence, torch.tensor(v))
-    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0.25, 4)
+    assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == pytest.approx((0.25, 4))
     assert weight.read_shares[0] == 4 / 8
 
     # Block 0: 1.75 for 0.5, more than 1.25 times as much: it starts at 1.25 * 0.5. Block 1: 1.5 for 0.25, starting at 0.3125.

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, Lea
 from torch import Tensor, nn
 
 from bame_lightning import SRSTE, BAMECallback, Dense, OneShotMagnitude, RigL, Schedule, StaticMask
+from bame_lightning.bame.accumulated import Accumulated
 from tests.callbacks.registry import METHODS, every_method
 from tests.training import Spy, Task, blocks_over, trainer
 
@@ -306,8 +307,7 @@ def test_a_summary_needs_no_weights_on_the_masks_device() -> None:
     expected = callback.summary()
     for group in callback.method.groups:
         # Lightning moves the weights to the CPU when fit is over, and the evidence stays where it was.
-        group.evidence = group.evidence.to("meta")
-        group.mean_gradient = None
+        group.accumulated = Accumulated(group.evidence.to("meta"), mean=False)
     assert callback.summary() == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,21 +39,52 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
         count: Contenders of a row.
 
     Returns:
-        Which positions of all rows, row by row, numbered through; ascending. A tie keeps the lower ones.
+        Places in their rows, ascending. A tie keeps the lower ones.
 
     Example:
         >>> choose(torch.tensor([[0.5, -1.0, 0.5, 0.9], [-1.0, 2.0, 0.0, 0.0]]), 2)
         tensor([[0, 3],
-                [5, 6]])
+                [1, 2]])
     """
-    rows, positions = closeness.shape
-    device = closeness.device
-    numbers = torch.arange(rows * positions, device=device).view(rows, positions)
     if not count:
-        return numbers[:, :0]
-    # Bits of positive numbers are in their order, NaN comes last, and all that is negative before. Lower numbers break ties.
-    order = as_integers(closeness.float()).long().mul_(2**32).sub_(numbers)
-    return order.topk(count, sorted=False).indices.sort().values.add_(numbers[:, :1])
+        return torch.zeros(len(closeness), 0, dtype=torch.int64, device=closeness.device)
+    # Bits of positive numbers are in their order, NaN comes last, and all that is negative before. Lower places break ties.
+    order = (
+        as_integers(closeness.float())
+        .long()
+        .mul_(2**32)
+        .sub_(torch.arange(closeness.shape[1], device=closeness.device))
+    )
+    return order.topk(count, sorted=False).indices.sort().values
+
+
+TOGETHER = 2**23
+"""Positions among which contenders are chosen at once, at most, unless a single weight has more: a few hundred MB."""
+
+
+def alike(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """Put weights together whose rows are chosen from in the same way.
+
+    Args:
+        shapes: Of each weight its rows, the positions of a row, and how many of those are chosen.
+
+    Returns:
+        Places of weights of as many positions and chosen ones a row, `TOGETHER` positions at most.
+
+    Example:
+        >>> alike([(8, 64, 3), (4, 16, 1), (2, 64, 3)])
+        [[0, 2], [1]]
+    """
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for place, (rows, positions, count) in enumerate(shapes):
+        kind, size = (positions, count), rows * positions
+        if kind not in groups or sizes[kind] + size > TOGETHER:
+            groups.setdefault(kind, []).append([])
+            sizes[kind] = 0
+        groups[kind][-1].append(place)
+        sizes[kind] += size
+    return [group for each in groups.values() for group in each]
 
 
 class First(NamedTuple):

@@ -29,25 +29,31 @@ class Contenders:
     def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
         self._weights, self._numbering, self._m = weights, positions, weights[0].pattern.m
         self.split: list[int] = []
-        # Where contenders and the kept weights of their blocks lie, for the step that is going on.
+        # Where contenders and the kept weights of their blocks lie, until one of them changes.
         self._places: Tensor | None = None
         device = weights[0].kept.device
-        self.choose([torch.zeros(len(sparse.kept), 0, dtype=torch.int64, device=device) for sparse in weights])
+        self.rows = [len(sparse.kept) for sparse in weights]
+        lengths = [sparse.kept.numel() // rows for sparse, rows in zip(weights, self.rows, strict=True)]
+        length = torch.tensor(lengths, device=device).repeat_interleave(torch.tensor(self.rows, device=device))
+        self._row_starts = length.cumsum(0) - length
+        self.choose([torch.zeros(rows, 0, dtype=torch.int64, device=device) for rows in self.rows])
 
     def choose(self, chosen: Sequence[Tensor]) -> None:
-        """Let others contend: of each row of each weight, numbered within the weight."""
+        """Let others contend: of each weight, for each row, places in the row; shape (rows, count)."""
         self._places = None
-        starts = self._numbering.starts
-        self.positions = torch.cat([(own + start).flatten() for own, start in zip(chosen, starts, strict=False)])
         split = [own.numel() for own in chosen]
         if split != self.split:
             self.split = split
-            self.counts = torch.tensor(split, device=self.positions.device)
+            device = self._row_starts.device
+            self.counts = torch.tensor(split, device=device)
             # Rows without a contender, of a weight that has just joined, challenge nobody.
             self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
-            rows, layers = (torch.tensor(v, device=self.counts.device) for v in (self._row_split, range(len(chosen))))
-            per_row = torch.tensor([own.shape[1] for own in chosen], device=rows.device)
+            rows, layers = (torch.tensor(v, device=device) for v in (self._row_split, range(len(chosen))))
+            per_row = torch.tensor([own.shape[1] for own in chosen], device=device)
             self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
+            self._counts_of_rows = per_row.repeat_interleave(torch.tensor(self.rows, device=device))
+        places = torch.cat([own.flatten() for own in chosen])
+        self.positions = places.add_(self._row_starts.repeat_interleave(self._counts_of_rows, output_size=len(places)))
 
     def replace(self, slots: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> None:
         """Let other positions take slots."""
@@ -71,12 +77,8 @@ class Contenders:
         """For each contender the value of its weight."""
         return values.repeat_interleave(self.counts, output_size=len(self.positions))
 
-    def places(self) -> Int[Tensor, " contenders"]:
-        """Where each lies in the memory of its weight."""
-        return self._numbering.offsets(self.positions, self.counts)
-
     def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "contenders places"]:
-        """Where each lies, and the weights that its block keeps; remembered until `forget`."""
+        """Where each lies in the memory of its weight, and the weights that its block keeps; remembered until `forget`."""
         if self._places is None:
             block = self.blocks
             kept = block[:, None] * self._m + kept_places[block]
@@ -84,7 +86,7 @@ class Contenders:
         return self._places
 
     def forget(self) -> None:
-        """Call when what blocks keep has changed, and when a step ends."""
+        """Call when what blocks keep has changed."""
         self._places = None
 
     def first_of_rows(
@@ -106,19 +108,13 @@ class Contenders:
         return slot, may, of, of.bincount(minlength=len(self._weights)).tolist()
 
     def saved(self, layer: int) -> Int[Tensor, "rows count"]:
-        """Those of a weight, numbered within their rows, which may be spread over processes."""
-        return self._of_rows(layer) - self._row_starts(layer)
+        """Those of a weight, as places in their rows, which may be spread over processes."""
+        first = sum(self.rows[:layer])
+        own = self.by_weight()[layer].view(self.rows[layer], -1)
+        return own - self._row_starts[first : first + self.rows[layer], None]
 
     def restore(self, layer: int, saved: Int[Tensor, "rows count"]) -> None:
         """Go on with what `saved` returned of a weight."""
-        own = [self._of_rows(place) for place in range(len(self._weights))]
-        own[layer] = saved.to(self.positions.device).long() + self._row_starts(layer)
+        own = [self.saved(place) for place in range(len(self._weights))]
+        own[layer] = saved.to(self.positions.device).long()
         self.choose(own)
-
-    def _of_rows(self, layer: int) -> Int[Tensor, "rows count"]:
-        own = self.by_weight()[layer] - self._numbering.starts[layer]
-        return own.view(len(self._weights[layer].kept), -1)
-
-    def _row_starts(self, layer: int) -> Int[Tensor, "rows 1"]:
-        kept = self._weights[layer].kept
-        return torch.arange(0, kept.numel(), kept[0].numel(), device=kept.device)[:, None]

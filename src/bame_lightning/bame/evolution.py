@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bame_lightning.bame.contenders import choose, closeness, count_in_share
+from bame_lightning.bame.accumulated import Accumulated
+from bame_lightning.bame.contenders import alike, choose, closeness, count_in_share
 from bame_lightning.bame.contending import Contenders
 from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer
 from bame_lightning.bame.reading import Reading, noise_step
@@ -76,8 +77,6 @@ class ContendingBlocks(EvolvingBlocks):
     Attributes:
         kept_places: Places in its block of the positions that each block keeps, ascending; shape (blocks, n).
         contenders: The pruned positions that steps between two readings of all read.
-        mean_gradient: Running mean of pruned positions' gradients over their readings, like `evidence`; None without
-            `momentum`.
         sizes: Sizes of gradients and weights, by readings everywhere.
         reading: Dense gradients that this step has read; None if it has not.
         room: What refuses swaps, so that masks stay 2:4 along the output dimension, too; None refuses none.
@@ -89,7 +88,7 @@ class ContendingBlocks(EvolvingBlocks):
         if config.init == "weights":
             self.dense_start()
         self.kept_places = torch.cat([kept_places(sparse.mask(), self.pattern.n) for sparse in weights])
-        self.mean_gradient = torch.zeros_like(self.evidence) if config.momentum > 0 else None
+        self.accumulated = Accumulated(self.evidence, mean=config.momentum > 0)
         self.sizes = Sizes(self.weights, self.dtype)
         self.contenders = Contenders(self.weights, self.positions)
         self.reading: DenseGradient | None = None
@@ -121,7 +120,8 @@ class ContendingBlocks(EvolvingBlocks):
             kept = whole.gather(1, places) if adapts else None
             self.reading = DenseGradient(whole, None, kept, present)
             return
-        places = self.contenders.contested(self.kept_places) if adapts else self.contenders.places()[:, None]
+        places = self.contenders.contested(self.kept_places)
+        places = places if adapts else places[:, :1]
         values = take(laid_out, torch.split(places, self.contenders.split)).to(self.dtype)
         self.reading = DenseGradient(None, values[:, 0], values[:, 1:] if adapts else None, present)
 
@@ -144,7 +144,7 @@ class ContendingBlocks(EvolvingBlocks):
             self.sizes.measure(read.everywhere, self._kept_weights(), frozen, finite, read.present)
         rate = reading.steps * noise_step(window, self.pattern.m) * self.sizes.unit
         # The unit may be poisoned by what the optimizer did to the weights.
-        rate = torch.where(finite & rate.isfinite(), rate, 0)
+        rate = torch.where(finite & (rate - rate == 0), rate, 0)
         keep = 1 - finite.to(self.dtype) * (reading.forgets / max(1, window))
         if read.everywhere is not None:
             self._move_all(read.everywhere, finite, rate, keep, read.present)
@@ -155,14 +155,17 @@ class ContendingBlocks(EvolvingBlocks):
         self, gradient: Float[Tensor, "blocks m"], finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]
     ) -> None:
         """Move mean and evidence of all pruned positions outside frozen blocks."""
-        moves = self._moving(self._of_blocks, present, lambda: ~self.frozen)[:, None]
-        rates = self._of_blocks(rate)[:, None]
-        means = gradient if self.mean_gradient is None else self.mean_gradient
-        moves, rates = moves.expand(len(gradient), 1), rates * moves
-        weight = (1 - self.config.momentum) * (finite & moves).to(self.dtype)
-        keeps = torch.where(moves, keep, 1)
-        for evidence, mean, seen, by, kept, how in pieces(self.evidence, means, gradient, rates, keeps, weight):
-            change = seen if self.mean_gradient is None else mean.lerp_(seen, how)
+        moves = self._moving(self._of_blocks, present, lambda: ~self.frozen)
+        rates, weight = self._of_blocks(rate)[:, None], (1 - self.config.momentum) * finite.to(self.dtype)
+        if moves is None:
+            keeps, weight = (value.expand(len(gradient), 1) for value in (keep, weight))
+        else:
+            moves = moves[:, None]
+            keeps, rates, weight = torch.where(moves, keep, 1), rates * moves, weight * moves
+        means = self.accumulated.mean
+        averaged = gradient if means is None else means
+        for evidence, mean, seen, by, kept, how in pieces(self.evidence, averaged, gradient, rates, keeps, weight):
+            change = seen if means is None else mean.lerp_(seen, how)
             evidence.mul_(kept).addcmul_(change, by, value=-1)
 
     def _move_contenders(
@@ -171,15 +174,14 @@ class ContendingBlocks(EvolvingBlocks):
         """Move mean and evidence of the contenders outside frozen blocks."""
         places = self.contenders.positions
         moves = self._moving(self.contenders.spread, present, lambda: self._unfrozen(places))
-        change = gradient.clone()
+        near, change = self.accumulated.near(places), gradient.clone()
         zero_pruned_(change, finite)
-        if self.mean_gradient is not None:
-            mean = self.mean_gradient.view(-1)[places]
-            change = mean.lerp_(change, (1 - self.config.momentum) * (finite & moves).to(self.dtype))
-            self.mean_gradient.view(-1).index_copy_(0, places, change)
-        evidence = self.evidence.view(-1)[places]
-        moved = torch.where(moves, evidence * keep - self.contenders.spread(rate) * change, evidence)
-        self.evidence.view(-1).index_copy_(0, places, moved)
+        weight, rates = (1 - self.config.momentum) * finite.to(self.dtype), self.contenders.spread(rate)
+        if moves is not None:
+            keep, rates, weight = torch.where(moves, keep, 1), rates * moves, weight * moves
+        if near.mean is not None:
+            change = near.mean.lerp_(change, weight)
+        near.evidence.mul_(keep).addcmul_(rates, change, value=-1)
 
     def _of_blocks(self, values: Shaped[Tensor, " weights"]) -> Shaped[Tensor, " blocks"]:
         """For each block the value of its weight."""
@@ -198,11 +200,13 @@ class ContendingBlocks(EvolvingBlocks):
 
     def _moving(
         self, spread: Callable[[Tensor], Tensor], present: list[bool], unfrozen: Callable[[], Tensor]
-    ) -> Bool[Tensor, "#some"]:
-        """Whether evidence moves: not in frozen blocks, nor in weights without a gradient."""
-        device = self.evidence.device
-        moves = torch.ones(1, dtype=torch.bool, device=device) if self.freeze_after is None else unfrozen()
-        return moves if all(present) else moves & spread(torch.tensor(present, device=device))
+    ) -> Bool[Tensor, " some"] | None:
+        """Whether evidence moves: not in frozen blocks, nor in weights without a gradient. None if all does."""
+        moves = None if self.freeze_after is None else unfrozen()
+        if all(present):
+            return moves
+        has = spread(torch.tensor(present, device=self.sizes.unit.device))
+        return has if moves is None else moves & has
 
     # Contenders.
 
@@ -224,12 +228,16 @@ class ContendingBlocks(EvolvingBlocks):
             # What may not swap comes last, but what is kept never contends.
             least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(self._closed(), 0)
             ratios = torch.where(ratios < 0, ratios, least)
-        chosen = []
-        for own, sparse in zip(self.sizes.of_weights(ratios), self.weights, strict=True):
-            rows = len(sparse.kept)
-            pruned = len(own) // self.pattern.m // rows * (self.pattern.m - self.pattern.n)
-            chosen.append(self.choose(own.view(rows, -1), count_in_share(share, pruned)))
-        self.contenders.choose(chosen)
+        own = [
+            part.view(rows, -1) for part, rows in zip(self.sizes.of_weights(ratios), self.contenders.rows, strict=True)
+        ]
+        n, m = self.pattern.n, self.pattern.m
+        shapes = [(*rows.shape, count_in_share(share, rows.shape[1] // m * (m - n))) for rows in own]
+        chosen: dict[int, Tensor] = {}
+        for layers in alike(shapes):
+            together = self.choose(torch.cat([own[layer] for layer in layers]), shapes[layers[0]][2])
+            chosen |= zip(layers, torch.split(together, [len(own[layer]) for layer in layers]), strict=True)
+        self.contenders.choose([chosen[layer] for layer in range(len(own))])
 
     def _closed(self) -> Bool[Tensor, "blocks places"]:
         """Positions that may not swap now: in frozen blocks, or without room in their column; 1 place for all of a block."""
@@ -239,7 +247,7 @@ class ContendingBlocks(EvolvingBlocks):
         return closed
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
-        """Choose the contenders of each row of a weight, numbered within the weight."""
+        """Choose the contenders of some rows, as places in them."""
         return choose(ratios, count)
 
     @property
@@ -307,7 +315,7 @@ class ContendingBlocks(EvolvingBlocks):
         places = contenders.contested(self.kept_places)[:, 1:]
         kept = take(self._values(), torch.split(places, contenders.split)).to(self.dtype)
         sizes, place = kept.abs().min(-1)
-        evidence = self.evidence.view(-1)[contenders.positions]
+        evidence = self.accumulated.near(contenders.positions).evidence
         near = _ratio(evidence, sizes)
         trained = self.sizes.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
@@ -323,8 +331,9 @@ class ContendingBlocks(EvolvingBlocks):
         near = torch.where(may & (near == near), near, -1)
         find = contenders.first_of_rows if self.config.one_per_row else contenders.first_of_blocks
         slot, swaps, of, counts = find(near)
-        position, weakest = contenders.positions[slot], kept[slot, place[slot]]
-        challenge = Challenge(slot, position, evidence[slot], position // self.pattern.m, place[slot], weakest, swaps)
+        position, place = contenders.positions[slot], place[slot]
+        weakest = kept[slot, place]
+        challenge = Challenge(slot, position, evidence[slot], position // self.pattern.m, place, weakest, swaps)
         return challenge, of, counts
 
     def _predict(self, challenge: Challenge, swapped: Tensor, started: Tensor, of: Tensor) -> None:
@@ -343,19 +352,18 @@ class ContendingBlocks(EvolvingBlocks):
 
     def _hand_over(self, challenge: Challenge, swapped: Tensor, dropped: Tensor) -> None:
         """Move evidence, means, places and contenders: what is pruned takes the slot of what is revived."""
-        position, old, place = challenge.position, challenge.evidence, challenge.place
-        both = torch.cat((position, dropped))
-        left = torch.cat((torch.where(swapped, 0, old), torch.where(swapped, self.handed_down(challenge), 0)))
-        self.evidence.view(-1).index_copy_(0, both, left)
-        if self.mean_gradient is not None:
+        position, slot, place = challenge.position, challenge.slot, challenge.place
+        near = self.accumulated.near(self.contenders.positions)
+        near.evidence.index_copy_(0, slot, torch.where(swapped, self.handed_down(challenge), challenge.evidence))
+        if near.mean is not None:
             # What is revived starts without a past, and so does what is pruned.
-            mean = self.mean_gradient.view(-1)
-            mean.index_copy_(0, both, torch.where(torch.cat((swapped, swapped)), 0, mean[both]))
+            near.mean.index_copy_(0, slot, near.mean[slot].masked_fill_(swapped, 0))
+        self.accumulated.clear(position)
         kept = self.kept_places[challenge.block].long()
         entered = torch.where(swapped, position % self.pattern.m, dropped % self.pattern.m)
         kept = kept.scatter_(1, place[:, None], entered[:, None]).sort(-1).values
         self.kept_places.index_copy_(0, challenge.block, kept.to(self.kept_places.dtype))
-        self.contenders.replace(challenge.slot, torch.where(swapped, dropped, position))
+        self.contenders.replace(slot, torch.where(swapped, dropped, position))
         self._forget()
 
     def handed_down(self, challenge: Challenge) -> Float[Tensor, " rows"]:
@@ -370,7 +378,8 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def _layer(self, layer: int) -> EvolvingLayer:
-        mean = None if self.mean_gradient is None else self.of(layer, self.mean_gradient)
+        means = self.accumulated.mean
+        mean = None if means is None else self.of(layer, means)
         refused = None if self.room is None else self.room.refused[layer]
         known = super()._layer(layer)
         return replace(
@@ -379,8 +388,7 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def end_step(self) -> None:
-        self.reading = None
-        self._forget()
+        self.reading, self._kept = None, None
 
     @override
     def copies(self, layer: int) -> dict[str, Tensor]:
@@ -388,8 +396,8 @@ class ContendingBlocks(EvolvingBlocks):
             "evidence": self.of(layer, self.evidence),
             "contenders": self.contenders.by_weight()[layer],
         }
-        if self.mean_gradient is not None:
-            own["mean gradient"] = self.of(layer, self.mean_gradient)
+        if (means := self.accumulated.mean) is not None:
+            own["mean gradient"] = self.of(layer, means)
         return own | super().copies(layer)
 
     @override
@@ -405,8 +413,8 @@ class ContendingBlocks(EvolvingBlocks):
             "noise": self.sizes.noise[layer],
             "unit": self.sizes.unit[layer],
         }
-        if self.mean_gradient is not None:
-            state["mean_gradient"] = rows.gather(self.of(layer, self.mean_gradient)[pruned])
+        if (means := self.accumulated.mean) is not None:
+            state["mean_gradient"] = rows.gather(self.of(layer, means)[pruned])
         if self.room is not None:
             state["refused"] = rows.total(self.room.refused[layer])
         return super().state(layer) | {key: value.detach().cpu().clone() for key, value in state.items()}
@@ -417,8 +425,8 @@ class ContendingBlocks(EvolvingBlocks):
         sparse = self.weights[layer]
         mask = sparse.mask()
         self.of(layer, self.kept_places).copy_(kept_places(mask, self.pattern.n))
-        if self.mean_gradient is not None:
-            self.of(layer, self.mean_gradient).copy_(self.laid_out(layer, ~mask, state["mean_gradient"]))
+        if (means := self.accumulated.mean) is not None:
+            self.of(layer, means).copy_(self.laid_out(layer, ~mask, state["mean_gradient"]))
         if self.room is not None:
             self.room.recount(layer)
             self.room.refused[layer] = sparse.rows.part_of(state["refused"].to(mask.device))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bame_lightning.bame.accumulated import Accumulated
 from bame_lightning.bame.contenders import closeness
 from bame_lightning.bame.oscillation import FlipHistory, frozen_blocks
 from bame_lightning.blocks.layout import to_blocks
@@ -69,7 +70,7 @@ class EvolvingBlocks(ABC):
         positions: Where positions lie in the memory of their weights.
         masks: The masks, which `adapt` changes.
         history: Oscillations, positions pruned before, how long blocks have been quiet.
-        evidence: What pruned weights would have become, zero where kept; at least float32, shape (blocks, m).
+        accumulated: What readings add up to.
         predicted: Loss reduction that the last adaptation predicted for each weight, to first order, in units of the loss;
             shape (weights,).
         read_shares: Share of each weight's pruned positions whose gradient the last step read.
@@ -86,7 +87,8 @@ class EvolvingBlocks(ABC):
         """Number of the first block of each weight, and of all blocks at the end."""
         device = weights[0].kept.device
         self.history = FlipHistory(self.firsts[-1], self.pattern.m, device)
-        self.evidence = torch.zeros(self.firsts[-1], self.pattern.m, dtype=self.dtype, device=device)
+        table = torch.zeros(self.firsts[-1], self.pattern.m, dtype=self.dtype, device=device)
+        self.accumulated = Accumulated(table, mean=False)
         self.predicted = torch.zeros(len(weights), dtype=self.dtype, device=device)
         self.read_shares = [0.0] * len(weights)
 
@@ -144,6 +146,11 @@ class EvolvingBlocks(ABC):
         """Forget what this step has read."""
 
     # What all rules share.
+
+    @property
+    def evidence(self) -> Float[Tensor, "blocks m"]:
+        """What pruned weights would have become, zero where kept; at least float32."""
+        return self.accumulated.evidence
 
     def closeness(self, layer: int) -> Float[Tensor, "blocks m"]:
         """How close the positions of a weight are to a swap, `contenders.closeness`."""

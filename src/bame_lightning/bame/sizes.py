@@ -79,7 +79,7 @@ class Sizes:
         return torch.split(values.view(-1), [blocks * values.shape[1] for blocks in self.split])
 
     def _squares(self, values: Float[Tensor, "blocks k"]) -> Float[Tensor, " weights"]:
-        return torch.stack([torch.dot(part, part) for part in self.of_weights(values)])
+        return torch.stack(torch._foreach_norm(self.of_weights(values))).square()
 
     def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
         """Sums over all rows of each weight."""

@@ -195,8 +195,9 @@ class BAME(Masked):
 
     def _accumulate(self, holder: Holder, groups: list[EvolvingBlocks], reading: Reading) -> None:
         # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
-        extremes = [bound.double() for group in groups for bound in group.extremes()]
-        finite = torch.stack(extremes).isfinite().all() if extremes else torch.ones_like(self.discarded) > 0
+        extremes = [bound for group in groups for bound in group.extremes()]
+        bounds = torch.stack(extremes) if extremes else torch.zeros(1, device=self.discarded.device)
+        finite = (bounds - bounds == 0).all()
         finite = self.run.everywhere(finite)
         self.discarded += ~finite
         for group in groups:

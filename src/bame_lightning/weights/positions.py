@@ -56,7 +56,8 @@ class Positions:
         if all(self.straight):
             return positions - self._starts.repeat_interleave(counts, output_size=len(positions)).view(-1, *beside)
         rows = self._table.repeat_interleave(counts, dim=0, output_size=len(positions))
-        start, kernel, inputs, by_output, by_kernel, by_input = (column.view(-1, *beside) for column in rows.unbind(1))
+        columns = rows.view(len(positions), *beside, rows.shape[1]).unbind(-1)
+        start, kernel, inputs, by_output, by_kernel, by_input = columns
         inside = positions - start
         pixel, channel = inside // inputs, inside % inputs
         return pixel // kernel * by_output + pixel % kernel * by_kernel + channel * by_input

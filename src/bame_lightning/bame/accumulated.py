@@ -1,0 +1,73 @@
+"""What readings add up to: evidence and mean gradient of pruned positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Near(NamedTuple):
+    """Evidence and mean gradients of the contenders, in short vectors.
+
+    Args:
+        positions: The contenders.
+        evidence: Their evidence; shape (contenders,).
+        mean: Running means of their gradients; None if none are kept.
+    """
+
+    positions: Int[Tensor, " contenders"]
+    evidence: Float[Tensor, " contenders"]
+    mean: Float[Tensor, " contenders"] | None
+
+
+class Accumulated:
+    """Evidence and mean gradients of all positions of some blocks, zero where weights are kept.
+
+    While only contenders are read, theirs lie in short vectors, so that a step gathers nothing and puts nothing back. They
+    return to the tables as soon as somebody asks for these.
+
+    Args:
+        table: Where evidence is kept; shape (blocks, m).
+        mean: Whether running means of gradients are kept, too.
+    """
+
+    def __init__(self, table: Float[Tensor, "blocks m"], *, mean: bool) -> None:
+        self._evidence = table
+        self._mean = torch.zeros_like(table) if mean else None
+        self._near: Near | None = None
+
+    @property
+    def evidence(self) -> Float[Tensor, "blocks m"]:
+        """The table of evidence, to be read or changed in place."""
+        self._put_back()
+        return self._evidence
+
+    @property
+    def mean(self) -> Float[Tensor, "blocks m"] | None:
+        """The table of means, likewise; None if none are kept."""
+        self._put_back()
+        return self._mean
+
+    def near(self, positions: Int[Tensor, " contenders"]) -> Near:
+        """Take those of the contenders out of the tables, to be changed in place; they stay out as long as these contend."""
+        if self._near is None or self._near.positions is not positions:
+            self._put_back()
+            mean = None if self._mean is None else self._mean.view(-1)[positions]
+            self._near = Near(positions, self._evidence.view(-1)[positions], mean)
+        return self._near
+
+    def clear(self, positions: Int[Tensor, " some"]) -> None:
+        """Forget what the tables hold at positions that contend, or did so until now."""
+        self._evidence.view(-1).index_fill_(0, positions, 0)
+        if self._mean is not None:
+            self._mean.view(-1).index_fill_(0, positions, 0)
+
+    def _put_back(self) -> None:
+        near, self._near = self._near, None
+        if near is not None:
+            self._evidence.view(-1).index_copy_(0, near.positions, near.evidence)
+            if self._mean is not None and near.mean is not None:
+                self._mean.view(-1).index_copy_(0, near.positions, near.mean)
