@@ -15,9 +15,11 @@ from typing_extensions import override
 
 from bame_lightning import Evidence
 from bame_lightning.bame.contenders import choose
-from bame_lightning.bame.evolution import Challenge, ContendingBlocks
+from bame_lightning.bame.evolution import ContendingBlocks
 from bame_lightning.bame.evolving import EvolvingBlocks
+from bame_lightning.bame.swaps import Challenge
 from bame_lightning.blocks.layout import from_blocks
+from bame_lightning.blocks.masks import zero_pruned_
 from bame_lightning.weights.layers import SparseWeight
 
 
@@ -70,7 +72,7 @@ class _AnnealedContenders(ContendingBlocks):
 
 
 class MeanOfContenders(Evidence):
-    """A mean of gradients for contenders only: evidence of all others follows the gradient itself."""
+    """A mean of gradients for contenders only: that of all others starts anew at each reading."""
 
     def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
         return _MeanOfContenders(weights, self, freeze_after)
@@ -78,13 +80,12 @@ class MeanOfContenders(Evidence):
 
 class _MeanOfContenders(ContendingBlocks):
     @override
-    def _move_all(self, gradient: Tensor, finite: Tensor, rate: Tensor, keep: Tensor, present: list[bool]) -> None:
-        mean = self.accumulated.mean
-        assert mean is not None
-        held = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders.positions, True).view_as(mean)
-        rates = self._of_blocks(rate)[:, None]
-        mean.copy_(torch.where(held, torch.lerp(gradient, mean, self.config.momentum), 0))
-        self.evidence.mul_(keep).sub_(rates * torch.where(held, mean, gradient))
+    def accumulate(self, optimizer: Any, reading: Any, finite: Tensor, window: int) -> None:
+        mean = self.table.accumulated.mean
+        if reading.everywhere and mean is not None:
+            contends = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders.positions, True)
+            zero_pruned_(mean, contends.view_as(mean))
+        super().accumulate(optimizer, reading, finite, window)
 
 
 class HalfStart(Evidence):
@@ -96,12 +97,9 @@ class HalfStart(Evidence):
 
 class _HalfStart(ContendingBlocks):
     @override
-    def started(self, size: Tensor, challenge: Challenge) -> Tensor:
-        return super().started(size, challenge) / 2
-
-    @override
-    def handed_down(self, challenge: Challenge) -> Tensor:
-        return super().handed_down(challenge) / 2
+    def starts(self, found: Challenge, size: Tensor) -> tuple[Tensor, Tensor]:
+        revived, left = super().starts(found, size)
+        return revived / 2, left / 2
 
 
 class Heir(Evidence):
@@ -124,7 +122,7 @@ class _Heir(ContendingBlocks):
         for layer, (sparse, old) in enumerate(zip(self.weights, before, strict=True)):
             state: dict[str, Any] = self.optimizer.state[sparse.weight]
             for key in {"exp_avg_sq", "square_avg", "momentum_buffer"} & state.keys():
-                values, new = self.blocks(state[key], layer), sparse.mask()
+                values, new = self.table.blocks(state[key], layer), sparse.mask()
                 heritage = torch.where(old & ~new, values, 0).sum(-1, keepdim=True)
                 inherited = torch.where(new & ~old, heritage, values)
                 sparse.oriented(state[key]).copy_(from_blocks(inherited, sparse.kept.shape))

@@ -26,7 +26,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from bame_lightning import BAMECallback, Evidence, Schedule
-from bame_lightning.bame.evolving import EvolvingLayer
+from bame_lightning.bame.table import EvolvingLayer
 from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.tasks import Classifier, FashionMNIST
 from bame_lightning.tasks.models import mlp

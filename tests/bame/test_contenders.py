@@ -54,8 +54,8 @@ def test_how_close_the_blocks_of_a_weight_are_against_loops(pattern: NMPattern, 
     rows = (2, 3 * pattern.m)
     sparse = SparseWeight("layer.weight", nn.Parameter(weight.view(rows)), pattern, mask.view(rows))
     blocks = evolving(sparse, Evidence(), freeze_after=None)
-    blocks.evidence.copy_(evidence)
-    ratios = blocks.closeness(0)
+    blocks.table.evidence.copy_(evidence)
+    ratios = blocks.layer(0).closeness()
     assert ratios.dtype == dtype
     torch.testing.assert_close(ratios, torch.tensor(expected, dtype=dtype))
 

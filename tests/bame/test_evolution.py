@@ -82,7 +82,7 @@ def test_one_batch_has_nothing_to_go_by_without_a_gradient() -> None:
     weight.accumulate(optimizer, Reading(True, 1), YES, WINDOW)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1.0, 0.0]]
-    assert weight.masks.last_flips == 0
+    assert weight.table.masks.last_flips == 0
 
 
 @given(cases(), st.booleans(), st.integers(0, 1000))
@@ -104,7 +104,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
     )
     generator = torch.Generator().manual_seed(seed)
     frozen = torch.rand(len(positions), generator=generator) < 0.3
-    weight.history.oscillations = frozen.int()
+    weight.table.history.oscillations = frozen.int()
     # As many pruned positions of each row, drawn at random, numbered through all blocks.
     flat = [place for block in positions for place in block]
     rows = [[i for i, place in enumerate(flat) if place[0] == row and pruned[place]] for row in range(len(gradient))]
@@ -126,7 +126,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         weight.sizes.noise, weight.sizes.unit, unit = torch.tensor([1.0]), torch.tensor([0.5]), 0.5
     learn(weight, sgd(weight, lr=0.5, weight_decay=0.25), gradient, everywhere=everywhere)
     evidence = [-unit * gradient[place].item() if i in read_places else 0.0 for i, place in enumerate(flat)]
-    torch.testing.assert_close(weight.evidence.flatten(), torch.tensor(evidence))
+    torch.testing.assert_close(weight.table.evidence.flatten(), torch.tensor(evidence))
 
     before = gradient.new_zeros(gradient.shape) + parameter.detach()
     weight.adapt(1.0)
@@ -138,7 +138,7 @@ def test_evidence_moves_where_it_is_read_and_the_strongest_contender_of_a_block_
         out = None if into is None else next(i for i in inside if kept[b, i - inside.start])
         assert sum(not weight.weights[0].pruned[flat[i]] for i in inside) == pattern.n
         for i in inside:
-            place, left = flat[i], weight.evidence.flatten()[i].item()
+            place, left = flat[i], weight.table.evidence.flatten()[i].item()
             if i == into:
                 assert parameter[place].item() == pytest.approx(math.copysign(1.2, evidence[i]))
                 assert left == 0
@@ -196,15 +196,15 @@ def test_a_poisoned_reading_is_discarded_whole(bad: float, config: Any, optimize
             weight.adapt(1.0)
             assert sparse.weight.isfinite().all()
             if isinstance(config, OneBatch):
-                assert weight.masks.last_flips == 0
-                assert weight.predicted == 0
+                assert weight.table.masks.last_flips == 0
+                assert weight.table.predicted == 0
 
 
 def test_a_weight_without_a_gradient_learns_nothing() -> None:
     weight = evolving(sparse_linear([[1.0, 0.0]], [[1, 0]], "1:2"), Evidence(), freeze_after=1)
     weight.read([None], everywhere=True, adapts=True)
     weight.accumulate(sgd(weight), Reading(True, 3), YES, WINDOW)
-    assert not weight.evidence.any()
+    assert not weight.table.evidence.any()
     assert weight.reading is None
 
 
@@ -212,7 +212,7 @@ def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
     # Evidence starts at the pruned initial weights, larger than the kept ones.
     sparse = sparse_linear([[1.0, 2.0, 1.0, 2.0]], [[1, 0, 1, 0]], "1:2")
     weight = evolving(sparse, Evidence(init="weights", margin=0.5), freeze_after=1)
-    assert weight.evidence.tolist() == [[0, 2], [0, 2]]
+    assert weight.table.evidence.tolist() == [[0, 2], [0, 2]]
     sparse.weight.detach().masked_fill_(sparse.pruned, 0)
     weight.adapt(1.0)  # nothing contends
     assert sparse.weight.tolist() == [[1, 0, 1, 0]]
@@ -223,7 +223,7 @@ def test_nothing_swaps_before_anything_is_known_of_pruned_weights() -> None:
     weight.sizes.noise = torch.tensor([1.0])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 0, 1.5]]
-    assert weight.evidence.tolist() == [[0, 2], [1, 0]]
+    assert weight.table.evidence.tolist() == [[0, 2], [1, 0]]
 
 
 def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
@@ -232,7 +232,7 @@ def test_nothing_moves_or_adapts_before_the_first_gradient() -> None:
     learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.adapt(1.0)
     assert (weight.sizes.noise.item(), weight.sizes.unit.item()) == (0, 0)
-    assert weight.evidence.tolist() == [[0, 2]]
+    assert weight.table.evidence.tolist() == [[0, 2]]
     # Nor does a first one that is not finite count; the second one counts whole.
     read(weight, [[0.0, math.inf]])
     weight.accumulate(sgd(weight), Reading(True, 1), NO, WINDOW)
@@ -256,7 +256,7 @@ def test_noise_is_a_running_mean_over_readings_everywhere() -> None:
 def test_evidence_starts_at_pruned_weights_unless_it_shall_start_at_zero() -> None:
     for config, start in [(Evidence(), [[0, 2]]), (Evidence(init="zero"), [[0, 0]]), (OneBatch(), [[0, 0]])]:
         weight = evolving(sparse_linear([[1.0, 2.0]], [[1, 0]], "1:2"), config, freeze_after=1)
-        assert weight.evidence.tolist() == start
+        assert weight.table.evidence.tolist() == start
 
 
 @given(
@@ -289,12 +289,12 @@ def test_neither_the_scale_of_weights_nor_that_of_gradients_matters(
             if step % 2:
                 weight.adapt(1.0)
         one, other = pair
-        assert torch.equal(other.evidence, a * one.evidence)
+        assert torch.equal(other.table.evidence, a * one.table.evidence)
         assert torch.equal(other.weights[0].weight.detach(), a * one.weights[0].weight.detach())
         assert torch.equal(other.weights[0].pruned, one.weights[0].pruned)
         # In units of weights times gradients, as the loss is.
-        assert other.predicted == a * b * one.predicted
-        flips = int(one.masks.flips)
+        assert other.table.predicted == a * b * one.table.predicted
+        flips = int(one.table.masks.flips)
     assert flips > 0
 
 
@@ -304,16 +304,16 @@ def test_only_contenders_swap_and_others_wait_for_the_next_reading_of_all() -> N
     weight = evolving(sparse, Evidence(margin=0.0, one_per_row=False), freeze_after=None)
     learn(weight, sgd(weight), [[0.0, 1.0] * 4], distance=0.5)
     contend_at(weight, [[5]])
-    weight.evidence[:, 1] = torch.tensor([5.0, 4, 3, 2])
+    weight.table.evidence[:, 1] = torch.tensor([5.0, 4, 3, 2])
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[1, 0, 1, 0, 0, 1, 1, 0]]
     assert weight.contenders.positions.tolist() == [4]
     weight.adapt(1.0)
-    assert int(weight.masks.last_flips) == 0
+    assert int(weight.table.masks.last_flips) == 0
     weight.contend(0.5)
     weight.adapt(1.0)
     assert sparse.weight.tolist() == [[0, 1, 0, 1, 0, 1, 1, 0]]
-    assert (int(weight.masks.last_flips), int(weight.masks.flips)) == (4, 6)
+    assert (int(weight.table.masks.last_flips), int(weight.table.masks.flips)) == (4, 6)
 
 
 @pytest.mark.parametrize(("freeze_after", "adaptations"), [(0, 2), (1, 3), (2, 4), (None, 6)])
@@ -327,15 +327,15 @@ def test_a_block_freezes_after_one_oscillation_more_than_it_may_make(
         learn(weight, sgd(weight), [[-(10.0**c), -(10.0**c)]], distance=2)
         weight.contend(1.0)
         weight.adapt(1.0)
-        changes += bool(weight.masks.last_flips)
+        changes += bool(weight.table.masks.last_flips)
     assert changes == adaptations
-    assert weight.frozen.tolist() == [freeze_after is not None]
+    assert weight.table.frozen.tolist() == [freeze_after is not None]
     # Not even if training brings its kept weight down below the evidence that it has.
     weight.weights[0].weight.detach().mul_(1e-6)
     learn(weight, sgd(weight), torch.zeros(1, 2))
     weight.contend(1.0)
     weight.adapt(1.0)
-    assert bool(weight.masks.last_flips) == (freeze_after is None)
+    assert bool(weight.table.masks.last_flips) == (freeze_after is None)
 
 
 @pytest.mark.parametrize(
@@ -352,13 +352,13 @@ def test_evidence_is_kept_in_single_precision_at_least(dtype: torch.dtype, state
     for _ in range(3):
         # bfloat16 cannot hold 3 + 3 / 512
         learn(weight, sgd(weight), torch.tensor([[0, -(2.0**-9), -1.0, 0]]), everywhere=False)
-    assert {weight.evidence.dtype, weight.sizes.noise.dtype} == {state}
-    assert weight.evidence[0].tolist() == pytest.approx([0, 3 * 2.0**-9, 3, 0], rel=1e-12)
+    assert {weight.table.evidence.dtype, weight.sizes.noise.dtype} == {state}
+    assert weight.table.evidence[0].tolist() == pytest.approx([0, 3 * 2.0**-9, 3, 0], rel=1e-12)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
     assert sparse.weight.tolist() == [[0, 0, 1.5, 0]]
     learn(weight, sgd(weight), torch.ones(1, 4))
-    assert {weight.evidence.dtype, weight.sizes.noise.dtype, weight.sizes.unit.dtype} == {state}
+    assert {weight.table.evidence.dtype, weight.sizes.noise.dtype, weight.sizes.unit.dtype} == {state}
     weight.contend(1.0)
     weight.adapt(1.0)
     assert sparse.weight.dtype == dtype
@@ -375,7 +375,7 @@ def test_large_blocks_are_no_trouble() -> None:
     weight.contend(1.0)
     weight.adapt(1.0)
     # The first pruned weight of each of the four blocks takes the place of the first kept one.
-    assert weight.masks.flips == 2 * 4
+    assert weight.table.masks.flips == 2 * 4
     expected = torch.where(born, 0.0, 1.0)
     expected[:, [0, 1024]], expected[:, [512, 1536]] = 0.0, -1.2
     torch.testing.assert_close(sparse.weight.detach(), expected)
@@ -388,10 +388,10 @@ def test_a_reading_forgets_a_part_of_the_evidence_before_it() -> None:
     # Half of 1 / 4 is forgotten where it is read, and nothing is learned from a gradient of zero.
     read(weight, torch.zeros(1, 4), everywhere=False)
     weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), YES, 4)
-    assert weight.evidence.tolist() == [[0, 8], [0, 3.5]]
+    assert weight.table.evidence.tolist() == [[0, 8], [0, 3.5]]
     # A discarded reading takes nothing away either.
     weight.accumulate(sgd(weight), Reading(everywhere=False, steps=1.0, forgets=0.5), NO, 4)
-    assert weight.evidence.tolist() == [[0, 8], [0, 3.5]]
+    assert weight.table.evidence.tolist() == [[0, 8], [0, 3.5]]
 
 
 # Saving.
@@ -420,28 +420,28 @@ def everything(weight: EvolvingBlocks) -> list[Tensor]:
     tensors = [
         weight.weights[0].weight.detach(),
         weight.weights[0].pruned,
-        weight.evidence,
-        weight.accumulated.mean,
+        weight.table.evidence,
+        weight.table.accumulated.mean,
         weight.sizes.noise,
         weight.sizes.unit,
-        *vars(weight.history).values(),
+        *vars(weight.table.history).values(),
     ]
     return [
         *tensors,
         weight.contenders.positions,
         weight.designated,
-        weight.masks.flips,
-        weight.masks.last_flips,
-        weight.predicted,
-        weight.frozen,
+        weight.table.masks.flips,
+        weight.table.masks.last_flips,
+        weight.table.predicted,
+        weight.table.frozen,
     ]
 
 
 def test_a_restored_weight_goes_on_bit_by_bit() -> None:
     weight, optimizer = evolved()
     evolve(weight, optimizer, range(6))
-    assert weight.masks.flips > 0
-    assert 0 < weight.frozen.sum() < 24
+    assert weight.table.masks.flips > 0
+    assert 0 < weight.table.frozen.sum() < 24
     saved = {key: value.clone() for key, value in weight.state(0).items()}
     handed = weight.state(0)
 

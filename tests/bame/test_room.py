@@ -114,14 +114,14 @@ def test_adaptations_are_those_that_are_found_by_hand(pattern: str, outputs: int
     moved = 0
     for step in range(6):
         generator = torch.Generator().manual_seed(1000 * seed + step)
-        blocks.evidence.copy_(torch.randn(blocks.evidence.shape, generator=generator))
+        blocks.table.evidence.copy_(torch.randn(blocks.table.evidence.shape, generator=generator))
         # Many rows want the same column.
         for layer in range(2):
-            blocks.of(layer, blocks.evidence)[:, step % parsed.m] *= 4
+            blocks.table.of(layer, blocks.table.evidence)[:, step % parsed.m] *= 4
         blocks.contend()
         for layer, sparse in enumerate(weights):
             # What is full comes last, unless all others contend already.
-            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
+            own = [int(p) - blocks.table.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
             contends = torch.zeros(matrix(sparse.kept).shape, dtype=torch.bool)
             contends.view(-1)[own] = True
             full = torch.stack(
@@ -132,10 +132,10 @@ def test_adaptations_are_those_that_are_found_by_hand(pattern: str, outputs: int
                 assert not (contends[row] & full[row]).any() or (contends[row] >= open_places).all()
         expected = []
         for layer, sparse in enumerate(weights):
-            own = [int(p) - blocks.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
+            own = [int(p) - blocks.table.positions.starts[layer] for p in blocks.contenders.by_weight()[layer]]
             contends = torch.zeros(matrix(sparse.kept).shape, dtype=torch.bool)
             contends.view(-1)[own] = True
-            evidence = blocks.of(layer, blocks.evidence).view(contends.shape).clone()
+            evidence = blocks.table.of(layer, blocks.table.evidence).view(contends.shape).clone()
             args = matrix(sparse.values).clone(), evidence, matrix(sparse.kept).clone(), contends
             expected.append((*by_hand(*args, parsed, 0.1), matrix(sparse.kept).clone()))
         before = blocks.room.refused.clone()

@@ -307,7 +307,7 @@ def test_a_summary_needs_no_weights_on_the_masks_device() -> None:
     expected = callback.summary()
     for group in callback.method.groups:
         # Lightning moves the weights to the CPU when fit is over, and the evidence stays where it was.
-        group.accumulated = Accumulated(group.evidence.to("meta"), mean=False)
+        group.table.accumulated = Accumulated(group.table.evidence.to("meta"), mean=False)
     assert callback.summary() == expected
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from bame_lightning.blocks.masks import pieces
 
 
 class Near(NamedTuple):
@@ -21,6 +23,26 @@ class Near(NamedTuple):
     positions: Int[Tensor, " contenders"]
     evidence: Float[Tensor, " contenders"]
     mean: Float[Tensor, " contenders"] | None
+
+
+class Move(NamedTuple):
+    """How a reading moves what is known; one number each, or one for each block or contender.
+
+    Args:
+        rate: How far evidence moves against a gradient.
+        keep: What remains of older evidence.
+        weight: Weight of a new gradient in the running mean.
+    """
+
+    rate: Tensor
+    keep: Tensor
+    weight: Tensor
+
+    def only(self, moves: Bool[Tensor, " some"] | None) -> Move:
+        """Move some only; None moves all."""
+        if moves is None:
+            return self
+        return Move(self.rate * moves, torch.where(moves, self.keep, 1), self.weight * moves)
 
 
 class Accumulated:
@@ -58,6 +80,22 @@ class Accumulated:
             mean = None if self._mean is None else self._mean.view(-1)[positions]
             self._near = Near(positions, self._evidence.view(-1)[positions], mean)
         return self._near
+
+    def move_all(self, gradient: Float[Tensor, "blocks m"], move: Move) -> None:
+        """Follow the gradients of all positions, in pieces; the gradients are used up."""
+        rate, keep, weight = (value.view(-1, 1).expand(len(gradient), 1) for value in move)
+        averaged = gradient if self.mean is None else self.mean
+        for evidence, mean, seen, by, kept, how in pieces(self.evidence, averaged, gradient, rate, keep, weight):
+            change = seen if self._mean is None else mean.lerp_(seen, how)
+            evidence.mul_(kept).addcmul_(change, by, value=-1)
+
+    def move_near(
+        self, positions: Int[Tensor, " contenders"], gradient: Float[Tensor, " contenders"], move: Move
+    ) -> None:
+        """Follow the gradients of the contenders."""
+        near = self.near(positions)
+        change = gradient if near.mean is None else near.mean.lerp_(gradient, move.weight)
+        near.evidence.mul_(move.keep).addcmul_(move.rate, change, value=-1)
 
     def clear(self, positions: Int[Tensor, " some"]) -> None:
         """Forget what the tables hold at positions that contend, or did so until now."""

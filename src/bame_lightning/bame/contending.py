@@ -21,13 +21,14 @@ class Contenders:
         positions: How their positions are numbered.
 
     Attributes:
+        m: Positions in a block.
         positions: The contenders, as many in each row of a weight, weight by weight and row by row; shape (contenders,).
         counts: How many are in each weight, on the device; shape (weights,).
         split: The same in plain numbers.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
-        self._weights, self._numbering, self._m = weights, positions, weights[0].pattern.m
+        self._weights, self._numbering, self.m = weights, positions, weights[0].pattern.m
         self.split: list[int] = []
         # Where contenders and the kept weights of their blocks lie, until one of them changes.
         self._places: Tensor | None = None
@@ -62,7 +63,7 @@ class Contenders:
     @property
     def blocks(self) -> Int[Tensor, " contenders"]:
         """The block of each."""
-        return self.positions // self._m
+        return self.positions // self.m
 
     def by_weight(self) -> list[Tensor]:
         """Those of each weight."""
@@ -81,7 +82,7 @@ class Contenders:
         """Where each lies in the memory of its weight, and the weights that its block keeps; remembered until `forget`."""
         if self._places is None:
             block = self.blocks
-            kept = block[:, None] * self._m + kept_places[block]
+            kept = block[:, None] * self.m + kept_places[block]
             self._places = self._numbering.offsets(torch.cat((self.positions[:, None], kept), dim=1), self.counts)
         return self._places
 
@@ -102,7 +103,7 @@ class Contenders:
     ) -> tuple[Int[Tensor, " blocks"], Bool[Tensor, " blocks"], Int[Tensor, " blocks"], list[int]]:
         """The same of each block, where there is one that may; waits for the device."""
         starts = self._numbering.starts
-        slot, may = first(near, self.blocks, starts[-1] // self._m)
+        slot, may = first(near, self.blocks, starts[-1] // self.m)
         slot, may = slot[may], may[may]
         of = torch.bucketize(self.positions[slot], torch.tensor(starts[1:], device=slot.device), right=True)
         return slot, may, of, of.bincount(minlength=len(self._weights)).tolist()

@@ -36,41 +36,37 @@ class OneBatchBlocks(EvolvingBlocks):
     @override
     def read(self, gradients: Sequence[Tensor | None], *, everywhere: bool, adapts: bool) -> None:
         found = [
-            None if gradient is None else self.blocks(gradient, layer).to(self.dtype, copy=True)
+            None if gradient is None else self.table.blocks(gradient, layer).to(self.table.dtype, copy=True)
             for layer, gradient in enumerate(gradients)
         ]
         unfrozen = (
-            float((~self.frozen_of(layer)).float().mean()) if self.freeze_after is not None else 1.0
+            float((~self.table.frozen_of(layer)).float().mean()) if self.table.freeze_after is not None else 1.0
             for layer in range(len(found))
         )
-        self._read = found
+        self._read, self.extremes = found, [bound for read in found if read is not None for bound in read.aminmax()]
         self.read_shares = [0.0 if read is None else share for read, share in zip(found, unfrozen, strict=True)]
 
     @override
-    def extremes(self) -> list[Tensor]:
-        return [bound for read in self._read if read is not None for bound in read.aminmax()]
-
-    @override
     def accumulate(self, optimizer: Optimizer, reading: Reading, finite: Bool[Tensor, ""], window: int) -> None:
-        self.evidence.zero_()
+        self.table.evidence.zero_()
         for layer, (sparse, gradient) in enumerate(zip(self.weights, self._read, strict=True)):
             if gradient is None:
                 continue
             zero_pruned_(gradient, finite)
             mask = sparse.mask()
             rule = update_rule(optimizer, sparse.weight)
-            moment = None if rule.second_moment is None else self.blocks(local(rule.second_moment), layer)
+            moment = None if rule.second_moment is None else self.table.blocks(local(rule.second_moment), layer)
             rate = reading.steps * block_rates(rule, moment, gradient, mask, self.pattern.n)
             # The optimizer's second moment may be poisoned as well.
             rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
-            may = ~mask & ~self.frozen_of(layer)[:, None]
-            self.of(layer, self.evidence).addcmul_(zeroed(gradient, may), rate, value=-1)
+            may = ~mask & ~self.table.frozen_of(layer)[:, None]
+            self.table.of(layer, self.table.evidence).addcmul_(zeroed(gradient, may), rate, value=-1)
 
     @override
     def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         before = [sparse.mask().clone() for sparse in self.weights]
         after = [self._adapt(layer, share) for layer in range(len(self.weights))]
-        self.history.record(torch.cat(before), torch.cat(after))
+        self.table.history.record(torch.cat(before), torch.cat(after))
         return None
 
     def _adapt(self, layer: int, share: float) -> Bool[Tensor, "blocks m"]:
@@ -78,30 +74,30 @@ class OneBatchBlocks(EvolvingBlocks):
         sparse, gradient = self.weights[layer], self._read[layer]
         mask = sparse.mask().clone()
         if gradient is None or not sparse.weight.requires_grad:
-            self.masks.change(layer, sparse.kept.clone())
-            self.predicted[layer] = 0
+            self.table.masks.change(layer, sparse.kept.clone())
+            self.table.predicted[layer] = 0
             return mask
         # The optimizer may have moved pruned weights, which are zeroed only later.
-        old = zeroed(to_blocks(sparse.values, self.pattern.m).to(self.dtype), mask)
-        evidence = self.of(layer, self.evidence)
+        old = zeroed(to_blocks(sparse.values, self.pattern.m).to(self.table.dtype), mask)
+        evidence = self.table.of(layer, self.table.evidence)
         new = choose_masks(
             first_order_worth(old + evidence, gradient),
             mask,
-            ~self.frozen_of(layer),
+            ~self.table.frozen_of(layer),
             self.pattern.n,
             share=share,
             rows=sparse.rows,
         )
         weight = zeroed(old + evidence, new)
-        self.predicted[layer] = -torch.dot(gradient.flatten(), (weight - old).flatten())
+        self.table.predicted[layer] = -torch.dot(gradient.flatten(), (weight - old).flatten())
         evidence.copy_(zeroed(old + evidence, ~new))
         sparse.values.copy_(from_blocks(weight, sparse.values.shape))
-        self.masks.change(layer, from_blocks(new, sparse.kept.shape))
+        self.table.masks.change(layer, from_blocks(new, sparse.kept.shape))
         return new
 
     @override
     def end_step(self) -> None:
-        self._read = [None] * len(self.weights)
+        self._read, self.extremes = [None] * len(self.weights), []
 
 
 def choose_masks(

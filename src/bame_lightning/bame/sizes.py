@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bame_lightning.bame.table import BlockTable
 from bame_lightning.blocks.masks import zero_pruned_
-from bame_lightning.weights.layers import SparseWeight
 
 MEMORY = 0.9
 """Weight of the past in the running mean of squared gradients, at a reading everywhere."""
@@ -19,24 +19,19 @@ class Sizes:
     """Sizes of gradients and weights, as readings everywhere find them.
 
     Args:
-        weights: The weights, of one pattern.
-        dtype: Of what is measured.
+        table: Blocks of the weights.
 
     Attributes:
         noise: Running mean of squared gradients of pruned weights; shape (weights,).
         unit: Root mean square of kept weights over that of pruned weights' gradients: the step by which a typical gradient
             moves evidence as far as a typical weight; shape (weights,).
-        split: Blocks of each weight.
-        blocks: The same on the device; shape (weights,).
     """
 
-    def __init__(self, weights: Sequence[SparseWeight], dtype: torch.dtype) -> None:
-        self._weights, self._pattern = weights, weights[0].pattern
-        device = weights[0].kept.device
-        self.noise = torch.zeros(len(weights), dtype=dtype, device=device)
-        self.unit = torch.zeros(len(weights), dtype=dtype, device=device)
-        self.split = [sparse.kept.numel() // self._pattern.m for sparse in weights]
-        self.blocks = torch.tensor(self.split, device=device)
+    def __init__(self, table: BlockTable) -> None:
+        self._weights, self._pattern, self._blocks = table.weights, table.pattern, table.counts
+        self._split = table.counts.tolist()
+        self.noise = torch.zeros(len(table.weights), dtype=table.dtype, device=table.device)
+        self.unit = torch.zeros_like(self.noise)
 
     def measure(
         self,
@@ -57,10 +52,10 @@ class Sizes:
         """
         n, m = self._pattern.n, self._pattern.m
         if frozen is None:
-            unfrozen = self.blocks.to(self.noise.dtype)
+            unfrozen = self._blocks.to(self.noise.dtype)
         else:
             zero_pruned_(gradient, ~frozen[:, None])
-            unfrozen = torch.stack([(~part).sum() for part in torch.split(frozen, self.split)]).to(self.noise.dtype)
+            unfrozen = torch.stack([(~part).sum() for part in torch.split(frozen, self._split)]).to(self.noise.dtype)
         sums = torch.stack((self._squares(gradient), self._squares(kept), unfrozen))
         squares, weights, blocks = self._total(sums)
         square = squares / (blocks * (m - n)).clamp_min(1)
@@ -72,11 +67,11 @@ class Sizes:
         self.noise = torch.where(seen, running, self.noise)
         # As many weights are kept in each block of all rows.
         parts = torch.tensor([sparse.rows.parts * n for sparse in self._weights], device=weights.device)
-        self.unit = torch.where(self.noise > 0, (weights / (self.blocks * parts) / self.noise).sqrt(), 0)
+        self.unit = torch.where(self.noise > 0, (weights / (self._blocks * parts) / self.noise).sqrt(), 0)
 
     def of_weights(self, values: Float[Tensor, "blocks k"]) -> tuple[Tensor, ...]:
         """Cut what is kept per block into that of each weight, flat."""
-        return torch.split(values.view(-1), [blocks * values.shape[1] for blocks in self.split])
+        return torch.split(values.view(-1), [blocks * values.shape[1] for blocks in self._split])
 
     def _squares(self, values: Float[Tensor, "blocks k"]) -> Float[Tensor, " weights"]:
         return torch.stack(torch._foreach_norm(self.of_weights(values))).square()

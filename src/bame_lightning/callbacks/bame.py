@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bame_lightning.bame.evidence import Evidence, OneBatch
-from bame_lightning.bame.evolving import EvolvingLayer
 from bame_lightning.bame.schedule import Schedule
+from bame_lightning.bame.table import EvolvingLayer
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.methods.bame import BAME

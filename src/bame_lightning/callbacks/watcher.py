@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from bame_lightning.bame.evolving import EvolvingLayer
 from bame_lightning.bame.schedule import Schedule, Window
+from bame_lightning.bame.table import EvolvingLayer
 from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.restless import RestlessBlocks

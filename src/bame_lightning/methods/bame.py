@@ -11,10 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from bame_lightning.bame.evidence import Evidence, OneBatch
-from bame_lightning.bame.evolving import EvolvingBlocks, EvolvingLayer
+from bame_lightning.bame.evolving import EvolvingBlocks
 from bame_lightning.bame.oscillation import oscillated_lately, oscillation_frequency
 from bame_lightning.bame.reading import Reading
 from bame_lightning.bame.schedule import Schedule
+from bame_lightning.bame.table import EvolvingLayer
 from bame_lightning.blocks.masks import zero_pruned_
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.blocks.statistics import percentiles, pooled_mean
@@ -140,7 +141,7 @@ class BAME(Masked):
         for group in self.groups:
             for layer, weight in enumerate(group.weights):
                 if weight is sparse:
-                    group.rescaled(layer, factor)
+                    group.table.of(layer, group.table.evidence).mul_(factor)
 
     def reading(self, holder: Holder) -> Reading | None:
         """What to read of the gradients of the step that is going on."""
@@ -195,7 +196,7 @@ class BAME(Masked):
 
     def _accumulate(self, holder: Holder, groups: list[EvolvingBlocks], reading: Reading) -> None:
         # One poisoned value would stay in the evidence for good, so all of a step's readings stand or fall together.
-        extremes = [bound for group in groups for bound in group.extremes()]
+        extremes = [bound for group in groups for bound in group.extremes]
         bounds = torch.stack(extremes) if extremes else torch.zeros(1, device=self.discarded.device)
         finite = (bounds - bounds == 0).all()
         finite = self.run.everywhere(finite)
@@ -261,10 +262,12 @@ class BAME(Masked):
         layers = self.layers
         frequencies = [oscillation_frequency(layer.oscillations, self.adaptations) for layer in layers]
         inside = self._inside()
-        contenders = sum(group.contender_count * share for group, share in zip(self.groups, inside, strict=True))
-        pruned = sum(group.pruned_positions for group in self.groups)
+        contenders = sum(
+            sum(map(len, group.contended())) * share for group, share in zip(self.groups, inside, strict=True)
+        )
+        pruned = sum(group.table.pruned_positions for group in self.groups)
         designated = [group.designated.float() * share for group, share in zip(self.groups, inside, strict=True)]
-        found = flip_rates(group.masks for group in self.groups) | {
+        found = flip_rates(group.table.masks for group in self.groups) | {
             "bame/oscillation_frequency": pooled_mean(frequencies),
             "bame/frozen_fraction": pooled_mean(layer.frozen for layer in layers),
             "bame/designated_fraction": pooled_mean(designated),
@@ -297,12 +300,7 @@ class BAME(Masked):
 
     def _percentiles(self, frequencies: list[Tensor]) -> dict[str, Tensor]:
         """Percentiles over all rows: a mean of percentiles is none."""
-        urgencies = {
-            id(sparse): group.closeness(layer).amax(-1).clamp_min(0)
-            for group in self.groups
-            for layer, sparse in enumerate(group.weights)
-        }
-        of = [urgencies[id(sparse)] for sparse in self.run.weights]
+        of = [layer.closeness().amax(-1).clamp_min(0) for layer in self.layers]
         found: dict[str, Tensor] = {}
         for name, values, percents in (
             ("oscillation_frequency", frequencies, (50, 90, 99)),
@@ -319,7 +317,8 @@ class BAME(Masked):
         for group in self.groups:
             for layer, sparse in enumerate(group.weights):
                 # Statistics of the whole layer, even where its rows are spread.
-                yield from (Copy(what, sparse.label, value) for what, value in group.statistics(layer).items())
+                if (noise := group.layer(layer).noise) is not None:
+                    yield Copy("size of gradients", sparse.label, noise)
                 if sparse.rows.whole:
                     yield from (Copy(what, sparse.label, value) for what, value in group.copies(layer).items())
 
@@ -354,7 +353,7 @@ class BAME(Masked):
         }
         return {
             "adaptations": self.adaptations,
-            "flips": sum(group.masks.total() for group in self.groups),
+            "flips": sum(group.table.masks.total() for group in self.groups),
             "discarded_readings": int(self.discarded),
             **({"refused_swaps": sum(map(int, refused))} if refused else {}),
             **{name: round(float(value)) for name, value in mean(counts).items()},

@@ -72,6 +72,10 @@ class Positions:
             found = self._views[layer] = flat_memory(weight.detach())
         return found
 
+    def memory(self) -> list[Tensor]:
+        """`weight` of each."""
+        return [self.weight(layer) for layer in range(len(self.weights))]
+
     def put(self, places: Int[Tensor, " chosen"], values: Shaped[Tensor, " chosen"], counts: list[int]) -> None:
         """Write values at places in the memory of their weights, those of the first weight first, `counts` of each."""
         parts = zip(torch.split(places, counts), torch.split(values, counts), strict=True)

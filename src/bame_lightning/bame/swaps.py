@@ -1,0 +1,70 @@
+"""Who challenges whom: the contender of each row, or of each block, that is closest to a swap."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bame_lightning.bame.contending import Contenders
+
+
+class Challenge(NamedTuple):
+    """The contender of each output row that is closest to a swap, and the kept weight that it challenges.
+
+    Args:
+        slot: Which contender.
+        position: Its position.
+        evidence: Its evidence.
+        block: Its block.
+        place: Which of the block's kept positions it challenges, in the order of `KeptWeights.places`.
+        weakest: The weight there, the smallest that the block keeps.
+        may_swap: Whether it may take its place.
+        of: Its weight.
+        counts: How many there are of each weight.
+    """
+
+    slot: Int[Tensor, " rows"]
+    position: Int[Tensor, " rows"]
+    evidence: Float[Tensor, " rows"]
+    block: Int[Tensor, " rows"]
+    place: Int[Tensor, " rows"]
+    weakest: Float[Tensor, " rows"]
+    may_swap: Bool[Tensor, " rows"]
+    of: Int[Tensor, " rows"]
+    counts: list[int]
+
+
+def challenge(
+    contenders: Contenders,
+    evidence: Float[Tensor, " contenders"],
+    kept: Float[Tensor, "contenders n"],
+    may: Bool[Tensor, " contenders"],
+    *,
+    one_per_row: bool,
+) -> Challenge:
+    """Find who challenges whom.
+
+    Args:
+        contenders: The contenders.
+        evidence: Their evidence.
+        kept: Weights that the blocks of each keep.
+        may: Who may challenge at all.
+        one_per_row: One of each row, rather than of each block.
+    """
+    sizes, place = kept.abs().min(-1)
+    near = ratio(evidence, sizes)
+    near = torch.where(may & (near == near), near, -1)
+    find = contenders.first_of_rows if one_per_row else contenders.first_of_blocks
+    slot, may_swap, of, counts = find(near)
+    place = place[slot]
+    position, weakest = contenders.positions[slot], kept[slot, place]
+    block = position // contenders.m
+    return Challenge(slot, position, evidence[slot], block, place, weakest, may_swap, of, counts)
+
+
+def ratio(evidence: Float[Tensor, " some"], sizes: Float[Tensor, " some"]) -> Float[Tensor, " some"]:
+    """How close contenders are to a swap with weights of some sizes; never divided by zero."""
+    return evidence.abs() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
