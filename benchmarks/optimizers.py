@@ -2,9 +2,9 @@
 
     python -m benchmarks.optimizers [--only torch,timm] [--results outputs/optimizers.jsonl]
 
-Each runs in a process of its own, first alone, then under `BAMECallback`: every step must be counted, every block must obey
-after every step, and state that holds one value per weight must rest at one constant where weights are pruned. What was
-tried already is kept in the results, so that a run that was cut off goes on; remove the file to begin anew.
+Each runs in a process of its own, uncompiled, first alone, then under `BAMECallback`: every step must be counted, every
+block must obey after every step, and state that holds one value per weight must rest at one constant where weights are
+pruned. What was tried already is kept in the results, so that a run that was cut off goes on; remove the file to begin anew.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Watch(L.Callback):
         self.values: set[str] = set()
         self.copies: set[str] = set()
 
+    @torch.no_grad()  # some optimizers keep views that only such a look may read
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         state = self.state = self.state or WeightState(trainer.optimizers[0])
         for sparse in self.method.weights:
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("outputs/optimizers.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # some compile each step for minutes, to the same numbers
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -294,7 +296,7 @@ steps.
 - **Not tried**: these do not train this network alone, without the callback, either.
 
 State in another basis or layout is left alone: a matrix factor or a projector beside it gives it away. Other state that
-nobody recognises is named by a warning or refused.
+nobody recognises is named by a warning or refused. Steps that a library compiles ran uncompiled here.
 
 ```
 python -m benchmarks.optimizers
@@ -308,7 +310,7 @@ def document(rows: list[dict[str, Any]]) -> str:
     head = f"| library | version | {' | '.join(KINDS.values()).lower()} |"
     parts = [HEAD, f"{head}\n|---|---|---:|---:|---:|---:|"]
     lists = []
-    for library in dict.fromkeys(row["library"] for row in rows):
+    for library in sorted({row["library"] for row in rows}, key=list(LIBRARIES).index):
         own = sorted((row for row in rows if row["library"] == library), key=lambda row: row["optimizer"].lower())
         count = [sum(row["result"] == kind for row in own) for kind in KINDS]
         parts.append(f"| {library} | {own[0]['version']} | {' | '.join(map(str, count))} |")
@@ -333,16 +335,20 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _reason(row: dict[str, Any], words: int = 9) -> str:
-    """Why it does not train: the start of the message, without the name of the optimizer, so that equal reasons are found."""
+    """Why it does not train: our refusals up to the remedy, the start of other messages.
+
+    The name of the optimizer is left out, so that equal reasons are found.
+    """
     text = (
         row["why"]
         .replace(row["optimizer"], "it")
         .replace("`optimizer` it ", "it ")
-        .replace("|", "/")
-        .replace("<", "&lt;")
-        .split()
+        .replace("`configure_optimizers` returns it, which ", "it ")
     )
-    return " ".join(text[:words]) + (" …" if len(text) > words else "")
+    told = text.replace("|", "/").replace("<", "&lt;").split()
+    if row["result"] == "refused":
+        return " ".join(told).partition(". ")[0].removeprefix("ValueError: ")
+    return " ".join(told[:words]) + (" …" if len(told) > words else "")
 
 
 if __name__ == "__main__":

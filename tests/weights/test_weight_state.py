@@ -138,6 +138,24 @@ class TestKinds:
         with pytest.warns(UserWarning, match=r"Kept keeps state of `fc.weight` in another basis.*left alone"):
             assert list(WeightState(optimizer).elementwise(weight, "fc.weight")) == []
 
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
+    def test_a_factor_of_low_rank_mixes_all_weights_and_a_history_of_each_mixes_none(
+        self, shape: tuple[int, ...], flat: bool
+    ) -> None:
+        weight = matrix(*shape)
+        weight.data[:, ::2] = 0
+        beside = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(0))
+        history = beside * (weight != 0).unsqueeze(-1)
+        for factor, expected in ((beside, []), (history, ["scales"])):
+            kept = {"scales": torch.ones(shape), "factor": factor.reshape(-1, 2) if flat else factor}
+            assert [*found(Kept([weight], lambda _, kept=kept: kept), weight)] == expected
+
+    def test_a_view_of_the_weight_is_no_state(self) -> None:
+        weight = matrix(6, 4)
+        optimizer = Kept([weight], lambda w: {"views": [w.data.view(24), w.data], "moment": torch.ones_like(w)})
+        assert [*WeightState(optimizer).found(weight)] == ["moment"]
+
     def test_row_means_of_a_factored_second_moment_are_no_factor(self) -> None:
         # Adafactor's of a convolution with as many inputs as outputs: square, but neither symmetric nor orthogonal.
         weight = matrix(4, 4, 3)

@@ -67,7 +67,7 @@ class WeightState:
         found: dict[str, Any] = {}
         for holder in self._holders:
             for path, value in _kept_by(holder, weight):
-                if not any(value is other for other in found.values()):
+                if not (_is_view(value, weight) or any(value is other for other in found.values())):
                     found[path if path not in found else f"{type(holder).__name__}.{path}"] = value
         return found
 
@@ -304,15 +304,28 @@ def _sized(values: Iterable[Any]) -> bool:
     return any(not isinstance(value, Tensor) or value.dim() > 0 for value in values)
 
 
+def _is_view(value: Any, weight: Tensor) -> bool:
+    """Whether something is the weight itself: its memory in another object."""
+    return isinstance(value, Tensor) and value.numel() > 0 and local(value).data_ptr() == local(weight).data_ptr()
+
+
 def _square(tensor: Tensor) -> bool:
     return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
 
 
 def _is_factor(value: Any, weight: Tensor) -> bool:
-    """Whether something beside a weight's state mixes its inputs or outputs: a symmetric or orthogonal matrix, a projector."""
+    """Whether something beside a weight's state mixes weights.
+
+    A projector does; a symmetric, orthogonal or triangular matrix, which mixes inputs or outputs; and a factor of low rank,
+    which mixes all weights.
+    """
     if not isinstance(value, Tensor):
         kept = getattr(value, "__dict__", {})
         return not callable(value) and (hasattr(value, "project") or any(isinstance(v, Tensor) for v in kept.values()))
+    if value.shape[:-1] in (weight.shape, (weight.numel(),)) and value.is_floating_point():
+        # A history of each weight would be zero, or still a constant, where gradients are masked.
+        rows = local(value.detach()).flatten(end_dim=-2)[local(weight.detach()).flatten() == 0]
+        return bool((rows != rows[:1]).any())
     if not _square(value) or len(value) < 2 or value.shape == weight.shape or not value.is_floating_point():
         return False
     matrix = local(value.detach()).double()
