@@ -115,11 +115,11 @@ def report(seconds: list[float], times: dict[type, list[float]]) -> str:
     rest = {kind: LOOKS[kind] * looks[kind] for kind in looks}
     mean, error = statistics.mean(extra), statistics.stdev(extra) / math.sqrt(len(extra))
     text = (
-        f"**What it costs.** On ResNet-20 at 1:16 (batch {BATCH}, one CPU thread, loggers CSV and offline W&B) ten steps with "
-        f"all scalars take {statistics.median(extra):+.2f} % more processor time than ten without (median of {len(pairs)} "
-        f"pairs of steps of {1e3 * step:.0f} ms; mean {mean:+.2f} ± {error:.2f} %). Pictures of all layers take "
-        f"{looks[MaskImages]:.2f} s, a snapshot {looks[MaskSnapshots]:.3f} s: {100 * sum(rest.values()) / run:.2f} % of "
-        f"training by `recipe=fashion_mnist_resnet20`. Measured by `python -m benchmarks.logging_cost`."
+        f"**What it costs.** ResNet-20 at 1:16 (batch {BATCH}, one CPU thread, loggers CSV and offline W&B) needs {mean:.1f} ± "
+        f"{error:.1f} % more processor time for ten steps if the last one logs all scalars (mean and standard error of "
+        f"{len(pairs)} pairs; a step takes {1e3 * step:.0f} ms). Pictures of all layers take {looks[MaskImages]:.2f} s and a "
+        f"snapshot {looks[MaskSnapshots]:.3f} s: {100 * sum(rest.values()) / run:.2f} % of `recipe=fashion_mnist_resnet20`. "
+        f"`python -m benchmarks.logging_cost` measures it and writes this paragraph."
     )
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import operator
 import re
 import shlex
 import tomllib
@@ -172,28 +173,43 @@ def test_every_method_has_a_card_in_the_index() -> None:
     assert set(re.findall(r"^\| \[\w+\]\((\w+)\.md\)", index, re.MULTILINE)) == methods
 
 
+def parameters(path: Path) -> dict[str, str]:
+    """Defaults in the tables of parameters, by name."""
+    return dict(re.findall(r"^\| `([\w.]+)` \| `?(.*?)`? \| ", path.read_text(), re.MULTILINE))
+
+
+SHARED = parameters(ROOT / "docs" / "methods" / "README.md")
+
+
 @pytest.mark.parametrize("path", CARDS, ids=name)
 def test_the_parameters_of_a_card_are_those_of_the_code(path: Path) -> None:
-    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \| `?(.*?)`? \| `(.*?)` \|", path.read_text(), re.MULTILINE)
+    """Those of its table, and the shared ones that it lists."""
+    own, [shared] = parameters(path), re.findall(r"\(README\.md#[\w-]+\):([^.]*)", path.read_text()) or [""]
+    named = own | {parameter: SHARED[parameter] for parameter in re.findall(r"`(\w+)`", shared)}
     choose = ["ckpt=dense.ckpt"] if path.stem == "magnitude" else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [f"method={path.stem}"])
         method = instantiate(compose("config", [f"method={path.stem}", *choose]).method)
     evidence = {"evidence": type(method.evidence)()} if "evidence" in cfg.method else {}
     required = {"checkpoint": "dense.ckpt"} if path.stem == "magnitude" else {}
-    default = type(method)("1:16", **required, **evidence)
-    for parameter, key, in_python, in_conf in rows:
-        # Without quotes YAML reads 1:16 as the number 76.
-        assert OmegaConf.select(cfg, key) == (in_conf if ":" in in_conf else yaml.safe_load(in_conf)), key
-        if in_python != "required":
-            value: Any = default
-            for part in parameter.replace("layers", "rules").split("."):
-                value = getattr(value, part)
-            absent = {} if parameter == "layers" else None
-            assert value == (absent if in_python == "None" else yaml.safe_load(in_python)), key
+    in_python = type(method)("1:16", **required, **evidence)
+    for parameter, text in named.items():
+        if text != "required" and parameter != "layers":
+            default = None if text == "None" else yaml.safe_load(text)
+            assert operator.attrgetter(parameter)(in_python) == default, parameter
+            assert OmegaConf.select(cfg.method, parameter) == default, parameter
     if path.stem != "bame_one_batch":  # which refers to the card of bame for the others
-        named = {parameter.partition(".")[0] for parameter, *_ in rows}
-        assert named == {key for key in cfg.method if not str(key).startswith("_")}
+        assert {parameter.partition(".")[0] for parameter in named} == {
+            key for key in cfg.method if not str(key).startswith("_")
+        }
+
+
+def test_the_card_of_one_batch_says_what_the_command_line_sets() -> None:
+    found = re.findall(r"`method\.([\w.]+)=(\d+)`", (ROOT / "docs" / "methods" / "bame_one_batch.md").read_text())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", ["method=bame_one_batch"])
+    assert len(found) == 2
+    assert [OmegaConf.select(cfg.method, key) for key, _ in found] == [int(value) for _, value in found]
 
 
 def test_the_index_leads_to_every_document() -> None:

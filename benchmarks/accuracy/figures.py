@@ -88,9 +88,8 @@ def _panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
         axis.grid(color="#E3E3E3")
         axis.set_axisbelow(True)
     for method, colour in COLOURS.items():
-        axes[0].plot(
-            [], [], MARKERS[""] if method == "dense" else "o", color=colour, label=METHODS[method], linestyle=""
-        )
+        marker = MARKERS[""] if method == "dense" else "o"
+        axes[0].plot([], [], marker, color=colour, label=METHODS[method], linestyle="")
     return figure, list(axes[: len(tasks)])
 
 

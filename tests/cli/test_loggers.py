@@ -24,7 +24,8 @@ from bame_lightning.show.map_pictures import mask_picture
 from bame_lightning.show.mask_file import read_snapshots
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTED = re.findall(r"^\| `((?:bame|flops)/[^`]*)` \|", (ROOT / "docs/dashboards.md").read_text(), re.MULTILINE)
+ROWS = re.findall(r"^\| (`(?:bame|flops)/[^|]*) \|", (ROOT / "docs/dashboards.md").read_text(), re.MULTILINE)
+DOCUMENTED = [key for row in ROWS for key in re.findall(r"`([^`]*)`", row)]
 PICTURES = [
     key for key in DOCUMENTED if key.startswith("bame/maps/") or key in ("bame/oscillations", "bame/restless_blocks")
 ]
