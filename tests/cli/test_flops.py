@@ -47,6 +47,11 @@ def test_a_recipe_says_model_data_batch_and_where_it_can_the_length(report: Any)
     assert found["dense_forward_macs"] == 784 * 32 + 32 * 10
 
 
+def test_the_cost_of_a_run_is_told_in_words(run: Answer) -> None:
+    # 784-512-512-10: 3 passes of 2 x 668,672 FLOPs for each of 128 samples in each of 100,000 steps
+    assert "100,000 steps of 128 samples takes 51.4 TFLOPs." in " ".join(run("recipe=fashion_mnist_mlp").split())
+
+
 def test_resnet50_at_1_16_is_what_is_published(report: Any) -> None:
     found = report("model=resnet50", "pattern=1:16")
     assert (found["input_shape"], found["num_classes"]) == ([3, 224, 224], 1000)

@@ -20,6 +20,7 @@ from bame_lightning.cli.questions import layer_rules
 from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter
 from bame_lightning.show.narrow import Table
+from bame_lightning.show.numbers import flops as in_words
 from bame_lightning.weights.layers import LayerPlan, plan_layers
 
 CONVENTION = (
@@ -150,7 +151,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         f"r, the share of dense weight gradients that is read, at most (frozen blocks are not): {reads}. Dense training for "
         f"{report['steps']:,} steps of {report['batch_size']} samples takes "
-        f"{any_cost['run_flops'] / any_cost['vs_dense']:.3g} FLOPs."
+        f"{in_words(any_cost['run_flops'] / any_cost['vs_dense'])}."
     )
     console.print(
         f"Bound: no N:M mask trains for less than a static one, {bound['vs_dense']:.3f} of dense, "
