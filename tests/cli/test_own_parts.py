@@ -107,6 +107,15 @@ def test_stopping_early_stops(tmp_path: Path) -> None:
             "`callbacks.early_stopping.monitor`: Early stopping conditioned on metric `val/acc` which is not available",
         ),
         (["ckpt_path=epoch=3 für alle.ckpt"], "epoch=3 für alle.ckpt does not exist"),
+        (["task._target_=my_models.net"], "`task` cannot be made of its values: too many values to unpack"),
+        (["data._target_=my_models.net"], "`data` cannot be made of its values: net() missing 2 required"),
+        (["method._target_=my_models.net"], "`method` cannot be made of its values: net() missing 2 required"),
+        (["model._target_="], "`model._target_` must name something that can be imported; got nothing."),
+        (["trainer.precision=77"], "`trainer` cannot be made of its values: Precision 77 is invalid"),
+        (["optimizer.lr=-1"], "`optimizer` cannot be made of its values: Invalid learning rate: -1."),
+        (["optimizer.lr="], "`optimizer.lr` must be a number, such as 0.05; got nothing."),
+        (["trainer.gradient_clip_val=-1"], "`trainer.gradient_clip_val` must not be negative; got -1."),
+        (["ckpt_path=."], "`ckpt_path` must be a checkpoint file to resume from; . is a folder."),
         (["method.schedule=5"], "`method.schedule` must be set by one of its values (method.schedule._target_=, "),
     ],
 )
@@ -116,6 +125,43 @@ def test_what_is_wrong_ends_in_one_line_that_names_the_key(words: list[str], mes
     assert message in done.err
     assert len(done.err.splitlines()) == 1
     assert not (folder / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed"], "`seed` sets nothing. Values are set as KEY=VALUE"),
+        (["sweep.yaml"], "`sweep.yaml` sets nothing. Values are set as KEY=VALUE"),
+        (["=3"], "`=3` sets nothing. Values are set as KEY=VALUE"),
+        (["+sparsity.layers.*fc*=2:4"], "`+sparsity.layers.*fc*` cannot be read as a key. Other signs than letters"),
+        (["trainer="], "`trainer` must be one of default; got nothing."),
+        (["optimizer=adam"], "`optimizer` must be one of adamw, sgd; got adam. Did you mean adamw?"),
+        (["trainer=null"], "`trainer` must be one of default; got null."),
+        (
+            ["logger=null"],
+            "`logger` must be one of csv, csv_wandb, tensorboard, wandb; got null. logger=[] chooses none.",
+        ),
+        (["callbacks=[default,bset]"], "got bset. Did you mean best?"),
+        (["hydra/launcher=jobib"], "`hydra/launcher` must be one of basic, joblib, "),
+        (["hydra/lancher=joblib"], "`hydra/lancher` is no group. Did you mean `hydra/launcher`"),
+        (["hydra.run.dri=x"], "`hydra.run.dri` does not exist. Did you mean `hydra.run.dir`?"),
+        (["optimizer.lr.x=3"], "`optimizer.lr` is a value; it has no `x`."),
+        (["method.schedul.every=3"], "`method.schedul` does not exist. Did you mean `method.schedule`?"),
+        (["callbacks.best.mode=max"], "`callbacks.best` does not exist, unless callbacks=[default,best] chooses it."),
+        (["logger=[]", "logger.csv.name=x"], "`logger.csv` does not exist, unless logger=[csv] chooses it."),
+        (["logger.wandb.project=x"], "`logger.wandb` does not exist, unless logger=[csv,wandb] chooses it."),
+        (["pattern=1:4,2:4"], "pattern=1:4,2:4 has several values. -m runs each of them"),
+        (["seed=range(1,3)"], "seed=range(1,3) has several values. -m runs each of them"),
+    ],
+)
+def test_what_cannot_be_composed_ends_in_one_line_that_says_what_can(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    done = train(tmp_path, *words)
+    assert done.status == 1
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == set(), "a mistyped command leaves nothing"
 
 
 @pytest.mark.parametrize(

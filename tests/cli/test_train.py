@@ -466,7 +466,7 @@ def test_an_unknown_choice_lists_the_known_ones(run: Run, capsys: pytest.Capture
         run("model=vgg")
     assert caught.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("bame-train: error: `model` has no option vgg. There are cnn, ")
+    assert error.startswith("bame-train: error: `model` must be one of cnn, ")
     assert "resnet20" in error
     assert "Traceback" not in error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -20,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bame_lightning.cli.claims import TakenError
 from bame_lightning.cli.jobs import record
 from bame_lightning.cli.sweeps import in_sweep, unescaped
-from bame_lightning.cli.words import unknown_key
+from bame_lightning.cli.words import no_option, unknown_key, unknown_option, unreadable
 from bame_lightning.show.find_runs import ERROR
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -70,7 +69,7 @@ def composition_errors(command: str, config: str) -> Iterator[None]:
         yield
     except Exception as error:
         _wish.end()
-        if os.environ.get(_FULL_ERROR) == "1" or not _of_the_user(error):
+        if os.environ.get(_FULL_ERROR) == "1" or not of_the_user(error):
             raise
         print(f"{command}: error: {_composing(error, config)}", file=sys.stderr)
         sys.exit(1)
@@ -79,19 +78,20 @@ def composition_errors(command: str, config: str) -> Iterator[None]:
 
 
 def _composing(error: Exception, config: str) -> str:
-    if missing := re.match(r"Could not override '([\w./@-]+)'", str(error)):
-        return unknown_key(config, missing[1], sys.argv[1:])
+    said, words = " ".join(str(error).split()), sys.argv[1:]
+    if missing := re.match(r"Could not override '([\w./@-]+)'", said):
+        return unknown_key(config, missing[1], words)
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        return unreadable(error.override)
+    if option := re.match(r"In '[^']*': Could not (?:find|load) '([^']+)/([^'/]*)'", said):
+        listed = re.search(r"Available options[^:]*:(.*?)Config", said)
+        return unknown_option(option[1], option[2], listed[1].split() if listed else ())
+    if several := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", said):
         return (
-            f"{error.override} cannot be read. Put quotes around the value, and others around them: {key}='\"{value}\"'"
+            f"{several[1]} has several values. -m runs each of them; [ ] around them make a list, and quotes one text."
         )
-    if choice := re.match(
-        r"In '[^']*': Could not find '([^']+)/([^'/]+)'.*Available options[^:]*:\s*(.*?)\s*Config", str(error), re.S
-    ):
-        close = difflib.get_close_matches(choice[2], choice[3].split(), 3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        return f"`{choice[1]}` has no option {choice[2]}.{hint} There are {', '.join(choice[3].split())}."
+    if said.startswith("Config group override must be"):
+        return no_option(words)
     return _message(error)
 
 
@@ -115,13 +115,14 @@ def one_line_errors(command: str) -> Iterator[None]:
         if in_sweep():
             _record(error, command)
             return
-        if os.environ.get(_FULL_ERROR) == "1" or not _of_the_user(error):
+        if os.environ.get(_FULL_ERROR) == "1" or not of_the_user(error):
             raise
         print(f"{command}: error: {_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
+def of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
+    """Whether what was raised says what a user did wrong; else its traceback says more."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     return isinstance(error, _USER_ERRORS) or any(kind.__name__ == _LIGHTNING_SAYS for kind in type(error).__mro__)
@@ -129,7 +130,10 @@ def _of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
 
 def _message(error: Exception) -> str:
     # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
-    if isinstance(error, InstantiationException) and _of_the_user(cause := error.__cause__):
+    part = re.search(r"full_key: (\S+)", str(error))
+    if isinstance(error, InstantiationException) and isinstance(cause := error.__cause__, Exception):
+        if part and not isinstance(cause, OSError):
+            return not_made(part[1], cause)
         error = cause
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:  # the system's words, which name no remedy
@@ -139,7 +143,24 @@ def _message(error: Exception) -> str:
         message = (
             f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=); the last checkpoint is whole."
         )
-    return message if _of_the_user(error) else f"{type(error).__name__}: {message}"
+    return message if of_the_user(error) else f"{type(error).__name__}: {message}"
+
+
+def not_made(name: str, error: Exception) -> str:
+    """Tell that a part of a run cannot be made of its values, unless the error names one of them itself.
+
+    Args:
+        name: Key of the part.
+        error: What was raised.
+
+    Returns:
+        A sentence or two.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError) and message.startswith("`"):  # one of ours
+        return message
+    end = "" if message.endswith((".", "!", "?")) else "."
+    return f"`{name}` cannot be made of its values: {message}{end} {_FULL_ERROR}=1 shows where."
 
 
 def _record(error: Exception, command: str) -> None:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from bame_lightning.cli.parts import call
+from bame_lightning.cli.parts import made
 
 Build = Callable[[Any, int], nn.Module]
 """Makes a model from the shape of an input (three numbers: an image; one: a sequence of tokens) and the classes."""
@@ -96,7 +96,7 @@ def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) ->
             "another `model`, or other `data`."
         )
     # Convolutions are faster so, and a block's weights, consecutive input channels, lie side by side.
-    model: nn.Module = call("model", build, input_shape, num_classes, what="input_shape, num_classes")
+    model: nn.Module = made("model", build, input_shape, num_classes, what="input_shape, num_classes")
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must make a torch.nn.Module; got {type(model).__name__}.")
     return model.to(memory_format=torch.channels_last)

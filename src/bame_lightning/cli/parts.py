@@ -14,7 +14,8 @@ from hydra._internal.utils import _locate  # its public twin logs what is told h
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bame_lightning.cli.values import close_keys, overridden, standard_values
+from bame_lightning.cli.errors import not_made, of_the_user
+from bame_lightning.cli.values import close_keys, overridden, shown, standard_values
 
 
 def find_here() -> None:
@@ -99,12 +100,14 @@ def _target(key: str, part: DictConfig) -> Any:
         return _locate(path)
     except (InstantiationException, ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`{key}._target_` must name something that can be imported; got {path}{_why(path, error)}"
+            f"`{key}._target_` must name something that can be imported; got {shown(path)}{_why(path, error)}"
         ) from None
 
 
 def _why(path: str, error: Exception) -> str:
     """What of a dotted path does not exist, and what does."""
+    if not path:
+        return "."
     module, _, name = path.rpartition(".")
     while module:
         try:
@@ -135,7 +138,7 @@ def _keys(target: Any) -> set[str] | None:
     return {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_POSITIONAL}
 
 
-def call(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
+def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
     """Make a part of what the configuration does not hold.
 
     Args:
@@ -149,7 +152,7 @@ def call(name: str, make: Callable[..., Any], *arguments: Any, what: str, **opti
         The part.
 
     Raises:
-        ValueError: If it wants other arguments.
+        ValueError: If it wants other arguments, or cannot be made of these.
     """
     try:
         inspect.signature(make).bind(*arguments, **options)
@@ -159,22 +162,12 @@ def call(name: str, make: Callable[..., Any], *arguments: Any, what: str, **opti
         raise ValueError(
             f"`{name}` {path} is called with ({what}), but {error}. A key of `{name}` can give it."
         ) from None
-    return make(*arguments, **options)
-
-
-def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
-    """Make a part as `call` does, and name the group whose values it cannot do with. Takes the arguments of `call`.
-
-    Raises:
-        ValueError: If it cannot be made.
-    """
     try:
-        return call(name, make, *arguments, what=what, **options)
-    except (TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, ValueError) and message.startswith("`"):  # names what is wrong itself
+        return make(*arguments, **options)
+    except Exception as error:
+        if isinstance(error, OSError) or not (isinstance(error, TypeError) or of_the_user(error)):
             raise
-        raise ValueError(f"`{name}` cannot be made of its values: {message.rstrip('.')}.") from None
+        raise ValueError(not_made(name, error)) from error
 
 
 def stepping(scheduler: Callable[..., Any]) -> Callable[[Any, int], Any]:
@@ -194,8 +187,7 @@ def stepping(scheduler: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
     def make(optimizer: Any, total_steps: int) -> Any:
         given = getattr(scheduler, "keywords", {})
-        if asks and "total_steps" not in given:
-            return scheduler(optimizer, total_steps=total_steps)
-        return call("scheduler", scheduler, optimizer, what="optimizer")
+        length = {"total_steps": total_steps} if asks and "total_steps" not in given else {}
+        return made("scheduler", scheduler, optimizer, what="optimizer", **length)
 
     return make

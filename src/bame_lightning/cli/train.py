@@ -88,9 +88,12 @@ def _check(cfg: DictConfig) -> None:
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         if (count := cfg.trainer.get(name)) is not None and count < 1:
             raise ValueError(f"`trainer.{name}` must be at least 1; got {count}.")
+    if (clip := cfg.trainer.get("gradient_clip_val")) is not None and clip < 0:
+        raise ValueError(f"`trainer.gradient_clip_val` must not be negative; got {clip}. Null clips nothing.")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        why = "is a folder" if Path(cfg.ckpt_path).is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"`ckpt_path` must be a checkpoint file to resume from; {cfg.ckpt_path} does not exist."
+            f"`ckpt_path` must be a checkpoint file to resume from; {Path(cfg.ckpt_path)} {why}. Check the path."
         )
     if cfg.ckpt is not None and not Path(cfg.ckpt).exists():
         raise FileNotFoundError(f"`ckpt` {cfg.ckpt} does not exist. Check the path.")

@@ -28,7 +28,7 @@ from bame_lightning.cli.finished import plain
 from bame_lightning.cli.interruption import StoppedError, training_stopped
 from bame_lightning.cli.loggers import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.cli.models import build_model, data_shape
-from bame_lightning.cli.parts import call, find_here, fitted, made, stepping
+from bame_lightning.cli.parts import find_here, fitted, made, stepping
 from bame_lightning.cli.progress import EpochBar, EpochLines
 from bame_lightning.cli.resuming import check_resumable, how_to_go_on
 from bame_lightning.cli.run_folder import ReplacesResults, WholeCheckpoints
@@ -114,7 +114,7 @@ def _make(cfg: DictConfig) -> _Run:
     model = build_model(instantiate(cfg.model), shape, classes)
     make_optimizer, make_scheduler = instantiate(cfg.optimizer), stepping(instantiate(cfg.scheduler))
     parts = (model, make_optimizer, make_scheduler)
-    task = call("task", instantiate(cfg.task), *parts, what="model, optimizer, scheduler")
+    task = made("task", instantiate(cfg.task), *parts, what="model, optimizer, scheduler")
     optimizer = made("optimizer", make_optimizer, list(task.parameters()), what="parameters")
     method: SparseCallback | Dense = instantiate(cfg.method)
     if cfg.ckpt_path is not None:

@@ -39,7 +39,7 @@ def standard_values() -> DictConfig:
     cfg = HydraConfig.get()
     # Where none is chosen, none is the default: Hydra does not let a user choose null.
     options = [f"{group}={option}" for group, option in cfg.runtime.choices.items() if option and _is_ours(group)]
-    several = [text for text in cfg.overrides.task if text.partition("=")[0] in _SEVERAL and text.endswith("]")]
+    several = [text for text in cfg.overrides.task if text.partition("=")[0] in SEVERAL and text.endswith("]")]
     places = [text for text in cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
     known = GlobalHydra.instance().is_initialized()  # not in processes that a launcher started
     try:
@@ -49,7 +49,8 @@ def standard_values() -> DictConfig:
         return OmegaConf.create({})
 
 
-_SEVERAL = ("logger", "callbacks")
+SEVERAL = ("logger", "callbacks")
+"""Groups of which several options may be chosen."""
 
 
 def _is_ours(group: str) -> bool:
@@ -126,7 +127,7 @@ def shown(value: Any) -> str:
     """A value as a user would write it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return str(value)
+    return str(value) or "nothing"
 
 
 def close_keys(key: str, known: Iterable[str]) -> str:

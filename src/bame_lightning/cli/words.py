@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -14,7 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bame_lightning.cli.conf import conf_dir
-from bame_lightning.cli.values import close_keys
+from bame_lightning.cli.values import SEVERAL, close_keys, shown
+
+_WITH_SIGNS = """'sparsity.layers={"*.stem": dense}'"""
 
 
 def readable(words: Iterable[str]) -> list[str]:
@@ -73,6 +76,65 @@ def check_dashes(command: str, words: Iterable[str]) -> None:
             sys.exit(2)
 
 
+def unreadable(word: str) -> str:
+    """Tell what is wrong with a word that Hydra cannot read.
+
+    Args:
+        word: The word.
+
+    Returns:
+        A sentence or two.
+    """
+    key, equals, value = word.partition("=")
+    if not key or not equals:
+        return f"`{word}` sets nothing. Values are set as KEY=VALUE; --help lists them."
+    if not _parses(f"{key}=0"):
+        return (
+            f"`{key}` cannot be read as a key. Other signs than letters, digits, - and _ go into a value: {_WITH_SIGNS}"
+        )
+    return f"{word} cannot be read. Put quotes around the value, and others around them: {key}='\"{value}\"'"
+
+
+def unknown_option(group: str, option: Any, known: Iterable[str] = ()) -> str:
+    """Tell that a group has no such option, and which it has.
+
+    Args:
+        group: The group.
+        option: What was chosen.
+        known: Its options where Hydra lists them; else they are looked up.
+
+    Returns:
+        A sentence or two.
+    """
+    there = list(known) or _options(group)
+    close = difflib.get_close_matches(str(option), there, 3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    none = f" {group}=[] chooses none." if option is None and group in SEVERAL else ""
+    return f"`{group}` must be one of {', '.join(there)}; got {shown(option)}.{hint}{none}"
+
+
+def no_option(words: Iterable[str]) -> str:
+    """Tell which word chooses null or a number where the name of an option belongs.
+
+    Args:
+        words: What follows the name of the command.
+
+    Returns:
+        A sentence or two.
+    """
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        group, option = override.key_or_group, override.value()
+        if not group:
+            return unreadable(str(override.input_line))
+        if _options(group) and not isinstance(option, str | list):
+            return unknown_option(group, option)
+    return "A group must be set to the name of one of its options; --help lists them."
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
 def unknown_key(config: str, key: str, words: Iterable[str]) -> str:
     """Tell that a key does not exist, and which do.
 
@@ -84,15 +146,27 @@ def unknown_key(config: str, key: str, words: Iterable[str]) -> str:
     Returns:
         A sentence or two.
     """
-    parent, _, _ = key.rpartition(".")
+    words = list(words)
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose(config, list(_choices(words)))
-        there = OmegaConf.select(cfg, parent) if parent else cfg
-        known = [str(name) for name in there if not str(name).startswith("_")] if OmegaConf.is_dict(there) else []
+            there: Any = compose(config, list(_choices(words)), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
-        known = []
-    return f"`{key}` does not exist. {close_keys(key, known)} +{key}= adds a value that a part takes and its file leaves out."
+        return f"`{key}` does not exist; --help lists what does."
+    if "/" in key:
+        return f"`{key}` is no group. {close_keys(key, map(str, there.hydra.runtime.choices))}"
+    before, names = "", key.split(".")
+    if names[0] in SEVERAL and names[1:2] in [[option] for option in _options(names[0])]:
+        group, option = names[:2]
+        both = ",".join(filter(None, (_chosen(config, group, words), option)))
+        return f"`{group}.{option}` does not exist, unless {group}=[{both}] chooses it."
+    while OmegaConf.is_dict(there.get(names[0])):
+        there, before = there[names[0]], f"{before}{names.pop(0)}."
+    missing = f"{before}{names[0]}"
+    if names[0] in there:
+        return f"`{missing}` is a value; it has no `{'.'.join(names[1:])}`."
+    known = [name for name in map(str, there) if not name.startswith("_") and name != "hydra"]
+    more = f"+{key}= adds a value that a part takes and its file leaves out."
+    return f"`{missing}` does not exist. {close_keys(missing, known)} {more}"
 
 
 def _choices(words: Iterable[str]) -> Iterator[str]:
@@ -101,3 +175,10 @@ def _choices(words: Iterable[str]) -> Iterator[str]:
         group, _, option = word.partition("=")
         if group in groups and "," not in option.strip("[]"):
             yield word
+
+
+def _chosen(config: str, group: str, words: Iterable[str]) -> str:
+    """The options of a group that a command line chooses, with commas; else the default."""
+    chosen = [option.strip("[]") for key, _, option in (word.partition("=") for word in words) if key == group]
+    (default,) = (entry[group] for entry in OmegaConf.load(conf_dir() / f"{config}.yaml").defaults if group in entry)
+    return chosen[-1] if chosen else default or ""
