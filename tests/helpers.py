@@ -38,9 +38,9 @@ def patterns(draw: st.DrawFn) -> NMPattern:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, pattern: NMPattern | None = None) -> Case:
     """A weight laid out by its own torch module; its values are small integers, so that ties happen and sums are exact."""
-    pattern = draw(patterns())
+    pattern = pattern or draw(patterns())
     inputs, outputs = pattern.m * draw(st.integers(1, 3)), draw(st.integers(1, 4))
     kernel = draw(st.lists(st.integers(1, 3), min_size=3, max_size=3))
     groups = draw(st.integers(1, 3))

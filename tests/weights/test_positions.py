@@ -20,8 +20,15 @@ def sparse(name: str, weight: torch.Tensor, m: int, transposed: bool = False) ->
     )
 
 
-@given(cases(), cases(), st.integers(0, 10**6))
-def test_values_of_several_weights_are_found_wherever_they_lie(one: Case, other: Case, seed: int) -> None:
+def find(positions: Positions, numbers: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    m = positions.m
+    return positions.offsets(numbers // m, (numbers % m)[None], torch.tensor(counts)).squeeze(0)
+
+
+@given(st.data(), st.integers(0, 10**6))
+def test_values_of_several_weights_are_found_wherever_they_lie(data: st.DataObject, seed: int) -> None:
+    one: Case = data.draw(cases())
+    other: Case = data.draw(cases(one.pattern))
     weights = [sparse("a", one.weight, one.pattern.m), sparse("b", other.weight, other.pattern.m)]
     places = [
         [place for block in block_positions(case.weight.shape, case.pattern.m) for place in block]
@@ -33,7 +40,7 @@ def test_values_of_several_weights_are_found_wherever_they_lie(one: Case, other:
     assert positions.starts == [0, len(places[0]), len(places[0]) + len(places[1])]
     numbers = torch.cat([chosen[0], chosen[1] + len(places[0])])
     counts = [len(own) for own in chosen]
-    offsets = torch.split(positions.offsets(numbers, torch.tensor(counts)), counts)
+    offsets = torch.split(find(positions, numbers, counts), counts)
     found = take([case.weight for case in (one, other)], offsets)
     wanted = [
         case.weight[own[i]].item()
@@ -55,7 +62,7 @@ def test_positions_of_a_weight_that_is_stored_transposed() -> None:
     stored = torch.arange(12.0).reshape(4, 3)  # (in, out)
     positions = Positions([sparse("conv1d", stored, 2, transposed=True)])
     # The second output's inputs: 1, 4, 7, 10.
-    offsets = positions.offsets(torch.arange(4, 8), torch.tensor([4]))
+    offsets = find(positions, torch.arange(4, 8), [4])
     assert take([stored], [offsets]).tolist() == [1, 4, 7, 10]
 
 
@@ -73,7 +80,7 @@ def test_memory_that_is_not_dense() -> None:
     part = wide[:, :4]
     assert flat_memory(part).tolist() == list(range(10))
     positions = Positions([sparse("part", part, 2)])
-    offsets = positions.offsets(torch.tensor([3, 4]), torch.tensor([2]))
+    offsets = find(positions, torch.tensor([3, 4]), [2])
     assert take([part], [offsets]).tolist() == [3, 6]
 
 
@@ -98,5 +105,5 @@ def test_what_lies_in_memory_as_it_is_numbered_is_known(weight: torch.Tensor, st
     positions = Positions([sparse("a", weight, 4)])
     assert positions.straight == [straight]
     everything = torch.arange(weight.numel())
-    same = torch.equal(positions.offsets(everything, torch.tensor([weight.numel()])), everything)
+    same = torch.equal(find(positions, everything, [weight.numel()]), everything)
     assert same == straight

@@ -77,8 +77,8 @@ class Accumulated:
         """Take those of the contenders out of the tables, to be changed in place; they stay out as long as these contend."""
         if self._near is None or self._near.positions is not positions:
             self._put_back()
-            mean = None if self._mean is None else self._mean.view(-1)[positions]
-            self._near = Near(positions, self._evidence.view(-1)[positions], mean)
+            mean = None if self._mean is None else self._mean.view(-1).index_select(0, positions)
+            self._near = Near(positions, self._evidence.view(-1).index_select(0, positions), mean)
         return self._near
 
     def move_all(self, gradient: Float[Tensor, "blocks m"], move: Move) -> None:

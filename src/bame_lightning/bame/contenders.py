@@ -58,8 +58,9 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     return order.topk(count, sorted=False).indices.sort().values
 
 
-TOGETHER = 2**23
-"""Positions among which contenders are chosen at once, at most, unless a single weight has more: a few hundred MB."""
+TOGETHER = 2**21
+"""Positions among which contenders are chosen at once, at most, unless a single weight has more: larger blocks of memory are
+asked of the system each time."""
 
 
 def alike(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
@@ -116,7 +117,7 @@ def first(closeness: Float[Tensor, " contenders"], group: Int[Tensor, " contende
     """
     best = closeness.new_full((groups,), -1).scatter_reduce_(0, group, closeness, "amax")
     slots = torch.arange(len(closeness), device=closeness.device)
-    equal = torch.where(closeness == best[group], slots, len(slots))
+    equal = torch.where(closeness == best.index_select(0, group), slots, len(slots))
     slot = slots.new_full((groups,), len(slots)).scatter_reduce_(0, group, equal, "amin")
     return First(torch.where(slot < len(slots), slot, 0), best >= 0)
 

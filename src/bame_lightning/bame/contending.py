@@ -63,7 +63,7 @@ class Contenders:
     @property
     def blocks(self) -> Int[Tensor, " contenders"]:
         """The block of each."""
-        return self.positions // self.m
+        return self._numbering.blocks(self.positions)
 
     def by_weight(self) -> list[Tensor]:
         """Those of each weight."""
@@ -78,12 +78,13 @@ class Contenders:
         """For each contender the value of its weight."""
         return values.repeat_interleave(self.counts, output_size=len(self.positions))
 
-    def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "contenders places"]:
+    def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "places contenders"]:
         """Where each lies in the memory of its weight, and the weights that its block keeps; remembered until `forget`."""
         if self._places is None:
-            block = self.blocks
-            kept = block[:, None] * self.m + kept_places[block]
-            self._places = self._numbering.offsets(torch.cat((self.positions[:, None], kept), dim=1), self.counts)
+            block, numbering = self.blocks, self._numbering
+            kept = kept_places.index_select(0, block).t().long()
+            places = torch.cat((numbering.within(self.positions)[None], kept))
+            self._places = numbering.offsets(block, places, self.counts)
         return self._places
 
     def forget(self) -> None:

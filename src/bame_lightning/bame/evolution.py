@@ -98,10 +98,10 @@ class ContendingBlocks(EvolvingBlocks):
             self.reading, self.extremes = DenseGradient(whole, None, kept, present), list(whole.aminmax())
             return
         places = self.contenders.contested(self.kept.places)
-        places = places if adapts else places[:, :1]
-        values = take(laid_out, torch.split(places, self.contenders.split)).to(self.table.dtype)
-        read = values[:, 0]
-        self.reading = DenseGradient(None, read, values[:, 1:] if adapts else None, present)
+        places = places if adapts else places[:1]
+        values = take(laid_out, torch.split(places, self.contenders.split, dim=1)).to(self.table.dtype)
+        read = values[0]
+        self.reading = DenseGradient(None, read, values[1:].t() if adapts else None, present)
         self.extremes = list(read.aminmax()) if read.numel() else []
 
     @override
@@ -143,23 +143,32 @@ class ContendingBlocks(EvolvingBlocks):
             share: Share of a row's pruned positions, rounded up; that of the rule unless given.
         """
         share = self.config.contenders if share is None else share
-        ratios = closeness(self.table.evidence, self.kept.weakest(), self.kept.places)
-        if self.table.freeze_after is not None or self.room is not None:
-            # What may not swap now comes last, but what is kept never contends.
-            closed = self.table.frozen[:, None]
-            if self.room is not None:
-                closed = closed | torch.cat([self.room.full(layer) for layer in range(len(self.weights))])
-            least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
-            ratios = torch.where(ratios < 0, ratios, least)
-        n, m = self.pattern.n, self.pattern.m
-        parts = zip(self.sizes.of_weights(ratios), self.contenders.rows, strict=True)
-        own = [part.view(rows, -1) for part, rows in parts]
-        shapes = [(*rows.shape, count_in_share(share, rows.shape[1] // m * (m - n))) for rows in own]
-        chosen: dict[int, Tensor] = {}
+        n, m, rows = self.pattern.n, self.pattern.m, self.contenders.rows
+        lengths = [sparse.kept.numel() // count for sparse, count in zip(self.weights, rows, strict=True)]
+        shapes = [(*shape, count_in_share(share, shape[1] // m * (m - n))) for shape in zip(rows, lengths, strict=True)]
+        weakest, chosen = self.kept.weakest(), dict[int, Tensor]()
         for layers in alike(shapes):
-            together = self.choose(torch.cat([own[layer] for layer in layers]), shapes[layers[0]][2])
-            chosen |= zip(layers, torch.split(together, [len(own[layer]) for layer in layers]), strict=True)
-        self.contenders.choose([chosen[layer] for layer in range(len(own))])
+            ratios = self._closeness(layers, weakest).view(-1, lengths[layers[0]])
+            together = self.choose(ratios, shapes[layers[0]][2])
+            chosen |= zip(layers, torch.split(together, [rows[layer] for layer in layers]), strict=True)
+        self.contenders.choose([chosen[layer] for layer in range(len(rows))])
+
+    def _closeness(self, layers: list[int], weakest: Float[Tensor, "blocks 1"]) -> Float[Tensor, "some m"]:
+        """How close the positions of some weights are to a swap; what may not swap now comes last."""
+        table = self.table
+        evidence, sizes, places = (
+            torch.cat([table.of(layer, values) for layer in layers])
+            for values in (table.evidence, weakest, self.kept.places)
+        )
+        ratios = closeness(evidence, sizes, places)
+        if table.freeze_after is None and self.room is None:
+            return ratios
+        closed = torch.cat([table.frozen_of(layer) for layer in layers])[:, None]
+        if self.room is not None:
+            closed = closed | torch.cat([self.room.full(layer) for layer in layers])
+        # Not even what is closed comes after what is kept, which never contends.
+        least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
+        return torch.where(ratios < 0, ratios, least)
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
         """Choose the contenders of some rows, as places in them."""
@@ -185,8 +194,8 @@ class ContendingBlocks(EvolvingBlocks):
         position, dropped = found.position, self.kept.positions(found.block, found.place)
         if self.room is not None:
             swapped = self.room.admit(position, dropped, found.of, ratio(found.evidence, found.weakest.abs()), swapped)
-        places = self.contenders.contested(self.kept.places)[found.slot]
-        entered, pruned = places[:, 0], places.gather(1, found.place[:, None] + 1).squeeze(1)
+        places = self.contenders.contested(self.kept.places).index_select(1, found.slot)
+        entered, pruned = places[0], places.gather(0, found.place[None] + 1).squeeze(0)
         if (gain := predicted_gain(self.reading, found, revived)) is not None:
             table.predicted.index_add_(0, found.of, torch.where(swapped, gain, 0))
         self._hand_over(found, swapped, dropped, left)
@@ -209,8 +218,8 @@ class ContendingBlocks(EvolvingBlocks):
     def _challenge(self) -> Challenge:
         """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen."""
         contenders, table = self.contenders, self.table
-        places = contenders.contested(self.kept.places)[:, 1:]
-        kept = take(table.positions.memory(), torch.split(places, contenders.split)).to(table.dtype)
+        places = contenders.contested(self.kept.places)[1:]
+        kept = take(table.positions.memory(), torch.split(places, contenders.split, dim=1)).to(table.dtype)
         evidence = table.accumulated.near(contenders.positions).evidence
         trained = self.sizes.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
@@ -222,7 +231,7 @@ class ContendingBlocks(EvolvingBlocks):
         if self.room is not None:
             # Where there is none, the next contender challenges in its row.
             of = contenders.spread(torch.arange(len(self.weights), device=table.device))
-            wants = ratio(evidence, kept.abs().amin(-1)) > 1 + self.config.margin
+            wants = ratio(evidence, kept.abs().amin(0)) > 1 + self.config.margin
             may = may & self.room.has(contenders.positions, of, may & wants)
         return challenge(contenders, evidence, kept, may, one_per_row=self.config.one_per_row)
 

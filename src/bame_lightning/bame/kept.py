@@ -32,9 +32,9 @@ class KeptWeights:
         """Weights where they are kept, remembered until `forget`. An optimizer may have moved the others."""
         if self._weights is None:
             table = self._table
-            first = torch.arange(0, table.positions.starts[-1], table.pattern.m, device=table.device)
-            places = table.positions.offsets(first[:, None] + self.places, table.counts)
-            self._weights = take(table.positions.memory(), torch.split(places, self._split)).to(table.dtype)
+            blocks = torch.arange(table.firsts[-1], device=table.device)
+            places = table.positions.offsets(blocks, self.places.t(), table.counts)
+            self._weights = take(table.positions.memory(), torch.split(places, self._split, dim=1)).t().to(table.dtype)
         return self._weights
 
     def weakest(self) -> Float[Tensor, "blocks 1"]:

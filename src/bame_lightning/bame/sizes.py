@@ -69,12 +69,8 @@ class Sizes:
         parts = torch.tensor([sparse.rows.parts * n for sparse in self._weights], device=weights.device)
         self.unit = torch.where(self.noise > 0, (weights / (self._blocks * parts) / self.noise).sqrt(), 0)
 
-    def of_weights(self, values: Float[Tensor, "blocks k"]) -> tuple[Tensor, ...]:
-        """Cut what is kept per block into that of each weight, flat."""
-        return torch.split(values.view(-1), [blocks * values.shape[1] for blocks in self._split])
-
     def _squares(self, values: Float[Tensor, "blocks k"]) -> Float[Tensor, " weights"]:
-        return torch.stack(torch._foreach_norm(self.of_weights(values))).square()
+        return torch.stack(torch._foreach_norm(torch.split(values, self._split))).square()
 
     def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
         """Sums over all rows of each weight."""

@@ -40,7 +40,7 @@ class Challenge(NamedTuple):
 def challenge(
     contenders: Contenders,
     evidence: Float[Tensor, " contenders"],
-    kept: Float[Tensor, "contenders n"],
+    kept: Float[Tensor, "n contenders"],
     may: Bool[Tensor, " contenders"],
     *,
     one_per_row: bool,
@@ -54,13 +54,13 @@ def challenge(
         may: Who may challenge at all.
         one_per_row: One of each row, rather than of each block.
     """
-    sizes, place = kept.abs().min(-1)
+    sizes, place = kept.abs().min(0)
     near = ratio(evidence, sizes)
     near = torch.where(may & (near == near), near, -1)
     find = contenders.first_of_rows if one_per_row else contenders.first_of_blocks
     slot, may_swap, of, counts = find(near)
     place = place[slot]
-    position, weakest = contenders.positions[slot], kept[slot, place]
+    position, weakest = contenders.positions[slot], kept[place, slot]
     block = position // contenders.m
     return Challenge(slot, position, evidence[slot], block, place, weakest, may_swap, of, counts)
 

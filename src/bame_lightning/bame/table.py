@@ -116,7 +116,7 @@ class BlockTable:
 
     def unfrozen(self, positions: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
         """Whether positions lie in blocks that are not frozen."""
-        return ~self.frozen[positions // self.pattern.m]
+        return ~self.frozen[self.positions.blocks(positions)]
 
     def of(self, layer: int, values: Tensor) -> Tensor:
         """Cut the part of one weight out of something that is kept per block."""
