@@ -91,23 +91,17 @@ def test_ablation_sets_changes_against_what_they_change_the_costliest_first() ->
     ]
 
 
-def test_longer_runs_stand_by_length_with_what_they_cost() -> None:
-    # The recipe of the digits trains 30 epochs; 1.4 times are what five epochs make of 1.5.
-    longer_runs = rows("bame", [92, 93], variant="twice the epochs", epochs="60")
-    longer_runs += rows("bame", [91], variant="half as long again", epochs="42")
-    longer_runs += rows("static", [91, 91], variant="four times the epochs", train_vs_dense="0.07", epochs="120")
-    other = rows("bame", [50], variant="no margin")
-    base = rows("sr_ste", [90, 90], train_vs_dense="0.3")
-    # Of dense training for the recipe's epochs: 0.2, 1.4 x 0.2, 2 x 0.2; 4 x 0.07; 0.3.
-    assert cells(longer(rows("bame", [89, 90]) + base + longer_runs + other)) == [
-        ["Digits", "BAME", "89.50 at 0.20", "91.00 at 0.28", "92.50 at 0.40", ""],
-        ["Digits", "SR-STE", "90.00 at 0.30", "", "", ""],
-        ["Digits", "static mask", "", "", "", "91.00 at 0.28"],
-    ]
+def test_the_longest_runs_stand_beside_sr_ste_with_what_they_cost() -> None:
+    # The recipe of the digits trains 30 epochs. Of dense training for these: 4 x 0.07, 2 x 0.2, 0.3.
+    runs = rows("static", [91, 91], variant="four times the epochs", train_vs_dense="0.07", epochs="120")
+    runs += rows("static", [80], variant="twice the epochs", epochs="60") + rows("static", [70])
+    runs += rows("rigl", [92, 93], variant="twice the epochs", epochs="60") + rows("rigl", [70])
+    [line] = longer(runs + rows("sr_ste", [90, 90], train_vs_dense="0.3") + rows("rigl", [99], variant="no margin"))
+    assert line.endswith("Digits: static mask 91.00 (4x, 0.28), RigL 92.50 (2x, 0.40), SR-STE 90.00 (1x, 0.30).")
 
 
 def test_tasks_without_longer_runs_are_left_out() -> None:
-    assert cells(longer(rows("bame", [90]) + rows("sr_ste", [90]))) == []
+    assert longer(rows("static", [90]) + rows("rigl", [90]) + rows("sr_ste", [90])) == []
 
 
 def test_rivals_of_the_same_flops_are_set_beside_bame_by_their_steps() -> None:

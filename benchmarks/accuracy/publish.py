@@ -24,7 +24,6 @@ from benchmarks.accuracy.predictor import CSV as PREDICTOR
 from benchmarks.accuracy.study import (
     AS_COSTLY,
     BOTH_WAYS,
-    LONGER,
     TABLE,
     Row,
     decimals,
@@ -210,23 +209,26 @@ def both_ways(rows: list[Row]) -> list[str]:
 
 
 def longer(rows: list[Row]) -> list[str]:
-    """Mean quality of runs at 1:16 by their length, and their FLOPs as a multiple of dense training of the recipe's length."""
-    times = (1, 1.5, 2, 4)
-    lines = [
-        f"| 1:16 | method | {' | '.join(f'{length:g}x' for length in times)} |",
-        f"|---|---|{'---:|' * len(times)}",
-    ]
+    """What the longest runs of rivals at 1:16 reach for their FLOPs, beside SR-STE of the recipe's length, as a finding."""
+    told = []
     for task, (name, _) in TASKS.items():
-        here = [row for row in rows if row["recipe"] == task and row["pattern"] == "1:16"]
-        if not any(row["variant"] in LONGER for row in here):
+        runs = [row for row in rows if row["recipe"] == task and row["pattern"] == "1:16"]
+        rivals = {method: lengths(runs, method) for method in ("static", "rigl")}
+        base = lengths(runs, "sr_ste").get(1)
+        if not base or not all(len(found) > 1 for found in rivals.values()):
             continue
-        for method in METHODS:
-            # Epochs are whole: half as long again is 1.4 times for five of them.
-            found = {min(times, key=lambda near: abs(near - length)): g for length, g in lengths(here, method).items()}
-            cells = [f"{_mean(runs)} at {spent(runs):.2f}" if (runs := found.get(length)) else "" for length in times]
-            if found:
-                lines.append(f"| {name} | {METHODS[method]} | {' | '.join(cells)} |")
-    return lines
+        longest = [(METHODS[method], *max(found.items())) for method, found in rivals.items()]
+        cells = [
+            f"{title} {_mean(group)} ({times:g}x, {spent(group):.2f})"
+            for title, times, group in [*longest, (METHODS["sr_ste"], 1, base)]
+        ]
+        told.append(f"{name}: {', '.join(cells)}")
+    if not told:
+        return []
+    return [
+        "- **Longer runs** help every method; for their FLOPs they help those most that read least ([picture](#longer-runs)). "
+        f"Quality, in brackets length and FLOPs beside the recipe's dense training: {'; '.join(told)}."
+    ]
 
 
 def over_sparse_layers() -> list[str]:
