@@ -2,9 +2,10 @@
 
     python -m benchmarks.optimizers [--only torch,timm] [--results outputs/optimizers.jsonl]
 
-Each runs in a process of its own, uncompiled, first alone, then under `BAMECallback`: every step must be counted, every
-block must obey after every step, and state that holds one value per weight must rest at one constant where weights are
-pruned. What was tried already is kept in the results, so that a run that was cut off goes on; remove the file to begin anew.
+Each by name is in `optimizers.md` beside this file. Each runs in a process of its own, uncompiled, first alone, then under
+`BAMECallback`: every step must be counted, every block must obey after every step, and state that holds one value per weight
+must rest at one constant where weights are pruned. What was tried already is kept in the results, so that a run that was cut
+off goes on; remove the file to begin anew.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bame_lightning import BAMECallback, Evidence, Schedule
 from bame_lightning.weights.weight_state import WeightState
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "optimizers.md"
+LIST = Path(__file__).with_suffix(".md")
 LIBRARIES = {
     "torch": "torch.optim",
     "pytorch_optimizer": "pytorch_optimizer",
@@ -278,53 +280,71 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 with args.results.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    DOCUMENT.write_text(document(rows))
+    DOCUMENT.write_text(summary(rows))
+    LIST.write_text(by_name(rows))
 
 
 HEAD = """# Optimizers
 
 After this page you know whether your optimizer works with N:M training here. Every optimizer that these libraries publish was
-tried: `BAMECallback("2:4")`, masks that adapt every other step, a network of two convolutions and three linear layers, 24
-steps.
+tried under `BAMECallback("2:4")`, with masks that adapt every other step, for 24 steps of two convolutions and three linear
+layers. [Each by name](../benchmarks/optimizers.md), with the reason if it does not train.
 
 - **Train**: every step was counted, every block obeyed after every step, and state that holds one value per weight was at
-  rest where weights are pruned, so a revived weight starts fresh: at zero, or at the constant after a name (`sum` = 0.1).
-  Other names in code are copies of the weights in the state: a copy starts anew at a revived weight. *Graph*: its gradients
-  keep their graph.
+  rest where weights are pruned, so a revived weight starts fresh.
 - **Refused**: fit ends with the message, before anything is trained.
 - **Fail**: open.
 - **Not tried**: these do not train this network alone, without the callback, either.
 
 State in another basis or layout is left alone: a matrix factor or a projector beside it gives it away. Other state that
-nobody recognises is named by a warning or refused. Steps that a library compiles ran uncompiled here.
+nobody recognises is named by a warning or refused.
 
 ```
 python -m benchmarks.optimizers
 ```
 """
+LIST_HEAD = """# Optimizers by name
+
+Written by `python -m benchmarks.optimizers`; [what the outcomes mean](../docs/optimizers.md). Names in code are copies of the
+weights in the state of an optimizer: a copy starts anew at a revived weight. `sum` = 0.1 is state that rests at a constant
+other than zero. *Graph*: gradients keep their graph.
+"""
 KINDS = {"trains": "Train", "refused": "Refused", "fails": "Fail", "not tried": "Not tried"}
 
 
-def document(rows: list[dict[str, Any]]) -> str:
-    """The page: a summary by library, then for each library the optimizers of one outcome in a line."""
-    head = f"| library | version | {' | '.join(KINDS.values()).lower()} |"
-    parts = [HEAD, f"{head}\n|---|---|---:|---:|---:|---:|"]
-    lists = []
-    for library in sorted({row["library"] for row in rows}, key=list(LIBRARIES).index):
-        own = sorted((row for row in rows if row["library"] == library), key=lambda row: row["optimizer"].lower())
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The page: how many optimizers of each library have which outcome."""
+    lines = [HEAD, f"| library | version | {' | '.join(KINDS.values()).lower()} |", "|---|---|---:|---:|---:|---:|"]
+    for library, own in _by_library(rows):
         count = [sum(row["result"] == kind for row in own) for kind in KINDS]
-        parts.append(f"| {library} | {own[0]['version']} | {' | '.join(map(str, count))} |")
-        lists.append(f"\n## {library}\n")
+        lines.append(f"| {library} | {own[0]['version']} | {' | '.join(map(str, count))} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_name(rows: list[dict[str, Any]]) -> str:
+    """The list: for each library the optimizers of one outcome and reason in a line."""
+    lines = [LIST_HEAD]
+    for library, own in _by_library(rows):
+        lines.append(f"## {library}\n")
         for kind, title in KINDS.items():
             by_reason: dict[str, list[str]] = {}
             for row in own:
                 if row["result"] == kind:
                     by_reason.setdefault(_reason(row), []).append(_name(row))
-            lists += [
+            lines += [
                 f"- **{title}**: {', '.join(names)}{f' ({reason})' if reason else ''}"
                 for reason, names in by_reason.items()
             ]
-    return "\n".join(parts) + "\n" + "\n".join(lists) + "\n"
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _by_library(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for library in sorted({row["library"] for row in rows}, key=list(LIBRARIES).index):
+        yield (
+            library,
+            sorted((row for row in rows if row["library"] == library), key=lambda row: row["optimizer"].lower()),
+        )
 
 
 def _name(row: dict[str, Any]) -> str:
