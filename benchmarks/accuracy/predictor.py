@@ -49,7 +49,7 @@ class Watch(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.module, self.batches = pl_module, iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        self.method.method.observe_adaptations(self.note)
+        self.method.training.run.observers.append(self.note)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

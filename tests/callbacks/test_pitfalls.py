@@ -36,17 +36,17 @@ def test_the_host_waits_for_the_device_in_no_step(name: str) -> None:
     callback, counts = METHODS[name](), []
     callback.verify = False
     method = callback.method
-    handle, after = method.gradients_ready, method.after_update
+    before, after = method.before_update, method.after_update
 
     def watched(call: Any) -> Any:
-        def run(*args: Any) -> None:
+        def run(*args: Any, **how: Any) -> None:
             with Synchronisations() as mode:
-                call(*args)
+                call(*args, **how)
             counts.append(mode.counts)
 
         return run
 
-    method.gradients_ready, method.after_update = watched(handle), watched(after)
+    method.before_update, method.after_update = watched(before), watched(after)
     trainer(callback, max_epochs=3).fit(Task())
     # The first gradient decides about the scale of each layer, which the host has to know.
     assert len(counts) == 48

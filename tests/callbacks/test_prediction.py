@@ -55,7 +55,7 @@ def test_realised_is_the_loss_before_less_the_loss_after_the_swaps() -> None:
                     predicted.append(sum(float(weight.predicted) for weight in method.evolving))
                     batches.append(batches_of_step[:])
 
-            method.method.observe_adaptations(around)
+            method.training.run.observers.append(around)
 
         def on_train_batch_start(self, fit: Any, module: Any, batch: Any, index: int) -> None:
             if index % 2 == 0:

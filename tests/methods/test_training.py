@@ -103,8 +103,7 @@ def operations(method: Method, layers: int) -> list[int]:
             parameter.grad = torch.randn_like(parameter)
         with Operations() as alone:
             holder = training.run.holders[0]
-            training.method.gradients_ready(holder)
-            training.method.before_update(holder)
+            training.method.before_update(holder, whole=True)
             training.method.after_update(holder)
         holder.steps += 1
         training.run.steps += 1

@@ -35,7 +35,7 @@ from bame_lightning.callbacks.run_length import progress, resolve_window, window
 from bame_lightning.callbacks.table import layer_table, products_table
 from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.holder import Holder
-from bame_lightning.methods.method import Method
+from bame_lightning.methods.method import Method, costs
 from bame_lightning.methods.training import Init, SparseTraining
 from bame_lightning.weights import invariants
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
@@ -285,7 +285,7 @@ class SparseCallback(KeepsBooks):
         if not pl_module.automatic_optimization:
             refuse_local_gradients(trainer)
             for holder in self.training.run.holders:
-                self.method.before_backward(holder)
+                self.training.run.withheld.before_backward(holder.weights)
                 holder.before_backward()
 
     @override
@@ -314,7 +314,7 @@ class SparseCallback(KeepsBooks):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.method.after_batch()
+        self.training.end_batch()
         self._members.settle(trainer, pl_module)
         if self.training.stray and not self.steps and self.books.unbooked >= FEW * trainer.accumulate_grad_batches:
             self._tell_of_no_step()
@@ -373,7 +373,7 @@ class SparseCallback(KeepsBooks):
         self.training.detach()
         if self.books.unbooked and not self.steps:
             self._tell_of_no_step()
-        self.ranks.compare(self.method.copies(), self.steps, every=1)
+        self.ranks.compare(self.method.replicas(), self.steps, every=1)
         try:
             invariants.check_weights(self.weights, self.steps)
         except invariants.InvariantError as error:
@@ -392,7 +392,6 @@ class SparseCallback(KeepsBooks):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self.method.after_batch()
         self.training.detach()
 
     # What the hooks do.
@@ -418,7 +417,7 @@ class SparseCallback(KeepsBooks):
             self.training.execution.load_state(restored.get("compute", {}))
         self.ranks = Ranks(trainer.world_size, self.weights)
         self._intruders = Intruders(self.ranks)
-        self.training.run.everywhere = self.ranks.all
+        self.training.run.everywhere, self.training.run.suspect = self.ranks.all, self._intruders.look
         clocks = restored.get("clocks", []) if restored else [h.clock() for h in self.training.run.holders]
         holders = find_holders(trainer, pl_module, {id(plan.weight) for plan in plans if plan.pattern})
         self._optimizers = list(trainer.optimizers)
@@ -483,23 +482,22 @@ class SparseCallback(KeepsBooks):
             self.training.execution.release()
 
     def _before_step(self, pl_module: L.LightningModule, holder: Holder) -> None:
-        self._intruders.look(self.method.suspects(holder))
         if not pl_module.automatic_optimization:
             refuse_backward(holder, type(self).__name__)
         self.training.before_step(holder.optimizer, whole=pl_module.automatic_optimization)
 
     def _after_step(self, trainer: L.Trainer, holder: Holder) -> None:
         """Book a step, and compare what ranks hold."""
-        run, costs = self.training.run, self.method.costs(holder)
-        executed = self.training.execution.shares(costs)
+        run, moved = self.training.run, costs(self.method, holder)
+        executed = self.training.execution.shares(moved)
         if len(run.holders) == 1:
-            self.books.book(costs, self.ranks.count, executed)
+            self.books.book(moved, self.ranks.count, executed)
         else:
             # Of the network, or of the layers that the optimizer holds where several hold sparse ones.
             sparse = {weight.name for weight in run.weights}
-            self.books.book_part(costs, self.ranks.count, holder.batches, sparse, executed)
+            self.books.book_part(moved, self.ranks.count, holder.batches, sparse, executed)
         holder.batches = 0
-        self.ranks.compare(self.method.copies(), run.steps, every=1 if run.verify else COMPARE_EVERY)
+        self.ranks.compare(self.method.replicas(), run.steps, every=1 if run.verify else COMPARE_EVERY)
         if not trainer.lightning_module.automatic_optimization:
             holder.pace.follow(holder.steps - 1, progress(trainer))
             self._keep_pace(trainer, holder)

@@ -58,7 +58,7 @@ class PredictionCheck(L.Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._method = next((found for found in callbacks if isinstance(found, BAMECallback)), None)
         if self._method is not None:
-            self._method.method.observe_adaptations(partial(self._check, trainer, pl_module))
+            self._method.training.run.observers.append(partial(self._check, trainer, pl_module))
 
     @override
     def on_train_batch_start(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bame_lightning.blocks.checksum import checksum
-from bame_lightning.methods.method import Copy
+from bame_lightning.methods.method import Replica
 from bame_lightning.weights.invariants import InvariantError
 from bame_lightning.weights.layers import SparseWeight
 
@@ -65,7 +65,7 @@ class Ranks:
         dist.all_reduce(mean)
         return dict(zip(metrics, (mean / dist.get_world_size()).unbind(), strict=True))
 
-    def compare(self, copies: Iterable[Copy], step: int, *, every: int = COMPARE_EVERY) -> None:
+    def compare(self, copies: Iterable[Replica], step: int, *, every: int = COMPARE_EVERY) -> None:
         """Compare what ranks hold copies of, by checksums: one all-reduce of 8 bytes per rank and tensor.
 
         Args:
@@ -93,7 +93,7 @@ class Ranks:
         raise InvariantError(_report(held, table, places, step))
 
 
-def _report(held: list[Copy], table: Tensor, places: list[int], step: int) -> str:
+def _report(held: list[Replica], table: Tensor, places: list[int], step: int) -> str:
     first = held[places[0]]
     sums = table[:, places[0]].tolist()
     # Most ranks are right. Counters keep the order of insertion, so of two ranks the first one is believed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,10 +22,9 @@ from bame_lightning.blocks.statistics import percentiles, pooled_mean
 from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.masked import Masked
-from bame_lightning.methods.method import Copy
+from bame_lightning.methods.method import NextRead, Replica
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.mask_set import flip_rates
-from bame_lightning.weights.positions import flat_memory
 
 
 class BAME(Masked):
@@ -67,8 +66,6 @@ class BAME(Masked):
         self.groups: list[EvolvingBlocks] = []
         self.adaptations = 0
         self.discarded = torch.zeros((), dtype=torch.int64)
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._observers: list[Callable[[], AbstractContextManager[None]]] = []
 
     @property
     def layers(self) -> list[EvolvingLayer]:
@@ -123,19 +120,6 @@ class BAME(Masked):
             groups.append(group)
         self.groups = groups
 
-    def observe_adaptations(self, around: Callable[[], AbstractContextManager[None]]) -> None:
-        """Run each adaptation in a context, for those who want to compare before and after; until training ends.
-
-        Args:
-            around: Makes the context.
-        """
-        self._observers.append(around)
-
-    @override
-    def end(self) -> None:
-        super().end()
-        self._observers, self._views = [], {}
-
     @override
     def rescaled(self, sparse: SparseWeight, factor: float) -> None:
         for group in self.groups:
@@ -152,25 +136,20 @@ class BAME(Masked):
         return self.reading(holder) is not None
 
     @override
-    def reads_everything(self, holder: Holder) -> bool:
+    def next_read(self, holder: Holder) -> NextRead:
         reading = self.reading(holder)
-        return reading is not None and reading.everywhere
-
-    @override
-    def contenders(self, holder: Holder) -> Mapping[str, Tensor]:
-        if not self.reads(holder):
-            return {}
+        if reading is None:
+            return NextRead(everything=False)
         groups = self._groups_of(holder)
-        return {s.name: own for group in groups for s, own in zip(group.weights, group.contended(), strict=True)}
-
-    @override
-    def rewrites(self, holder: Holder) -> bool:
-        return isinstance(self.evidence, OneBatch) and holder.window.adapts(holder.steps)
+        contended = {s.name: own for group in groups for s, own in zip(group.weights, group.contended(), strict=True)}
+        return NextRead(reading.everywhere, contended)
 
     @override
     def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
         reading = self.reading(holder)
         assert reading is not None
+        if isinstance(self.evidence, OneBatch):
+            self.run.suspect(holder.weights)  # all that is pruned will be zeroed
         for group in self._groups_of(holder):
             found = [gradients.get(sparse.name) for sparse in group.weights]
             group.read(found, everywhere=reading.everywhere, adapts=holder.window.adapts(holder.steps))
@@ -186,7 +165,7 @@ class BAME(Masked):
         adapts = holder.window.adapts(holder.steps)
         if adapts:
             with ExitStack() as observed:
-                for observer in self._observers:
+                for observer in self.run.observers:
                     observed.enter_context(observer())
                 self._adapt(holder, groups)
             self.adaptations += 1
@@ -209,15 +188,14 @@ class BAME(Masked):
     def _adapt(self, holder: Holder, groups: list[EvolvingBlocks]) -> None:
         share = self.evidence.adaptable_share(holder.steps, holder.window)
         for group in groups:
-            held = {s.name for s in group.weights if holder.state.copies(s.weight, s.name)}
-            before = {sparse.name: sparse.kept.clone() for sparse in group.weights if sparse.name in held}
+            before = holder.masks_of_copies(group.weights)
             swaps = group.adapt(share)
             if swaps is None:
                 # State was zero wherever weights were pruned, so a revived weight starts without history, too.
                 self.enforce(group.weights)
             else:
                 self._follow_swaps(holder, group, swaps)
-            self.restart_copies(holder, before)
+            holder.restart_copies(before)
 
     def _follow_swaps(self, holder: Holder, group: EvolvingBlocks, places: list[Tensor]) -> None:
         """Put optimizer state to rest where weights were pruned."""
@@ -225,18 +203,11 @@ class BAME(Masked):
             for key, value in holder.state.elementwise(sparse.weight, sparse.name):
                 rest = holder.state.rest(key)
                 if sparse.oriented(value).stride() == sparse.kept.stride():
-                    self._memory(value).index_fill_(0, pruned, rest)
+                    holder.memory(value).index_fill_(0, pruned, rest)
                 elif rest:
                     sparse.oriented(value).masked_fill_(~sparse.kept, rest)
                 else:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
-
-    def _memory(self, value: Tensor) -> Tensor:
-        """View optimizer state as it lies in memory; remembered, since a view costs as much as a small operation."""
-        found = self._views.get(id(value))
-        if found is None or found[0] is not value or found[1].data_ptr() != value.data_ptr():
-            found = self._views[id(value)] = value, flat_memory(value)
-        return found[1]
 
     def _groups_of(self, holder: Holder) -> list[EvolvingBlocks]:
         here = {id(sparse) for sparse in holder.weights}
@@ -312,25 +283,20 @@ class BAME(Masked):
         return found
 
     @override
-    def copies(self) -> Iterator[Copy]:
-        yield from super().copies()
+    def replicas(self) -> Iterator[Replica]:
+        yield from super().replicas()
         for group in self.groups:
             for layer, sparse in enumerate(group.weights):
                 # Statistics of the whole layer, even where its rows are spread.
                 if (noise := group.layer(layer).noise) is not None:
-                    yield Copy("size of gradients", sparse.label, noise)
+                    yield Replica("size of gradients", sparse.label, noise)
                 if sparse.rows.whole:
-                    yield from (Copy(what, sparse.label, value) for what, value in group.copies(layer).items())
+                    yield from (Replica(what, sparse.label, value) for what, value in group.copies(layer).items())
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         layers = {s.name: group.state(layer) for group in self.groups for layer, s in enumerate(group.weights)}
         return layers, {"adaptations": self.adaptations, "discarded": self.discarded.cpu().clone()}
-
-    @override
-    def forget(self) -> None:
-        super().forget()
-        self.groups = []
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -209,16 +209,16 @@ class Execution:
             if self.compute == "sparse" and layer.bound is not None and layer.bound.why_dense:
                 self._refuse(layer, layer.bound.why_dense)
         if undecided := [layer for layer in layers if layer.choice is None]:
-            self._choose(undecided, method.contenders(holder))
+            self._choose(undecided, method.next_read(holder).contenders)
         self.prepare(holder, method)
 
     def prepare(self, holder: Holder, method: Method) -> None:
         """Follow masks that have changed, and prepare for what the next step of an optimizer reads."""
         layers = self._held_by(holder)
         if any(layer.bound is not None for layer in layers):
-            whole, contenders = method.reads_everything(holder), method.contenders(holder)
+            read = method.next_read(holder)
             for layer in layers:
-                layer.follow(whole, contenders.get(layer.sparse.name))
+                layer.follow(read.everything, read.contenders.get(layer.sparse.name))
 
     def _held_by(self, holder: Holder) -> list[Computed]:
         mine = {id(sparse) for sparse in holder.weights} if self.layers else set()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -15,7 +17,8 @@ from bame_lightning.methods.pace import Pace
 from bame_lightning.weights.fixed_point import keeps_zeros
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
-from bame_lightning.weights.weight_state import WeightState
+from bame_lightning.weights.positions import flat_memory
+from bame_lightning.weights.weight_state import WeightState, restart_
 
 AfterStep = Callable[[Optimizer, Any, Any], None]
 
@@ -54,6 +57,7 @@ class Holder:
         self.hold(weights)
         self._inner_stepped = False
         self._undo: list[Callable[[], None]] = []
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, weights: Sequence[SparseWeight]) -> None:
         """Hold those of the weights that the optimizer holds; which are sparse may change on the way."""
@@ -130,6 +134,28 @@ class Holder:
         self._undo = []
         self._depth = 0
         self.stepping = False
+        self._views = {}
+
+    def memory(self, value: Tensor) -> Tensor:
+        """View state as it lies in memory; remembered, since a view costs as much as a small operation."""
+        found = self._views.get(id(value))
+        if found is None or found[0] is not value or found[1].data_ptr() != value.data_ptr():
+            found = self._views[id(value)] = value, flat_memory(value)
+        return found[1]
+
+    def masks_of_copies(self, weights: Iterable[SparseWeight]) -> dict[str, Bool[Tensor, "out inp *kernel"]]:
+        """Copies of the masks of those weights that the optimizer keeps copies of, by name, for `restart_copies`."""
+        return {s.name: s.kept.clone() for s in weights if self.state.copies(s.weight, s.name)}
+
+    def restart_copies(self, before: Mapping[str, Bool[Tensor, "out inp *kernel"]]) -> None:
+        """Start copies of weights that the optimizer keeps anew where weights were revived.
+
+        Args:
+            before: What `masks_of_copies` returned before masks changed.
+        """
+        for sparse in self.weights if before else ():
+            for copy in self.state.copies(sparse.weight, sparse.name) if sparse.name in before else ():
+                restart_(sparse.oriented(copy), sparse.values, sparse.kept & ~before[sparse.name])
 
     def start_batch(self) -> None:
         """Call before each batch: a step that an exception has ended is none."""

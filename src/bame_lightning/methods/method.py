@@ -5,20 +5,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.ledger.cost import PRODUCTS, Cost, Shares
 from bame_lightning.methods.holder import Holder
-from bame_lightning.weights.layers import LayerPlan, SparseWeight
+from bame_lightning.methods.withheld import Withheld
+from bame_lightning.weights.layers import SparseWeight
 
 
-class Copy(NamedTuple):
+class Replica(NamedTuple):
     """Something that every rank holds, and that must be the same on all of them.
 
     Args:
@@ -32,8 +34,25 @@ class Copy(NamedTuple):
     value: Tensor
 
 
+class NextRead(NamedTuple):
+    """What of the dense gradients a step reads.
+
+    Args:
+        everything: Whether all of them.
+        contenders: Pruned positions of which it reads the gradient otherwise: by name of the weight, numbered by output row,
+            kernel position and input, row by row.
+    """
+
+    everything: bool
+    contenders: Mapping[str, Tensor] = MappingProxyType({})
+
+
 def _as_it_is(flag: Tensor) -> Tensor:
     return flag
+
+
+def _unseen(weights: Sequence[SparseWeight]) -> None:
+    """Nobody looks."""
 
 
 @dataclass(eq=False)
@@ -48,6 +67,9 @@ class Run:
         verify: Whether to check invariants at every step.
         clips: How often clipping writes to a gradient after it was masked.
         everywhere: Turns a boolean scalar into whether it is true in all processes that hold other rows.
+        suspect: Called before an update with weights that somebody else may have written to since the last one.
+        withheld: What masks take from gradients between the backward passes of a step.
+        observers: Make contexts that each adaptation runs in, until training ends, to compare before and after.
     """
 
     weights: list[SparseWeight] = field(default_factory=list)
@@ -57,6 +79,9 @@ class Run:
     verify: bool = False
     clips: int = 0
     everywhere: Callable[[Tensor], Tensor] = _as_it_is
+    suspect: Callable[[Sequence[SparseWeight]], None] = _unseen
+    withheld: Withheld = field(default_factory=Withheld)
+    observers: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
 
 
 class Method(ABC):
@@ -95,62 +120,28 @@ class Method(ABC):
             restored: The state of a checkpoint; None in a new run, or in a second fit that goes on where the first one ended.
         """
 
-    def first_mask(
-        self, mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], plan: LayerPlan
-    ) -> Bool[Tensor, "blocks m"]:
-        """The mask that a weight starts with, given what `init` makes of it; both of all rows, wherever they lie."""
-        return mask
-
     def regroup(self) -> None:
-        """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense."""
+        """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense.
 
-    def suspects(self, holder: Holder) -> Sequence[SparseWeight]:
-        """Weights that somebody else may have written to since the last step, before the next update hides it."""
-        return holder.weights
-
-    def before_backward(self, holder: Holder) -> None:
-        """Prepare for one of a step's backward passes (manual optimization)."""
+        A run of which all weights have left may be followed by another one.
+        """
 
     def after_backward(self, holder: Holder) -> None:
         """Change gradients, which further backward passes may add to and users may clip (manual optimization)."""
 
-    def gradients_ready(self, holder: Holder) -> None:
-        """Change gradients once they are whole and before they are clipped (automatic optimization)."""
+    @abstractmethod
+    def before_update(self, holder: Holder, *, whole: bool) -> None:
+        """Change gradients before they are clipped, and prepare for the optimizer's update.
 
-    def gradients_clipped(self, holder: Holder) -> None:
-        """Change gradients that users may have written last (manual optimization)."""
-
-    def before_update(self, holder: Holder) -> None:
-        """Prepare for the optimizer's update."""
+        Args:
+            holder: The optimizer.
+            whole: Whether gradients are whole and as dense as the backward pass has made them; False if `after_backward` has
+                seen each pass, and users may have written the gradients last.
+        """
 
     @abstractmethod
     def after_update(self, holder: Holder) -> None:
         """Make the weights sparse again, and evolve; not called for a step that a loss scaler skips."""
-
-    def read_shares(self, holder: Holder) -> Mapping[str, float]:
-        """Share of the pruned positions whose dense gradient the step just taken has read, by name; else none."""
-        return {}
-
-    def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
-        """That share on average over a run of so many steps, an upper bound."""
-        return 0.0
-
-    def reads_everything(self, holder: Holder) -> bool:
-        """Whether the step that comes next reads the whole dense gradient of its weights."""
-        return True
-
-    def contenders(self, holder: Holder) -> Mapping[str, Tensor]:
-        """Pruned positions of which the step that comes next reads the gradient, if it does not read everything.
-
-        Returns:
-            By name of the weight, numbered by output row, kernel position and input, row by row.
-        """
-        return {}
-
-    def costs(self, holder: Holder) -> dict[str, Shares]:
-        """Share of the dense cost of each weight that the step just taken has moved, by name."""
-        read = self.read_shares(holder)
-        return {s.name: self.cost.shares(s.pattern.density, read.get(s.name, 0.0)) for s in holder.weights}
 
     @abstractmethod
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
@@ -160,8 +151,17 @@ class Method(ABC):
             weights: Which; all of them unless given.
         """
 
-    def after_batch(self) -> None:
-        """Make sure that the weights are sparse, although an update may have been skipped."""
+    def next_read(self, holder: Holder) -> NextRead:
+        """What the step that comes next reads of the dense gradients of its weights."""
+        return NextRead(everything=True)
+
+    def read_shares(self, holder: Holder) -> Mapping[str, float]:
+        """Share of the pruned positions whose dense gradient the step just taken has read, by name; else none."""
+        return {}
+
+    def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
+        """That share on average over a run of so many steps, an upper bound."""
+        return 0.0
 
     @abstractmethod
     def check(self) -> None:
@@ -171,12 +171,12 @@ class Method(ABC):
         """Metrics of the method, on the weights' device; of one's own rows where weights are sharded."""
         return {}
 
-    def copies(self) -> Iterator[Copy]:
+    def replicas(self) -> Iterator[Replica]:
         """What every rank must hold the same of, in the same order on all."""
         for sparse in self.run.weights:
             if sparse.rows.whole:
-                yield Copy("mask", sparse.label, sparse.kept)
-                yield Copy("weight", sparse.label, sparse.values)
+                yield Replica("mask", sparse.label, sparse.kept)
+                yield Replica("weight", sparse.label, sparse.values)
 
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """What evolves, for a checkpoint: of each weight by its name, and of the run."""
@@ -190,8 +190,8 @@ class Method(ABC):
         """
         return {}
 
-    def forget(self) -> None:
-        """Forget the weights, and what evolves in them."""
 
-    def end(self) -> None:
-        """Forget what belongs to the optimizers; the weights stay."""
+def costs(method: Method, holder: Holder) -> dict[str, Shares]:
+    """Share of the dense cost of each weight that the step just taken has moved, by name."""
+    read = method.read_shares(holder)
+    return {s.name: method.cost.shares(s.pattern.density, read.get(s.name, 0.0)) for s in holder.weights}

@@ -116,11 +116,8 @@ class DropAndGrow(Masked):
         return holder.window.adapts(holder.steps)
 
     @override
-    def rewrites(self, holder: Holder) -> bool:
-        return self.reads(holder)
-
-    @override
     def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
+        self.run.suspect(holder.weights)  # all that is pruned will be zeroed
         for sparse in holder.weights:
             self._gradients.pop(sparse.name, None)
             if sparse.name in gradients:
@@ -135,14 +132,14 @@ class DropAndGrow(Masked):
         if not found:
             return False
         self.enforce(holder.weights)  # what is grown starts at zero
-        before = {s.name: s.kept.clone() for s in holder.weights if holder.state.copies(s.weight, s.name)}
+        before = holder.masks_of_copies(holder.weights)
         finite = self.run.everywhere(torch.stack([gradient.isfinite().all() for gradient in found]).all())
         share = self.window_share(holder)
         for sparse in holder.weights:
             gradient = read[sparse.name]
             if gradient is not None and sparse.pattern.n < sparse.pattern.m:
                 self._swap(sparse, gradient, share, finite)
-        self.restart_copies(holder, before)
+        holder.restart_copies(before)
         self.enforce(holder.weights)
         return True
 
@@ -179,11 +176,6 @@ class DropAndGrow(Masked):
         return {sparse.name: self.masks.state(place) for place, sparse in enumerate(self.masks.weights)}, (
             {"refused": int(self.refused)} if self.both_ways else {}
         )
-
-    @override
-    def forget(self) -> None:
-        super().forget()
-        self.masks = MaskSet(())
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bame_lightning.blocks.transposable import transposable_mask
 from bame_lightning.ledger.cost import FORWARD, INPUT_GRADIENT, SR_STE, Cost
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.latent import LatentWeight
-from bame_lightning.methods.method import Copy, Method
+from bame_lightning.methods.method import Method, Replica
 from bame_lightning.weights import invariants
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.mask_set import MaskSet, flip_rates
@@ -39,7 +39,6 @@ class StraightThrough(Method):
         self.decay = decay
         self.latents: list[LatentWeight] = []
         self.masks = MaskSet(())
-        self._exposed = False
 
     def choose_mask(self, latent: LatentWeight, holder: Holder) -> Bool[Tensor, "out inp *kernel"] | None:
         """The mask for the next step, true where kept; None leaves it as it is."""
@@ -76,12 +75,12 @@ class StraightThrough(Method):
         # Optimizer state is that of the latent weights: dense.
         for latent in self.latents:
             latent.hide()
-        self._exposed = False
 
     @override
     @torch.no_grad()
-    def before_update(self, holder: Holder) -> None:
-        if self._exposed:
+    def before_update(self, holder: Holder, *, whole: bool) -> None:
+        self.run.suspect(holder.weights)
+        if holder.stepping:
             raise RuntimeError(
                 f"The optimizer calls its closure more than once in a step (as SAM does), and {self.name} has put "
                 "dense weights into the model for the update by then. Use an optimizer of one evaluation per step, or BAME."
@@ -96,7 +95,6 @@ class StraightThrough(Method):
         for latent in self._latents_of(holder):
             self.pull(latent)
             latent.expose()
-        self._exposed = True
 
     @override
     def after_update(self, holder: Holder) -> None:
@@ -106,13 +104,6 @@ class StraightThrough(Method):
             if mask is not None:
                 self.masks.change(self.masks.weights.index(latent.sparse), mask)
         self.enforce()
-
-    @override
-    @torch.no_grad()
-    def after_batch(self) -> None:
-        # A step that a loss scaler skipped, or that an exception ended, leaves the latent weights exposed.
-        if self._exposed:
-            self.enforce()
 
     def _latents_of(self, holder: Holder) -> list[LatentWeight]:
         here = {id(sparse) for sparse in holder.weights}
@@ -128,11 +119,11 @@ class StraightThrough(Method):
         return flip_rates([self.masks])
 
     @override
-    def copies(self) -> Iterator[Copy]:
-        yield from super().copies()
+    def replicas(self) -> Iterator[Replica]:
+        yield from super().replicas()
         for latent in self.latents:
             if latent.sparse.rows.whole:
-                yield Copy("latent weight", latent.sparse.label, latent.value)
+                yield Replica("latent weight", latent.sparse.label, latent.value)
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -140,10 +131,6 @@ class StraightThrough(Method):
             latent.sparse.name: {**latent.state_dict(), **self.masks.state(place)}
             for place, latent in enumerate(self.latents)
         }, {}
-
-    @override
-    def forget(self) -> None:
-        self.latents, self.masks = [], MaskSet(())
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -194,7 +181,7 @@ class Transposable(StraightThrough):
         self.enforce()
 
     @override
-    def before_update(self, holder: Holder) -> None:
+    def before_update(self, holder: Holder, *, whole: bool) -> None:
         # Not earlier: the first backward pass may show that the layer is the classifier, which stays dense.
         for sparse in self.run.weights:
             if not _fits(sparse):
@@ -204,7 +191,7 @@ class Transposable(StraightThrough):
                     f"divide its output dimension {len(sparse.kept) * sparse.rows.parts}{shared}. Keep it dense with "
                     f"layers={{'{sparse.label}': 'dense'}}."
                 )
-        super().before_update(holder)
+        super().before_update(holder, whole=whole)
 
 
 def _transposable(latent: LatentWeight) -> Bool[Tensor, "out inp *kernel"]:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from bame_lightning.blocks.layout import to_blocks
 from bame_lightning.blocks.masks import nonzero_mask, random_mask, top_n_mask
 from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.methods.both_ways import repaired
 from bame_lightning.methods.execution import Compute, Execution
 from bame_lightning.methods.holder import Holder
-from bame_lightning.methods.method import Method, Run
+from bame_lightning.methods.method import Method
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 
@@ -65,6 +66,7 @@ class SparseTraining:
         if init not in _MASKS:
             raise ValueError(f"`init` must be 'magnitude', 'random' or 'nonzero'; got {init!r}.")
         self.method = method
+        self.run = method.run
         self.init = init
         self.execution = Execution(compute)
         self.attached = False
@@ -72,11 +74,6 @@ class SparseTraining:
         """Whether an optimizer has stepped of which nobody knew that it would."""
         self.on_step: Callable[[Holder], None] = _nothing
         self.before_inner: Callable[[Holder], None] = partial(_step_inside, self)
-
-    @property
-    def run(self) -> Run:
-        """Weights, optimizers and steps."""
-        return self.method.run
 
     def begin(
         self,
@@ -131,7 +128,8 @@ class SparseTraining:
         blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
         try:
             mask = _MASKS[self.init](blocks, plan.pattern.n)
-            return SparseWeight.of(plan, self.method.first_mask(mask, blocks, plan))
+            mask = repaired(mask, blocks, plan) if self.method.both_ways else mask
+            return SparseWeight.of(plan, mask)
         except ValueError as error:
             label = plan.name.removesuffix(".weight")
             raise ValueError(f"`{label}`: {error} Or keep it dense: layers={{'{label}': 'dense'}}.") from None
@@ -182,12 +180,13 @@ class SparseTraining:
 
     def detach(self) -> None:
         """Leave the optimizers as they were found."""
+        self.end_batch()
         for holder in self.run.holders:
             holder.detach()
         self.attached = False
         # Neither this object nor those that hold it could be pickled with a hold of whoever drives it.
         self.on_step, self.before_inner = _nothing, partial(_step_inside, self)
-        self.method.end()
+        self.run.observers = []
         self.execution.end()
 
     # One step.
@@ -204,12 +203,16 @@ class SparseTraining:
             return
         if self.run.verify:
             self.method.check()
-        if whole:
-            self.method.gradients_ready(holder)
-        else:
-            self.method.gradients_clipped(holder)
-        self.method.before_update(holder)
+        self.method.before_update(holder, whole=whole)
         holder.stepping = True
+
+    @torch.no_grad()
+    def end_batch(self) -> None:
+        """Call after each batch: a step that a loss scaler has skipped, or an exception has ended, may leave weights dense."""
+        for holder in self.run.holders:
+            if holder.stepping:
+                holder.stepping = False
+                self.method.enforce(holder.weights)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -246,7 +249,7 @@ class SparseTraining:
         self.execution.choices = {}
         self.run.weights, self.run.holders, self.run.steps = [], [], 0
         self.method.rescaling = set()
-        self.method.forget()
+        self.method.regroup()
 
 
 def _nothing(holder: Holder) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from bame_lightning.weights.layers import SparseWeight
+
 CHANCE = 0.1
 """`alignment` below which a layer's scale is taken not to matter; a batch norm gives 1e-5 to 5e-3 (bfloat16)."""
 
@@ -31,3 +33,23 @@ def alignment(
     relative = (w * g).sum(1).abs() / size * w.count_nonzero(1).sqrt()
     mean: Tensor = relative[size != 0].mean()
     return mean
+
+
+def rescale_(sparse: SparseWeight) -> float | None:
+    """Multiply what is kept of a weight by sqrt(M / N), in place, if its first gradient says that its scale matters.
+
+    Args:
+        sparse: The weight, with its gradient. The decision is one for all rows, wherever they lie.
+
+    Returns:
+        The factor, 1 if the scale does not matter; None if nothing is known yet.
+    """
+    if sparse.gradient is None:
+        return None
+    aligned = alignment(sparse.rows.gather(sparse.values), sparse.rows.gather(sparse.gradient))
+    if not aligned.isfinite():
+        return None
+    factor = sparse.pattern.density**-0.5 if aligned > CHANCE else 1.0
+    if factor != 1:
+        sparse.values.mul_(factor)
+    return factor
