@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
+from benchmarks.code_lines import code_lines
 
 import bame_lightning
 
@@ -92,6 +94,24 @@ def test_the_callback_costs_no_import_beyond_lightning() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
     assert set(done.stdout.split()) <= {"bame_lightning", "jaxtyping"}
+
+
+STILL_LARGE = {"BAME", "Contenders", "ContendingBlocks", "EvolvingBlocks"}
+"""Classes that have more methods than they should; the aim is that there is none."""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_class_has_more_than_fifteen_methods(module: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.ClassDef):
+            methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+            if module.startswith("callbacks/"):
+                methods = [name for name in methods if not hasattr(lightning.Callback, name) or name == "__init__"]
+            assert (len(methods) > 15) == (node.name in STILL_LARGE), f"{node.name}: {len(methods)} methods"
+
+
+def test_the_driver_is_one_short_file() -> None:
+    assert code_lines((PACKAGE / "callbacks" / "driver.py").read_text()) <= 300
 
 
 @pytest.mark.parametrize("module", MODULES)

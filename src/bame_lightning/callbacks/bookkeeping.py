@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Container, Mapping, Set
+from collections.abc import Container, Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from typing_extensions import override
 
-from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.counting import CountedStep
-from bame_lightning.callbacks.home import Home
 from bame_lightning.ledger.cost import Shares
 from bame_lightning.ledger.flops import Ledger, Macs
-from bame_lightning.weights.layers import parse_rules
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.method import Run
 
 
 class Bookkeeper:
@@ -40,7 +36,7 @@ class Bookkeeper:
         self._transposed_share = transposed_share
         self._restored = dict(restored or {})
         self._counting: CountedStep | None = None
-        self._due, self._warned = True, False
+        self._due, self._warned, self._told = True, False, False
         self._costs: tuple[dict[str, Macs], Macs] = ({}, Macs())
         self.computed: set[str] = set()
         """Weights that the last batch counted did not multiply themselves, but what is computed from them."""
@@ -106,34 +102,43 @@ class Bookkeeper:
         self.end_batch()
 
     def book(self, shares: Mapping[str, Shares], ranks: int, executed: Mapping[str, Shares] | None = None) -> None:
-        """Book one optimizer step with all batches since the last one, those of skipped steps too."""
+        """Book one optimizer step with all batches since the last one, those of skipped steps too.
+
+        Args:
+            shares: What of the dense cost of each weight was moved, by name.
+            ranks: Processes that train.
+            executed: What was really computed of it.
+        """
         if self.ledger is not None:
             self.ledger.book(shares, executed=executed, batches=self._batches * ranks)
             self._warn(self.ledger)
         self._batches = 0
 
-    def book_part(
-        self,
-        shares: Mapping[str, Shares],
-        ranks: int,
-        batches: int,
-        sparse: Set[str],
-        executed: Mapping[str, Shares] | None = None,
+    def book_step(
+        self, run: Run, holder: Holder, shares: Mapping[str, Shares], executed: Mapping[str, Shares], ranks: int
     ) -> None:
-        """Book a step of one of several optimizers that hold sparse weights.
-
-        Args:
-            shares: Of the weights that it holds.
-            ranks: Processes that train.
-            batches: Batches since its last step whose gradients have reached them.
-            sparse: Names of all sparse weights. What else the network computes is booked once for each batch.
-            executed: What was computed of the weights' dense cost.
-        """
-        if self.ledger is not None:
-            self.ledger.book(shares, executed=executed, batches=batches * ranks, only=shares.keys())
-            self.ledger.book({}, batches=self._batches * ranks, only=self.ledger.parts - sparse)
+        """Book the step that an optimizer has taken; where several hold sparse weights, of those that it holds."""
+        if len(run.holders) > 1 and self.ledger is not None:
+            self.ledger.book(shares, executed=executed, batches=holder.batches * ranks, only=shares.keys())
+            # What else the network computes is booked once for each batch.
+            only = self.ledger.parts - {sparse.name for sparse in run.weights}
+            self.ledger.book({}, batches=self._batches * ranks, only=only)
             self._warn(self.ledger)
-        self._batches = 0
+            self._batches = 0
+        else:
+            self.book(shares, ranks, executed)
+        holder.batches = 0
+
+    def warn_of_no_step(self, method: str) -> None:
+        """Tell the user, once, that batches go by and no optimizer step is seen."""
+        if self._told:
+            return
+        self._told = True
+        rank_zero_warn(
+            f"{method} has seen no optimizer step in {self._batches} batches, so masks do not evolve and no cost is booked. "
+            "Call `step` of the optimizer that Lightning hands out, not of the one inside it (`optimizer.optimizer`); or a "
+            "loss scaler has skipped all steps."
+        )
 
     @property
     def unbooked(self) -> int:
@@ -151,84 +156,3 @@ class Bookkeeper:
     def state_dict(self) -> dict[str, Any]:
         """State of the ledger; empty if nothing was booked."""
         return self.ledger.state_dict() if self.ledger else dict(self._restored)
-
-
-class KeepsBooks(L.Callback):
-    """What every method shares with dense training: pattern and layers of the comparison, and the hooks that count.
-
-    Args:
-        pattern: "N:M" or an `NMPattern`.
-        layers: Rules that override the default choice of layers.
-
-    Raises:
-        ValueError: If an argument is malformed.
-    """
-
-    def __init__(self, pattern: str | NMPattern, layers: Mapping[str, str | NMPattern] | None) -> None:
-        parse_rules(layers or {})
-        self.pattern = NMPattern.parse(pattern)
-        self.rules = dict(layers or {})
-        self._home = Home()
-        self.books = Bookkeeper({})
-        self.steps = 0
-
-    @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Optimizer steps so far."""
-
-    @steps.setter
-    @abstractmethod
-    def steps(self, steps: int) -> None: ...
-
-    @abstractmethod
-    def take_home(self, told: dict[str, Any]) -> None:
-        """Take up what a child process has told of a fit that ran there."""
-
-    def come_home(self) -> None:
-        """Take up what a child process has learned in a fit that ran there, if it has not been taken up."""
-        told = self._home.fetch()
-        if told is not None:
-            self.take_home(told)
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        methods = [type(callback).__name__ for callback in callbacks if isinstance(callback, KeepsBooks)]
-        if stage == "fit" and len(methods) > 1:
-            raise ValueError(
-                f"`callbacks` holds {len(methods)} methods, {' and '.join(methods)}, but weights follow one. Keep one; several "
-                "patterns are rules of one callback, layers={'name.*': 'N:M'}."
-            )
-        if stage == "fit":
-            self.come_home()
-            self._home.leave(trainer.strategy)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.books.start_batch(trainer, pl_module)
-
-    @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.books.end_forward()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.books.end_batch()
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # No end of the batch came where `on_train_batch_start` of the module has returned -1.
-        self.books.abort()
-
-    @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.books.abort()
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.books.abort()

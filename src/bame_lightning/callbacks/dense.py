@@ -10,14 +10,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.callbacks.bookkeeping import Bookkeeper, KeepsBooks
+from bame_lightning.callbacks.base import MethodCallback
+from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.weights.layers import LayerPlan, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNREACHED
 from bame_lightning.weights.sharding import reshard
 
 
-class Dense(KeepsBooks):
+class Dense(MethodCallback):
     """Change nothing, and book what training costs, beside SR-STE of the same pattern and layers.
 
     Args:

@@ -6,17 +6,12 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.checkpoints.replacing import replacing
-from bame_lightning.weights.layers import LayerPlan, SparseWeight
-from bame_lightning.weights.saved_state import restore_masks
 
 
 class Home:
@@ -71,22 +66,3 @@ def _travelled(path: str, seen: int) -> Home:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:
         path.unlink(missing_ok=True)
-
-
-def masks_from_home(brought: Mapping[str, Any] | None, pl_module: nn.Module, method: str) -> list[SparseWeight]:
-    """Masks of a fit that ran in a child process, where the model still fits them.
-
-    Args:
-        brought: What `Home.fetch` returned; None if nothing was brought.
-        pl_module: The model.
-        method: What messages call the method.
-    """
-    if brought is None:
-        return []
-    layers, parameters, masks = brought["state"]["layers"], dict(pl_module.named_parameters()), []
-    for name, layer in layers.items():
-        weight = parameters.get(name)
-        if weight is not None and list(weight.shape) == list(layer["shape"]):
-            plan = LayerPlan(name, "", weight, NMPattern.parse(layer["pattern"]), "", layer["transposed"])
-            masks += restore_masks({name: layer}, [plan], method)
-    return masks

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from bame_lightning.callbacks.ranks import Ranks
+from bame_lightning.methods.training import SparseTraining
 from bame_lightning.weights.layers import SparseWeight
 
 
@@ -17,10 +18,12 @@ class Intruders:
 
     Args:
         ranks: The processes of the run, each of which may hold some rows only.
+        training: The run, whose weights are made sparse again when somebody was told.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, training: SparseTraining) -> None:
         self._ranks = ranks
+        self._training = training
         self._seen: dict[str, Tensor] = {}
 
     def look(self, weights: Sequence[SparseWeight]) -> None:
@@ -32,18 +35,15 @@ class Intruders:
             before = self._seen.get(sparse.label)
             self._seen[sparse.label] = found if before is None else found | before
 
-    def tell(self, what: str) -> bool:
-        """Warn of what was seen since the last time; waits for the device.
+    def tell(self, what: str) -> None:
+        """Warn of what was seen since the last time, and while training goes on zero it; waits for the device.
 
         Args:
             what: What saw these weights, and what becomes of them.
-
-        Returns:
-            Whether there was anything.
         """
         seen, self._seen = self._seen, {}
         if not seen:
-            return False
+            return
         flags = torch.stack(list(seen.values()))
         found = (self._ranks.any(flags) if self._ranks.sharded else flags).tolist()
         names = [name for name, intruded in zip(seen, found, strict=True) if intruded]
@@ -54,4 +54,5 @@ class Intruders:
                 "the middle of training: an average that is swapped in, or weights that are reloaded. Average with "
                 "`EMAWeightAveraging` or `StochasticWeightAveraging` of Lightning, which masks follow; load weights before fit."
             )
-        return bool(names)
+            if self._training.attached:
+                self._training.method.enforce()

@@ -11,11 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.loggers import record_config
+from bame_lightning.callbacks.refusals import find_holders
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
 from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
+from bame_lightning.weights.saved_state import restore_masks, saved_masks
 from bame_lightning.weights.sharding import reshard
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class Membership:
         self._open: list[LayerPlan] = []
         self._trial: dict[SparseWeight, Tensor] = {}
         self._held: set[int] = set()
+        self._optimizers: list[Optimizer] = []
 
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule, masked: Iterable[int]) -> list[LayerPlan]:
         """Plan all layers by what is known now.
@@ -59,23 +63,45 @@ class Membership:
         )
         return self._plans
 
-    def begin(self, restored: Mapping[str, Any] | None) -> None:
-        """Forget what an earlier fit has shown; or take up what a checkpoint's state says."""
-        if restored:
-            self._trial = {}  # of an earlier fit, which an exception has interrupted; else it goes on
-        self._found = dict(restored.get("dense", {})) if restored else {}
+    def begin(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        restored: Mapping[str, Any] | None,
+        brought: Mapping[str, Any] | None,
+    ) -> None:
+        """Put weights under masks, which are on trial unless they are known; they stay dense for now.
 
-    def try_masks(self, known: Iterable[SparseWeight], restored: Mapping[str, Any] | None) -> None:
-        """Keep the values of all weights that are about to be pruned, but of those known from an earlier fit."""
-        saved, known, weights = (restored or {}).get("trial", {}), set(known), self._callback.weights
-        self._trial = {sparse: dense for sparse, dense in self._trial.items() if sparse in weights}
-        for sparse in weights:
-            if restored is None and sparse not in known:
-                self._trial[sparse] = sparse.values.clone()
-            elif sparse.name in saved:
-                self._trial[sparse] = sparse.rows.own(saved[sparse.name].to(sparse.values))
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            restored: The state of a checkpoint, if there is one. Otherwise a second fit of the same model keeps its masks.
+            brought: What a fit in a child process has told.
+        """
+        run, method = self._callback.training.run, type(self._callback).__name__
+        weights = [*run.weights, *(saved_masks(brought["state"]["layers"], pl_module) if brought else ())]
+        # A revived weight may be zero, and prune itself otherwise. Unless somebody has loaded other weights since.
+        known = [sparse for sparse in weights if sparse.obeys] if not restored else []
+        run.weights = weights
+        saved, trial = (restored["layers"], restored.get("trial", {})) if restored else ({}, {})
+        masked = [id(weight) for name, weight in pl_module.named_parameters(remove_duplicate=False) if name in saved]
+        self._found = dict(restored.get("dense", {})) if restored else {}
+        self.plan(trainer, pl_module, masked)
+        if restored:
+            run.weights, run.steps = restore_masks(saved, self._plans, method), int(restored["steps"])
+            self._callback.method.rescaling = set(restored["rescaling"])
+            self._trial = {s: s.rows.own(trial[s.name].to(s.values)) for s in run.weights if s.name in trial}
+        else:
+            run.weights = self._callback.training.make_masks(self._plans, known)
+            run.steps = run.steps if trainer.global_step else 0
+            fresh = {sparse: sparse.values.clone() for sparse in run.weights if sparse not in known}
+            self._trial = {sparse: dense for sparse, dense in self._trial.items() if sparse in run.weights} | fresh
+        clocks = restored.get("clocks", []) if restored else [holder.clock() for holder in run.holders]
+        holders = find_holders(trainer, pl_module, {id(sparse.weight) for sparse in run.weights})
+        self._callback.training.follow(holders, clocks if run.steps else [])
+        self._optimizers = list(trainer.optimizers)
         # Of dense weights, too, it matters whether they are trained: one of them may pass for the classifier.
-        self._open = [] if restored and not saved else [plan for plan in self._plans if not plan.untrained]
+        self._open = [] if restored and not trial else [plan for plan in self._plans if not plan.untrained]
 
     def settle(
         self, trainer: L.Trainer, pl_module: L.LightningModule, stepping: Optimizer | None = None, *, last: bool = False
@@ -101,14 +127,15 @@ class Membership:
         waiting = {id(plan.weight) for plan in self._open}
         self._trial = {sparse: dense for sparse, dense in self._trial.items() if id(sparse.weight) in waiting}
 
-    def join(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> bool:
-        """Put weights under masks that are trained for the first time; returns whether there are any.
+    def before_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Call before each step of an optimizer: judge masks on trial, and follow what training has changed."""
+        self.settle(trainer, pl_module, optimizer)
+        self._join(trainer, pl_module, optimizer)
+        if self._optimizers != list(trainer.optimizers):
+            self._refollow(trainer)  # somebody has made new optimizers in the middle of training
 
-        Args:
-            trainer: The Trainer.
-            pl_module: The model.
-            optimizer: The optimizer that is about to step.
-        """
+    def _join(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Put weights under masks that are trained for the first time, as an optimizer is about to step."""
         if self._held != held_by(*trainer.optimizers):
             self._replan(trainer, pl_module)
         settled = {id(sparse.weight) for sparse in self._callback.weights}
@@ -117,7 +144,7 @@ class Membership:
         mine = held_by(optimizer) if reached else set()
         late = {id(plan.weight): plan for plan in reached if id(plan.weight) in mine}
         if not late:
-            return False
+            return
         for plan in late.values():
             self._found.pop(plan.name, None)
         plans = self.plan(trainer, pl_module, settled)
@@ -129,8 +156,7 @@ class Membership:
             self._regroup(trainer, sorted([*self._callback.weights, *fresh], key=lambda sparse: order[sparse.name]))
             self._callback.method.enforce()
             self._warn(late, fresh)
-            self._report(trainer, f"{len(fresh)} weights have joined")
-        return bool(fresh)
+            self.report(trainer, f": {len(fresh)} weights have joined.")
 
     def _replan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow somebody who has handed other parameters to the optimizers, perhaps of layers that replace others."""
@@ -183,8 +209,8 @@ class Membership:
             callback.averages.put_back(sparse, self._trial[sparse])
         self._regroup(trainer, [sparse for sparse in callback.weights if sparse not in gone])
         if gone:
-            self._report(
-                trainer, f"{len(gone)} weights that were pruned when fit started are as they were, bit for bit"
+            self.report(
+                trainer, f": {len(gone)} weights that were pruned when fit started are as they were, bit for bit."
             )
         if not callback.weights:
             rank_zero_warn(
@@ -193,11 +219,31 @@ class Membership:
             )
 
     def _regroup(self, trainer: L.Trainer, weights: list[SparseWeight]) -> None:
-        self._callback.follow_members(trainer, weights, {plan.name for plan in self._plans if plan.untrained})
-
-    def _report(self, trainer: L.Trainer, what: str) -> None:
+        """Go on with other sparse weights, of which those that are new are still dense."""
         callback = self._callback
-        rank_zero_info(f"{type(callback).__name__}({callback.pattern}): {what}.\n{layer_table(self._plans)}")
+        joined, idle = set(weights) - set(callback.weights), {plan.name for plan in self._plans if plan.untrained}
+        callback.training.run.weights = weights
+        self._refollow(trainer)
+        callback.training.execution.bind(trainer.lightning_module, weights)
+        callback.averages = Averages(trainer.callbacks, weights)  # type: ignore[attr-defined]
+        callback.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
+
+    def _refollow(self, trainer: L.Trainer) -> None:
+        """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
+        training = self._callback.training
+        # Steps are booked even if nothing is sparse any more.
+        holders = [holder.optimizer for holder in training.run.holders]
+        if training.run.weights:
+            sparse = {id(weight.weight) for weight in training.run.weights}
+            holders = find_holders(trainer, trainer.lightning_module, sparse)
+        self._optimizers = list(trainer.optimizers)
+        training.refollow(holders)
+        self._callback.method.regroup()
+
+    def report(self, trainer: L.Trainer, news: str = "") -> None:
+        """Show the table of layers to the user, and enter it into the configuration of loggers."""
+        callback = self._callback
+        rank_zero_info(f"{type(callback).__name__}({callback.pattern}){news}\n{layer_table(self._plans)}")
         if trainer.is_global_zero:
             record_config(trainer.loggers, type(callback).__name__, str(callback.pattern), self._plans)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,8 +30,10 @@ class Ranks:
 
     def __init__(self, count: int = 1, weights: Iterable[SparseWeight] = ()) -> None:
         self.count = count
-        self.sharded = any(not sparse.rows.whole for sparse in weights)
+        parted = [sparse for sparse in weights if not sparse.rows.whole]
+        self.sharded = bool(parted)
         """Whether each process holds rows of its own of some weight."""
+        self._device = parted[0].kept.device if parted else None
 
     def all(self, flag: Tensor) -> Tensor:
         """Whether a boolean scalar is true on all ranks; asks them only where they hold different rows."""
@@ -48,19 +51,18 @@ class Ranks:
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         return anywhere.bool()
 
-    def mean(self, metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    def mean(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Mean of each metric over ranks; as they are where all ranks hold the same rows.
 
         Args:
             metrics: Numbers or scalars; the same names on every rank.
-            device: Where ranks exchange tensors.
 
         Returns:
             The means, in float64.
         """
         if not self.sharded or not metrics:
             return dict(metrics)
-        values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in metrics.values()]
+        values = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in metrics.values()]
         mean = torch.stack(values)
         dist.all_reduce(mean)
         return dict(zip(metrics, (mean / dist.get_world_size()).unbind(), strict=True))
@@ -91,6 +93,11 @@ class Ranks:
             return
         places = differing.nonzero().squeeze(-1).tolist()
         raise InvariantError(_report(held, table, places, step))
+
+
+def on_the_first(trainer: L.Trainer, function: Callable[[], Any]) -> Any:
+    """Call a function in the first process; all of them return what it returned there."""
+    return trainer.strategy.broadcast(function() if trainer.is_global_zero else None)
 
 
 def _report(held: list[Replica], table: Tensor, places: list[int], step: int) -> str:

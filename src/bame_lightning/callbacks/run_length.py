@@ -10,10 +10,34 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.callbacks.packages import accumulation_schedulers
+from bame_lightning.methods.holder import Holder
+from bame_lightning.methods.method import Method
 from bame_lightning.methods.pace import Pace
 
 
-def resolve_window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
+def plan_windows(trainer: L.Trainer, method: Method) -> None:
+    """Resolve a method's schedule against the length of the run, or refuse it."""
+    if method.schedule is not None:
+        method.run.window = _window(trainer, method.schedule, method.never)
+    for holder in method.run.holders:
+        holder.window = method.run.window
+
+
+def keep_pace(trainer: L.Trainer, method: Method, holder: Holder) -> None:
+    """Resolve it anew for an optimizer that steps at a pace of its own."""
+    # Under automatic optimization the Trainer knows how many steps there will be.
+    if method.schedule is not None and not trainer.lightning_module.automatic_optimization:
+        holder.window = _window_at_pace(trainer, method.schedule, holder.pace) or method.run.window
+
+
+def clip_writes(trainer: L.Trainer) -> int:
+    """How often clipping writes to a gradient: by norm in one operation, by value in two."""
+    if not trainer.gradient_clip_val:
+        return 0
+    return 2 if trainer.gradient_clip_algorithm == "value" else 1
+
+
+def _window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
     """The window of a schedule in optimizer steps; says what will `never` happen where it is too short."""
     if trainer.limit_train_batches == 0:
         return Window(0, 0, schedule.every)  # nothing will be trained, so nothing can be too short
@@ -41,7 +65,7 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
     return math.inf if steps == -1 else steps
 
 
-def window_at_pace(trainer: L.Trainer, schedule: Schedule, pace: Pace) -> Window | None:
+def _window_at_pace(trainer: L.Trainer, schedule: Schedule, pace: Pace) -> Window | None:
     """The window of a schedule for an optimizer that steps at a pace of its own; None if it is that of a step a batch."""
     if not _asks(schedule) or not pace.known:
         return None

@@ -204,7 +204,7 @@ class Execution:
         Raises:
             ValueError: If something was to be computed sparsely, and could not be.
         """
-        layers = self._held_by(holder)
+        layers = _held_by(holder, self.layers)
         for layer in layers:
             if self.compute == "sparse" and layer.bound is not None and layer.bound.why_dense:
                 self._refuse(layer, layer.bound.why_dense)
@@ -214,22 +214,18 @@ class Execution:
 
     def prepare(self, holder: Holder, method: Method) -> None:
         """Follow masks that have changed, and prepare for what the next step of an optimizer reads."""
-        layers = self._held_by(holder)
+        layers = _held_by(holder, self.layers)
         if any(layer.bound is not None for layer in layers):
             read = method.next_read(holder)
             for layer in layers:
                 layer.follow(read.everything, read.contenders.get(layer.sparse.name))
-
-    def _held_by(self, holder: Holder) -> list[Computed]:
-        mine = {id(sparse) for sparse in holder.weights} if self.layers else set()
-        return [layer for layer in self.layers if id(layer.sparse) in mine]
 
     def _choose(self, layers: Sequence[Computed], contenders: Mapping[str, Tensor]) -> None:
         """Measure what has been watched, on the first process; layers called alike are measured once."""
 
         def measure() -> dict[str, dict[str, Any] | None]:
             measured: dict[Any, Choice] = {}
-            found = [self._measure(layer, contenders.get(layer.sparse.name), measured) for layer in layers]
+            found = [_measure(self.choose, layer, contenders.get(layer.sparse.name), measured) for layer in layers]
             return {x.name: None if c is None else c.to_dict() for x, c in zip(layers, found, strict=True)}
 
         told = self.share(measure)
@@ -239,19 +235,6 @@ class Execution:
                 self._put(layer, Choice.from_dict(told[layer.name]))
             elif not layer.patience:
                 self._leave_dense(layer, "the first training steps have not called it")
-
-    def _measure(self, layer: Computed, contenders: Tensor | None, measured: dict[Any, Choice]) -> Choice | None:
-        """Measure what multiplies a layer fastest; None if it has not been called yet."""
-        bound, operation, sparse = layer.bound, operation_of(layer.module), layer.sparse
-        assert bound is not None
-        assert operation is not None
-        if bound.call is None or bound.why_dense:
-            return Choice(reason=bound.why_dense) if bound.call is not None else None
-        call = replace(bound.call, contenders=0 if contenders is None else contenders.numel())
-        kind = (operation, sparse.values.shape, sparse.values.stride(), sparse.values.dtype, sparse.pattern, call)
-        if kind not in measured:
-            measured[kind] = self.choose(operation, sparse.values, sparse.kept, sparse.pattern, call)
-        return measured[kind]
 
     def shares(self, costs: Mapping[str, Shares]) -> dict[str, Shares]:
         """Share of the dense cost of each weight that the step just taken has really computed.
@@ -285,15 +268,32 @@ class Execution:
         self.choices = {name: Choice.from_dict(choice) for name, choice in state.items()}
 
     def release(self) -> None:
-        """Give all modules back their own forward passes."""
+        """Give all modules back their own forward passes, and forget whoever drives this."""
         for layer in self.layers:
             layer.unbind()
-        self.layers = []
+        self.layers, self.share = [], _call
 
-    def end(self) -> None:
-        """Release the modules, and forget whoever drives this."""
-        self.release()
-        self.share = _call
+
+def _held_by(holder: Holder, layers: Sequence[Computed]) -> list[Computed]:
+    """The layers whose weights an optimizer holds."""
+    mine = {id(sparse) for sparse in holder.weights} if layers else set()
+    return [layer for layer in layers if id(layer.sparse) in mine]
+
+
+def _measure(
+    choose: Callable[..., Choice], layer: Computed, contenders: Tensor | None, measured: dict[Any, Choice]
+) -> Choice | None:
+    """Measure what multiplies a layer fastest; None if it has not been called yet."""
+    bound, operation, sparse = layer.bound, operation_of(layer.module), layer.sparse
+    assert bound is not None
+    assert operation is not None
+    if bound.call is None or bound.why_dense:
+        return Choice(reason=bound.why_dense) if bound.call is not None else None
+    call = replace(bound.call, contenders=0 if contenders is None else contenders.numel())
+    kind = (operation, sparse.values.shape, sparse.values.stride(), sparse.values.dtype, sparse.pattern, call)
+    if kind not in measured:
+        measured[kind] = choose(operation, sparse.values, sparse.kept, sparse.pattern, call)
+    return measured[kind]
 
 
 def _call(function: Callable[[], Any]) -> Any:

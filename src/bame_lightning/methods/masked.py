@@ -114,19 +114,12 @@ class Masked(Method):
         # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
         # the optimizer is about to differentiate the gradient.
         if self.rescaling:
-            self._rescale([sparse for sparse in holder.weights if not sparse.has_graph])
-
-    def _rescale(self, weights: Iterable[SparseWeight]) -> None:
-        for sparse in weights:
-            if sparse.name in self.rescaling and (factor := rescale_(sparse)) is not None:
-                self.rescaling.remove(sparse.name)
-                if factor != 1:
-                    self.rescaled(sparse, factor)
+            _rescale(self, [sparse for sparse in holder.weights if not sparse.has_graph])
 
     @override
     def after_update(self, holder: Holder) -> None:
         if self.rescaling:
-            self._rescale([sparse for sparse in holder.weights if sparse.has_graph])
+            _rescale(self, [sparse for sparse in holder.weights if sparse.has_graph])
         if self.run.verify:
             invariants.check_gradients(holder.weights, self.run.steps)
         if _due(holder):
@@ -156,12 +149,21 @@ class Masked(Method):
             invariants.check_optimizer_state(holder.weights, holder.state, steps)
 
     @override
+    @torch.no_grad()
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
         self._zeros.enforce(self.run.weights if weights is None else weights, self.run.holders)
 
     def _remember_masks(self) -> None:
         if self.run.verify:
             self._expected = {sparse.name: sparse.kept.clone() for sparse in self.run.weights}
+
+
+def _rescale(method: Masked, weights: Iterable[SparseWeight]) -> None:
+    for sparse in weights:
+        if sparse.name in method.rescaling and (factor := rescale_(sparse)) is not None:
+            method.rescaling.remove(sparse.name)
+            if factor != 1:
+                method.rescaled(sparse, factor)
 
 
 def _due(holder: Holder) -> bool:

@@ -71,6 +71,7 @@ class StraightThrough(Method):
         self.masks = self.masks.following(self.run.weights)
 
     @override
+    @torch.no_grad()
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
         # Optimizer state is that of the latent weights: dense.
         for latent in self.latents:

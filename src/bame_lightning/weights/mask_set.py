@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bame_lightning.blocks.statistics import flipped_positions
+from bame_lightning.blocks.statistics import flipped_positions, nonzero_share, survival
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.positions import extent
 
@@ -111,3 +111,13 @@ def flip_rates(sets: Iterable[MaskSet]) -> dict[str, Tensor]:
     total = torch.stack([flips for _, flips in found]).sum() / sum(sparse.kept.numel() for sparse, _ in found)
     layers = {f"bame/layer/{sparse.label}/flip_rate": flips / sparse.kept.numel() for sparse, flips in found}
     return {"bame/flip_rate": total, **layers}
+
+
+def mask_statistics(weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
+    """Share of non-zeros, and of what the first masks kept and these keep still; one of a network without sparse weights."""
+    if not weights:
+        return {"bame/density": torch.ones(()), "bame/survival": torch.ones(())}
+    return {
+        "bame/density": nonzero_share(sparse.values for sparse in weights),
+        "bame/survival": survival((sparse.kept, sparse.initial) for sparse in weights),
+    }

@@ -56,6 +56,8 @@ class WeightState:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self._holders = [optimizer, *nested_optimizers(optimizer)]
+        names = [type(holder).__name__ for holder in self._holders]
+        self._name = names[0] + (f" around {', '.join(names[1:])}" if names[1:] else "")
         self._kinds: dict[str, Kind] = {}
         self._rests: dict[str, float] = {}
         self._factors: dict[tuple[int, str], bool] = {}
@@ -73,11 +75,11 @@ class WeightState:
 
     def state_dict(self) -> dict[str, Any]:
         """What the first steps have shown of the state, in plain types: later ones no longer show it."""
-        return {"optimizer": self._name(), "kinds": dict(self._kinds), "rests": dict(self._rests)}
+        return {"optimizer": self._name, "kinds": dict(self._kinds), "rests": dict(self._rests)}
 
     def take_over(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` has returned, if it was of an optimizer of the same name."""
-        if saved.get("optimizer") == self._name():
+        if saved.get("optimizer") == self._name:
             self._kinds, self._rests = dict(saved["kinds"]), dict(saved["rests"])
 
     def rest(self, key: str) -> float:
@@ -118,16 +120,12 @@ class WeightState:
                 continue
             if _sized(self.found(weight).values()):
                 self._shown.add(id(weight))
-            elif not self._keeps_none(weight) and self._keeps_some(weight):
+            elif not _keeps_none(self._holders, weight) and self._keeps_some(weight):
                 raise ValueError(
-                    f"`configure_optimizers` returns {self._name()}, which keeps state for other parameters but shows none for "
+                    f"`configure_optimizers` returns {self._name}, which keeps state for other parameters but shows none for "
                     f"the sparse weight `{name}`, so it could not be zeroed where weights are pruned. Keep it in "
                     f"`state[parameter]`, use another optimizer, or keep the layer dense with layers={{'{name}': 'dense'}}."
                 )
-
-    def _name(self) -> str:
-        names = [type(holder).__name__ for holder in self._holders]
-        return names[0] + (f" around {', '.join(names[1:])}" if names[1:] else "")
 
     def _of_its_shape(self, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
         found = self.found(weight)
@@ -138,12 +136,12 @@ class WeightState:
         }
         if self._has_factor(weight, found, shaped):
             self._tell(
-                f"Optimizer {self._name()} keeps state of `{name}` in another basis or layout, beside a matrix factor: it is "
+                f"Optimizer {self._name} keeps state of `{name}` in another basis or layout, beside a matrix factor: it is "
                 "left alone, so a revived weight starts with what is known of its row and column."
             )
             return
         for key, value in shaped.items():
-            self._check_type(key, value, name)
+            _check_type(self.optimizer, key, value, name)
             if key not in self._kinds and _last(key) not in ELEMENTWISE:
                 self._check_square(weight, name, key)
             if self._kind(key) == "value" and _last(key) not in ELEMENTWISE:
@@ -176,15 +174,6 @@ class WeightState:
             if self._kinds[key] == "value" and size and len(starts) == 1:
                 self._rests[key] = starts.pop()
         return self._kinds[key]
-
-    def _check_type(self, key: str, value: Tensor, name: str) -> None:
-        plain = type(value) in (Tensor, nn.Parameter, DTensor)
-        if not value.is_floating_point() or not plain:
-            what = str(value.dtype) if plain else type(value).__name__
-            raise ValueError(
-                f"`optimizer` {type(self.optimizer).__name__} keeps '{key}' for `{name}` as {what}; a zero there may not be "
-                "the value zero. Use an optimizer with floating-point state."
-            )
 
     def _check_square(self, weight: nn.Parameter, name: str, key: str) -> None:
         if not _square(weight):
@@ -220,12 +209,6 @@ class WeightState:
                 if isinstance(value, Tensor):
                     yield parameter, value
 
-    def _keeps_none(self, weight: nn.Parameter) -> bool:
-        """Whether the settings of a weight say that nothing is kept for it: gradient descent without momentum."""
-        groups = (group for holder in self._holders for group in holder.param_groups)
-        held = [group for group in groups if any(weight is parameter for parameter in group["params"])]
-        return any("momentum" in group and not group["momentum"] for group in held)
-
     def _keeps_some(self, weight: nn.Parameter) -> bool:
         everybody = [p for holder in self._holders for p in _parameters(holder) if p is not weight]
         return any(_sized(self.found(parameter).values()) for parameter in everybody)
@@ -240,6 +223,23 @@ class WeightState:
 def restart_(copy: Tensor, weight: Tensor, revived: Bool[Tensor, "*shape"]) -> None:
     """Start a copy of a weight anew where the weight was revived, in place."""
     copy.copy_(torch.where(revived, weight.to(copy.dtype), copy))
+
+
+def _check_type(optimizer: Any, key: str, value: Tensor, name: str) -> None:
+    plain = type(value) in (Tensor, nn.Parameter, DTensor)
+    if not value.is_floating_point() or not plain:
+        what = str(value.dtype) if plain else type(value).__name__
+        raise ValueError(
+            f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as {what}; a zero there may not be "
+            "the value zero. Use an optimizer with floating-point state."
+        )
+
+
+def _keeps_none(optimizers: Iterable[Any], weight: nn.Parameter) -> bool:
+    """Whether the settings of a weight say that nothing is kept for it: gradient descent without momentum."""
+    groups = (group for holder in optimizers for group in holder.param_groups)
+    held = [group for group in groups if any(weight is parameter for parameter in group["params"])]
+    return any("momentum" in group and not group["momentum"] for group in held)
 
 
 def _parameters(optimizer: Any) -> Iterator[nn.Parameter]:

@@ -1,0 +1,97 @@
+"""What the callback of every method shares with that of dense training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from typing_extensions import override
+
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.callbacks.bookkeeping import Bookkeeper
+from bame_lightning.callbacks.home import Home
+from bame_lightning.weights.layers import parse_rules
+
+
+class MethodCallback(L.Callback):
+    """What every method shares with dense training: pattern and layers of the comparison, and the hooks that count.
+
+    Args:
+        pattern: "N:M" or an `NMPattern`.
+        layers: Rules that override the default choice of layers.
+
+    Raises:
+        ValueError: If an argument is malformed.
+    """
+
+    def __init__(self, pattern: str | NMPattern, layers: Mapping[str, str | NMPattern] | None) -> None:
+        parse_rules(layers or {})
+        self.pattern = NMPattern.parse(pattern)
+        self.rules = dict(layers or {})
+        self._home = Home()
+        self.books = Bookkeeper({})
+        self.steps = 0
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+
+    @steps.setter
+    @abstractmethod
+    def steps(self, steps: int) -> None: ...
+
+    @abstractmethod
+    def take_home(self, told: dict[str, Any]) -> None:
+        """Take up what a child process has told of a fit that ran there."""
+
+    def come_home(self) -> None:
+        """Take up what a child process has learned in a fit that ran there, if it has not been taken up."""
+        told = self._home.fetch()
+        if told is not None:
+            self.take_home(told)
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [type(callback).__name__ for callback in callbacks if isinstance(callback, MethodCallback)]
+        if stage == "fit" and len(methods) > 1:
+            raise ValueError(
+                f"`callbacks` holds {len(methods)} methods, {' and '.join(methods)}, but weights follow one. Keep one; several "
+                "patterns are rules of one callback, layers={'name.*': 'N:M'}."
+            )
+        if stage == "fit":
+            self.come_home()
+            self._home.leave(trainer.strategy)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.books.start_batch(trainer, pl_module)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.books.end_forward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.books.end_batch()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # No end of the batch came where `on_train_batch_start` of the module has returned -1.
+        self.books.abort()
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.books.abort()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.books.abort()
