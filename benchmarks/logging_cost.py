@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from bame_lightning import BAMECallback, MaskImages, MaskSnapshots
-from bame_lightning.cli.loggers import wandb_logger
+from bame_lightning.cli.wandb_runs import wandb_logger
 from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.small_resnets import resnet20
 from benchmarks.documents import fill

@@ -42,7 +42,7 @@ from bame_lightning.blocks.masks import top_n_mask, zero_pruned_
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.measuring import random_batch
 from bame_lightning.cli.models import build_model
-from bame_lightning.cli.turns import CYCLE, FOREVER, Fit, take_turns
+from bame_lightning.cli.timed_training import CYCLE, FOREVER, Fit, take_turns
 from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.gpt import gpt
 from bame_lightning.tasks.models import mlp, resnet18, resnet50

@@ -18,7 +18,7 @@ from torch import nn
 from bame_lightning import StaticMask
 from bame_lightning.cli import bench
 from bame_lightning.cli.measuring import random_batch
-from bame_lightning.cli.turns import CYCLE, Fit, Times, take_turns
+from bame_lightning.cli.timed_training import CYCLE, Fit, Times, take_turns
 from tests.cli.conftest import Answer
 
 MLP = ("model=mlp", "model.hidden=[32]", "data=digits", "batch_size=4", "cycles=1")

@@ -12,8 +12,8 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from bame_lightning.cli.loggers import wandb_logger
 from bame_lightning.cli.sweeps import ReportFailures, share_of_cores, sweep_name, threads_per_job
+from bame_lightning.cli.wandb_runs import wandb_logger
 
 Run = Callable[..., Path]
 SWEEP = ("-m", "hydra.sweep.dir=sweep", "quiet=true", "threads=1")
@@ -99,7 +99,7 @@ def test_wandb_has_a_run_for_each_job(run: Run, tmp_path: Path, monkeypatch: pyt
         made.append(wandb_logger(**kwargs))
         return made[-1]
 
-    monkeypatch.setattr("bame_lightning.cli.loggers.wandb_logger", spy)
+    monkeypatch.setattr("bame_lightning.cli.wandb_runs.wandb_logger", spy)
     run(*SWEEP, "pattern=1:4,2:4", "logger=csv_wandb", "method=static")
     files = [list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*/run-*.wandb")) for job in ("0", "1")]
     assert [len(found) for found in files] == [1, 1]

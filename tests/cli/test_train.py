@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from bame_lightning.cli.loggers import wandb_logger
 from bame_lightning.cli.metrics import ResumedCSVLogger
 from bame_lightning.cli.progress import EpochLines
+from bame_lightning.cli.wandb_runs import wandb_logger
 
 Run = Callable[..., Path]
 
@@ -387,7 +387,7 @@ def test_wandb_is_offline_unless_logged_in(
     (tmp_path / "netrc").chmod(0o600)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("bame_lightning.cli.loggers.check_reachable", lambda: None)
+    monkeypatch.setattr("bame_lightning.cli.wandb_runs.check_reachable", lambda: None)
     assert wandb_logger(silent=True, save_dir=".")._wandb_init.get("mode") == mode
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from bame_lightning.cli.loggers import wandb_logger
+from bame_lightning.cli.wandb_runs import wandb_logger
 from tests.cli.processes import TINY, train
 from tests.test_docs import ROOT
 

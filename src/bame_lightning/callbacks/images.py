@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bame_lightning.callbacks.driver import SparseCallback
-from bame_lightning.callbacks.loggers import log_pictures, with_pictures
+from bame_lightning.callbacks.extra_logs import log_pictures, with_pictures
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
 from bame_lightning.show.map_pictures import count_picture, frozen_picture, mask_picture, trace_picture
 from bame_lightning.show.maps import changes, mask_map, mask_title

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bame_lightning.callbacks.averaging import Averages
-from bame_lightning.callbacks.loggers import record_config
+from bame_lightning.callbacks.extra_logs import record_config
 from bame_lightning.callbacks.refusals import find_holders
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers

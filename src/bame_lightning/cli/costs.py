@@ -16,7 +16,7 @@ from torch import nn
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.models import Build, build_model, input_of
 from bame_lightning.cli.parts import fit_parts
-from bame_lightning.cli.questions import layer_rules
+from bame_lightning.cli.without_training import layer_rules
 from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter
 from bame_lightning.show.narrow import Table

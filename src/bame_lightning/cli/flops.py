@@ -8,8 +8,8 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
 from bame_lightning.cli.errors import one_line_errors
-from bame_lightning.cli.questions import fill_counts, tell
 from bame_lightning.cli.values import check_values, standard_values
+from bame_lightning.cli.without_training import fill_counts, tell
 
 
 @hydra_command("bame-flops", "flops")

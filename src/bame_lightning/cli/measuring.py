@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bame_lightning.cli.models import build_model, input_of
 from bame_lightning.cli.parts import fit_parts
-from bame_lightning.cli.turns import CYCLE, Fit, take_turns
+from bame_lightning.cli.timed_training import CYCLE, Fit, take_turns
 from bame_lightning.show.narrow import Table
 from bame_lightning.tasks import Classifier
 

@@ -26,7 +26,6 @@ from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain
 from bame_lightning.cli.interruption import StoppedError, training_stopped
-from bame_lightning.cli.loggers import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.cli.models import build_model, data_shape
 from bame_lightning.cli.parts import find_here, fitted, made, stepping
 from bame_lightning.cli.progress import EpochBar, EpochLines
@@ -36,6 +35,7 @@ from bame_lightning.cli.seeds import EpochSeeds
 from bame_lightning.cli.summary import print_summary, provenance, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
 from bame_lightning.cli.values import overridden, standard_values
+from bame_lightning.cli.wandb_runs import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.show.find_runs import SUMMARY
 
 # Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
