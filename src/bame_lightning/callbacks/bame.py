@@ -8,7 +8,7 @@ from bame_lightning.bame.evidence import Evidence, OneBatch
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.bame.table import EvolvingLayer
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback, shown
 from bame_lightning.methods.bame import BAME
 from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.training import Init
@@ -51,6 +51,10 @@ class BAMECallback(SparseCallback):
     """
 
     method: BAME
+    evidence: Evidence | OneBatch = shown("method.evidence", "What is known of pruned weights.")
+    freeze_after: int | None = shown("method.freeze_after", "Oscillations that a block may make.")
+    evolving: list[EvolvingLayer] = shown("method.layers", "What evolves in each weight.")
+    adaptations: int = shown("method.adaptations", "Adaptations so far.")
 
     def __init__(
         self,
@@ -80,26 +84,6 @@ class BAMECallback(SparseCallback):
             )
         method = BAME(evidence, schedule, freeze_after, rescale=rescale, both_ways=both_ways)
         super().__init__(pattern, method, layers=layers, init=init, verify=verify, compute=compute)
-
-    @property
-    def evidence(self) -> Evidence | OneBatch:
-        """What is known of pruned weights."""
-        return self.method.evidence
-
-    @property
-    def freeze_after(self) -> int | None:
-        """Oscillations that a block may make."""
-        return self.method.freeze_after
-
-    @property
-    def evolving(self) -> list[EvolvingLayer]:
-        """What evolves in each weight."""
-        return self.method.layers
-
-    @property
-    def adaptations(self) -> int:
-        """Adaptations so far."""
-        return self.method.adaptations
 
     @property
     def adapts(self) -> bool:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.callbacks.home import Home
+from bame_lightning.ledger.cost import SR_STE, Cost
 from bame_lightning.weights.layers import parse_rules
 
 
@@ -33,6 +34,8 @@ class MethodCallback(L.Callback):
         self.rules = dict(layers or {})
         self._home = Home()
         self.books = Bookkeeper({})
+        self.restored: dict[str, Any] | None = None
+        """A state that was loaded and is not yet taken up; empty if it was saved before a first fit."""
         self.steps = 0
 
     @property
@@ -54,6 +57,19 @@ class MethodCallback(L.Callback):
         if told is not None:
             self.take_home(told)
 
+    def open_books(
+        self, densities: Mapping[str, float], restored: Mapping[str, Any] | None, cost: Cost = SR_STE
+    ) -> None:
+        """Count anew what a step costs, since layers may have been unfrozen and batches changed; what was booked stays.
+
+        Args:
+            densities: N / M of each weight that is kept sparse, by name.
+            restored: The state of a checkpoint, if there is one.
+            cost: Of the method.
+        """
+        booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
+        self.books = Bookkeeper(densities, transposed_share=cost.transposed_share, restored=booked)
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -64,6 +80,9 @@ class MethodCallback(L.Callback):
                 "patterns are rules of one callback, layers={'name.*': 'N:M'}."
             )
         if stage == "fit":
+            self.restored = (
+                None  # left by a fit that failed, or by a test of another checkpoint; its own is loaded later
+            )
             self.come_home()
             self._home.leave(trainer.strategy)
 

@@ -32,7 +32,6 @@ class Dense(MethodCallback):
     def __init__(self, pattern: str | NMPattern, *, layers: Mapping[str, str | NMPattern] | None = None) -> None:
         self._steps = 0
         super().__init__(pattern, layers)
-        self._restored: dict[str, Any] | None = None
         self._waiting: list[LayerPlan] = []
         self._found: dict[str, str] = {}
 
@@ -51,21 +50,14 @@ class Dense(MethodCallback):
         self._steps, self.books = told["steps"], Bookkeeper({}, restored=told["flops"])
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._restored = None  # left by a test of another checkpoint; this fit's own is loaded later
-
-    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        restored, self._restored = self._restored or {}, None
+        restored, self.restored = self.restored or {}, None
         try:
             plans = self._plan(trainer, pl_module, {})
         except ValueError:
             plans = []  # a network that cannot be sparse may still be trained; SR-STE of it is dense, too
         self.steps = restored.get("steps", self.steps if trainer.global_step else 0)
-        booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
-        self.books = Bookkeeper(_densities(plans), restored=booked)
+        self.open_books(_densities(plans), restored)
         self._waiting, self._found = plans, {}
         self._ranks = trainer.world_size
 
@@ -108,7 +100,7 @@ class Dense(MethodCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        self.restored = state_dict
 
     def summary(self) -> dict[str, Any]:
         """Optimizer steps and training FLOPs (counted, not executed), in plain types."""

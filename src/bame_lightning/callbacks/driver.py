@@ -18,7 +18,6 @@ from bame_lightning.bame.schedule import Schedule, Window
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.base import MethodCallback
-from bame_lightning.callbacks.bookkeeping import Bookkeeper
 from bame_lightning.callbacks.intruders import Intruders
 from bame_lightning.callbacks.membership import Membership
 from bame_lightning.callbacks.ranks import COMPARE_EVERY, Ranks, on_the_first
@@ -103,8 +102,6 @@ class SparseCallback(MethodCallback):
         self._brought: dict[str, Any] | None = None
         """What a fit in a child process has told, until the next one."""
         super().__init__(pattern, layers)
-        self._restored: dict[str, Any] | None = None
-        """A state that was loaded and is not yet taken up; empty if it was saved before a first fit."""
         self._stage = Stage.OUTSIDE
         self.averages = Averages((), ())
         self.ranks = Ranks()
@@ -161,8 +158,8 @@ class SparseCallback(MethodCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._restored:
-            return self._restored  # loaded, and not yet taken up
+        if self.restored:
+            return self.restored  # loaded, and not yet taken up
         self.come_home()
         told: dict[str, Any] | None = self._brought and self._brought["state"]
         return told or state_of(self)
@@ -176,8 +173,8 @@ class SparseCallback(MethodCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict, type(self).__name__)
-        self._restored = state_dict if state_dict["layers"] else {}
-        if not self._restored:
+        self.restored = state_dict if state_dict["layers"] else {}
+        if not self.restored:
             # Saved before a first fit, as by a learning-rate finder that puts everything back: start anew.
             self.training.forget()
 
@@ -189,8 +186,6 @@ class SparseCallback(MethodCallback):
         if stage != "fit":
             return
         refuse_strategy(trainer)
-        # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
-        self._restored = None
         here = {id(parameter) for parameter in pl_module.parameters()}
         if not any(id(sparse.weight) in here for sparse in self.weights):
             self.training.forget()
@@ -214,7 +209,7 @@ class SparseCallback(MethodCallback):
         if trainer.ckpt_path:
             # Not earlier: to tell the length of the run, Lightning sets up the data loader, whose place is not restored yet.
             plan_windows(trainer, self.method)
-        if self._stage is Stage.OUTSIDE or self._restored:
+        if self._stage is Stage.OUTSIDE or self.restored:
             self._start(trainer, pl_module)
         if trainer.ckpt_path and not self.steps:
             self.steps = trainer.global_step  # masks were rebuilt in the middle of a run
@@ -225,7 +220,7 @@ class SparseCallback(MethodCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._restored:
+        if self.restored:
             # Put back in the middle of training, as by a learning-rate finder.
             self._start(trainer, pl_module)
             self._attach(trainer, pl_module)
@@ -302,9 +297,9 @@ class SparseCallback(MethodCallback):
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # As training has computed, by the masks of the last fit, or of the checkpoint that was loaded.
-        if self._restored:
-            self.training.execution.load_state(self._restored.get("compute", {}))
-        weights = saved_masks(self._restored["layers"], pl_module) if self._restored else self.weights
+        if self.restored:
+            self.training.execution.load_state(self.restored.get("compute", {}))
+        weights = saved_masks(self.restored["layers"], pl_module) if self.restored else self.weights
         self.training.execution.bind(pl_module, weights, watching=False)
 
     @override
@@ -349,7 +344,7 @@ class SparseCallback(MethodCallback):
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the weights sparse, or restore them."""
-        loaded, self._restored, self._stage = self._restored, None, Stage.READY
+        loaded, self.restored, self._stage = self.restored, None, Stage.READY
         if loaded is None and trainer.ckpt_path and self.init != "nonzero":
             refuse_unknown_masks(trainer.ckpt_path, type(self).__name__, self.pattern)
         restored = loaded or None
@@ -362,10 +357,7 @@ class SparseCallback(MethodCallback):
         self.training.run.everywhere, self.training.run.suspect = self.ranks.all, self._intruders.look
         self.method.start(restored)
         self.averages = Averages(trainer.callbacks, self.weights)  # type: ignore[attr-defined]
-        # What a step costs is counted anew: layers may have been unfrozen, and batches changed.
-        booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
-        densities = {sparse.name: sparse.pattern.density for sparse in self.weights}
-        self.books = Bookkeeper(densities, transposed_share=self.method.cost.transposed_share, restored=booked)
+        self.open_books({s.name: s.pattern.density for s in self.weights}, restored, self.method.cost)
         self.members.report(trainer)
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

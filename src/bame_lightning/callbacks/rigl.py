@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bame_lightning.bame.schedule import Schedule
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback, shown
 from bame_lightning.methods.execution import Compute
 from bame_lightning.methods.rigl import DropAndGrow
 from bame_lightning.methods.training import Init
@@ -37,6 +37,7 @@ class RigL(SparseCallback):
     """
 
     method: DropAndGrow
+    share: float = shown("method.share", "Share of blocks that swap at the start.")
 
     def __init__(
         self,
@@ -55,8 +56,3 @@ class RigL(SparseCallback):
             raise ValueError(f"`share` is a share of blocks in (0, 1]; got {share}.")
         method = DropAndGrow(schedule, share, rescale=rescale, both_ways=both_ways)
         super().__init__(pattern, method, layers=layers, init=init, verify=verify, compute=compute)
-
-    @property
-    def share(self) -> float:
-        """Share of blocks that swap at the start."""
-        return self.method.share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback, shown
 from bame_lightning.methods.straight_through import StraightThrough, Transposable
 
 
@@ -36,6 +36,7 @@ class SRSTE(SparseCallback):
     """
 
     method: StraightThrough
+    decay: float = shown("method.decay", "Decay of pruned weights.")
 
     def __init__(
         self,
@@ -48,11 +49,6 @@ class SRSTE(SparseCallback):
         if not decay >= 0:
             raise ValueError(f"`decay` must not be negative; got {decay}.")
         super().__init__(pattern, StraightThrough(decay), layers=layers, verify=verify)
-
-    @property
-    def decay(self) -> float:
-        """Decay of pruned weights."""
-        return self.method.decay
 
 
 class TransposableSTE(SparseCallback):
@@ -73,6 +69,8 @@ class TransposableSTE(SparseCallback):
     """
 
     method: Transposable
+    decay: float = shown("method.decay", "Decay of pruned weights.")
+    refresh_every: int = shown("method.refresh_every", "Optimizer steps between two masks.")
 
     def __init__(
         self,
@@ -88,13 +86,3 @@ class TransposableSTE(SparseCallback):
         if refresh_every < 1:
             raise ValueError(f"`refresh_every` must be at least 1 optimizer step; got {refresh_every}.")
         super().__init__(pattern, Transposable(decay, refresh_every), layers=layers, verify=verify)
-
-    @property
-    def decay(self) -> float:
-        """Decay of pruned weights."""
-        return self.method.decay
-
-    @property
-    def refresh_every(self) -> int:
-        """Optimizer steps between two masks."""
-        return self.method.refresh_every

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.callbacks.driver import SparseCallback
+from bame_lightning.callbacks.driver import SparseCallback, shown
 from bame_lightning.methods.top_kast import TopKast
 
 
@@ -33,6 +33,8 @@ class TopKAST(SparseCallback):
     """
 
     method: TopKast
+    penalty: float = shown("method.decay", "Exploration penalty.")
+    widen: int = shown("method.widen", "C as a multiple of N.")
 
     def __init__(
         self,
@@ -48,13 +50,3 @@ class TopKAST(SparseCallback):
         if not isinstance(widen, int) or widen < 1:
             raise ValueError(f"`widen` must be a whole number of times N, at least 1; got {widen!r}.")
         super().__init__(pattern, TopKast(penalty, widen), layers=layers, verify=verify)
-
-    @property
-    def penalty(self) -> float:
-        """Exploration penalty."""
-        return self.method.decay
-
-    @property
-    def widen(self) -> int:
-        """C as a multiple of N."""
-        return self.method.widen
