@@ -182,10 +182,11 @@ class SparseCallback(MethodCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        refuse_strategy(trainer)
         here = {id(parameter) for parameter in pl_module.parameters()}
         if not any(id(sparse.weight) in here for sparse in self.weights):
             self.training.forget()
