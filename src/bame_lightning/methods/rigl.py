@@ -93,15 +93,12 @@ class DropAndGrow(Masked):
 
     @override
     def begin(self, restored: Mapping[str, Any] | None) -> None:
+        if restored is not None or not self.run.steps:
+            self.masks, self.refused = MaskSet(()), torch.tensor((restored or {}).get("refused", 0))
         self.refused = self.refused.to(self.run.weights[0].kept.device)
-        if restored is not None or not self.run.steps:
-            self.refused = torch.zeros_like(self.refused) + (restored or {}).get("refused", 0)
-        if restored is not None or not self.run.steps:
-            self.masks = MaskSet(())
         self.masks = self.masks.following(self.run.weights)
-        for place, sparse in enumerate(self.run.weights if restored is not None else ()):
-            assert restored is not None
-            self.masks.load_state(place, restored["layers"][sparse.name])
+        if restored is not None:
+            self.masks.load_states(restored["layers"])
         self.masks.unchanged()
 
     @override
@@ -173,9 +170,7 @@ class DropAndGrow(Masked):
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        return {sparse.name: self.masks.state(place) for place, sparse in enumerate(self.masks.weights)}, (
-            {"refused": int(self.refused)} if self.both_ways else {}
-        )
+        return self.masks.states(), {"refused": int(self.refused)} if self.both_ways else {}
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -59,9 +59,9 @@ class StraightThrough(Method):
             self.latents, self.masks = [], MaskSet(())
         StraightThrough.regroup(self)
         if restored:
-            for place, latent in enumerate(self.latents):
+            self.masks.load_states(restored["layers"])
+            for latent in self.latents:
                 latent.load_state_dict(restored["layers"][latent.sparse.name])
-                self.masks.load_state(place, restored["layers"][latent.sparse.name])
         self.enforce()
 
     @override
@@ -128,10 +128,8 @@ class StraightThrough(Method):
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        return {
-            latent.sparse.name: {**latent.state_dict(), **self.masks.state(place)}
-            for place, latent in enumerate(self.latents)
-        }, {}
+        flips = self.masks.states()
+        return {latent.sparse.name: latent.state_dict() | flips[latent.sparse.name] for latent in self.latents}, {}
 
     @override
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -94,6 +94,15 @@ class MaskSet:
         for name, counts in (("flips", self.flips), ("last_flips", self.last_flips)):
             counts[place] = rows.part_of(state[name].to(counts.device))
 
+    def states(self) -> dict[str, dict[str, Any]]:
+        """What `state` tells of each weight, by name."""
+        return {sparse.name: self.state(place) for place, sparse in enumerate(self.weights)}
+
+    def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on counting from what `states` returned; more may stand in it."""
+        for place, sparse in enumerate(self.weights):
+            self.load_state(place, states[sparse.name])
+
     def total(self) -> int:
         """Mask positions changed so far, of all weights and rows; waits for the device."""
         return sum(int(sparse.rows.total(flips)) for sparse, flips in zip(self.weights, self.flips, strict=True))
