@@ -1,16 +1,14 @@
 """What sparse training costs beside dense training: time of steps and of what happens in them, memory, checkpoints.
 
     python -m benchmarks.performance steps resnet18 1:16 [--batch 32] [--width 512] [--cycles 2] [--threads 2] [--channels-last]
-    python -m benchmarks.performance core [--threads 2]
     python -m benchmarks.performance sections [--threads 2]
     python -m benchmarks.performance publish
 
 `steps` lets dense training, SR-STE, RigL, static masks and BAME take turns, as `bame-bench` does, the masked ones with dense
 products and with `compute="auto"`, and adds a row for each to `performance_steps.csv`. One thread is timed in processor time,
-several by the clock on the wall; `core` times the parts of the evolution alone (`performance_core.csv`), `sections` the same
-parts in steps of ResNet-18 (`performance_sections.csv`), `validation` forward passes without gradients
-(`performance_validation.csv`); `publish` writes tables and a plot into `docs/performance.md`. `make bench` does all of it:
-`python -m benchmarks.performance all`.
+several by the clock on the wall. `sections` times the parts of BAME in steps of ResNet-18 (`performance_sections.csv`),
+`validation` forward passes without gradients (`performance_validation.csv`). `publish` writes tables and a plot into
+`docs/performance.md`. `make bench` does all of it: `python -m benchmarks.performance all`.
 """
 
 from __future__ import annotations
@@ -34,11 +32,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
-from bame_lightning import BAMECallback, Evidence, RigL, Schedule, StaticMask
-from bame_lightning.bame.evolution import ContendingBlocks
-from bame_lightning.bame.reading import Reading
+from bame_lightning import BAMECallback, RigL, Schedule, StaticMask
 from bame_lightning.blocks.layout import from_blocks, to_blocks
-from bame_lightning.blocks.masks import top_n_mask, zero_pruned_
+from bame_lightning.blocks.masks import top_n_mask
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.measuring import random_batch
 from bame_lightning.cli.models import build_model
@@ -47,12 +43,12 @@ from bame_lightning.tasks import Classifier
 from bame_lightning.tasks.gpt import gpt
 from bame_lightning.tasks.models import mlp, resnet18, resnet50
 from bame_lightning.tasks.vision_transformers import vit
-from bame_lightning.weights.layers import SparseWeight, plan_layers
+from bame_lightning.weights.layers import plan_layers
 from benchmarks.accuracy.study import processor
 from benchmarks.documents import fill
 
 HERE = Path(__file__).parent
-STEPS, CORE, FIGURE = HERE / "performance_steps.csv", HERE / "performance_core.csv", HERE / "performance.png"
+STEPS, FIGURE = HERE / "performance_steps.csv", HERE / "performance.png"
 SECTIONS, VALIDATION = HERE / "performance_sections.csv", HERE / "performance_validation.csv"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
 IMAGES, TOKENS = ((3, 32, 32), 10), ((128,), 256)
@@ -95,19 +91,6 @@ VALIDATED: list[dict[str, Any]] = [
     {"model": "resnet18"},
 ]
 NOT_YET = "Not measured yet."
-PARTS = {
-    "read all": "read all blocks",
-    "finite all": "look for NaN",
-    "accumulate all": "move evidence",
-    "contend": "choose contenders",
-    "read some": "read contenders",
-    "accumulate some": "move evidence of contenders",
-    "adapt": "adapt",
-    "mask gradients": "zero pruned values",
-    "top N": "SR-STE's mask",
-}
-
-
 KINDS = {
     "reads contenders": lambda step: step > 1 and step % 2 == 0,
     "and adapts": lambda step: step > 1 and step % 2 == 1,
@@ -117,14 +100,16 @@ KINDS = {
 }
 """Kinds of BAME's steps by their place in a cycle."""
 CALLS = {
-    "_mask_gradients": "zero gradients",
+    "mask_gradients": "zero gradients",
     "enforce": "zero weights and momenta",
+    "contested": "find contenders in memory",
     "read": "read gradients",
-    "extremes": "look for NaN",
     "accumulate": "move evidence",
     "contend": "choose contenders",
     "adapt": "adapt",
 }
+"""What is timed, by the name of the method; what one calls of another counts for the inner one only."""
+COPY = "copying as many values"
 
 
 class StraightThrough(torch.autograd.Function):
@@ -217,60 +202,6 @@ def spread(mine: list[float], dense: list[float]) -> float:
     return statistics.stdev(ratios) if len(ratios) > 1 else 0.0
 
 
-def core(args: argparse.Namespace) -> None:
-    """Time the parts of the evolution on one weight, and the floor: read and write once what each part has to."""
-    rows = []
-    for pattern, size in [
-        ("1:16", (1296, 1936)),
-        ("1:16", (4096, 6144)),
-        ("2:4", (4096, 6144)),
-        ("8:16", (4096, 6144)),
-    ]:
-        took = time_parts(NMPattern.parse(pattern), size)
-        case = {"pattern": pattern, "weights": size[0] * size[1], "threads": args.threads}
-        rows.append(case | {name: f"{1e3 * seconds:.2f}" for name, seconds in took.items()})
-        print(rows[-1], flush=True)
-    add(CORE, rows, ["pattern", "weights", "threads"])
-
-
-@torch.no_grad()
-def time_parts(pattern: NMPattern, size: tuple[int, int], rounds: int = 5) -> dict[str, float]:
-    layer = nn.Linear(size[1], size[0], bias=False)
-    blocks = torch.rand(layer.weight.numel() // pattern.m, pattern.m)
-    plan = plan_layers(nn.Sequential(layer, nn.Linear(size[0], 2)), pattern)[0]
-    sparse = SparseWeight.of(plan, top_n_mask(blocks, pattern.n))
-    evolving = ContendingBlocks([sparse], Evidence(), None)
-    zero_pruned_(sparse.values, sparse.kept)
-    optimizer = torch.optim.SGD([layer.weight], lr=0.1, momentum=0.9)
-    gradient, finite = torch.randn(size), torch.tensor(True)
-    # As any training does: malloc returns pieces below the largest block ever freed without asking the system for pages.
-    torch.empty(7 * 2**20).fill_(0)
-    spare = torch.empty_like(gradient)
-    took: dict[str, list[float]] = defaultdict(list)
-
-    def timed(name: str, call: Callable[..., Any], *args: Any) -> None:
-        began = time.perf_counter()
-        call(*args)
-        took[name].append(time.perf_counter() - began)
-
-    for step in range(CYCLE * rounds):
-        kind = "some" if step % CYCLE else "all"
-        layer.weight.grad = gradient.clone()
-        timed("in place", spare.copy_, gradient)
-        adapts = step % 2 == 1
-        timed(f"read {kind}", partial(evolving.read, everywhere=kind == "all", adapts=adapts), [layer.weight.grad])
-        timed("mask gradients", zero_pruned_, sparse.gradient, sparse.kept)
-        timed(f"finite {kind}", evolving.extremes)
-        timed(f"accumulate {kind}", evolving.accumulate, optimizer, Reading(kind == "all", 1.0, 1.0), finite, 1000)
-        if kind == "all":
-            timed("contend", evolving.contend)
-        timed("adapt", evolving.adapt)
-        evolving.end_step()
-        if kind == "all":
-            timed("top N", lambda: top_n_mask(to_blocks(sparse.values.abs(), pattern.m), pattern.n))
-    return {name: statistics.median(times) for name, times in took.items()}
-
-
 def validation(args: argparse.Namespace) -> None:
     """Time forward passes without gradients, dense and as `auto` has chosen, in turns: the shortest of some rounds."""
     rows = []
@@ -312,31 +243,40 @@ def validation(args: argparse.Namespace) -> None:
 
 
 def sections(args: argparse.Namespace) -> None:
-    """Time what BAME does in each kind of step of ResNet-18, batch 32, in milliseconds."""
-    clock: dict[str, float] = defaultdict(float)
+    """Time what BAME does in each kind of step of ResNet-18, batch 32, in milliseconds; and a pass over its weights."""
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    took: dict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
+    going_on: list[str] = []
 
-    def clocked(thing: Any) -> None:
+    def time_calls(thing: Any) -> None:
         for name in CALLS:
             if hasattr(thing, name):
                 setattr(thing, name, timed(name, getattr(thing, name)))
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **named: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
+            going_on.append(name)
             found = call(*given, **named)
-            clock[name] += time.perf_counter() - began
+            going_on.pop()
+            spent = clock() - began
+            took[name] += spent
+            if going_on:
+                took[going_on[-1]] -= spent
             return found
 
         return run
 
     def start(*_: Any) -> None:
-        for thing in (callback.method, *callback.method.groups):
-            clocked(thing)
+        for group in callback.method.groups:
+            time_calls(group)
+            time_calls(group.contenders)
+        time_calls(callback.method._zeros)
 
     def note(*_: Any) -> None:
-        steps.append(dict(clock))
-        clock.clear()
+        steps.append(dict(took))
+        took.clear()
 
     torch.manual_seed(0)
     callback = BAMECallback(args.pattern, schedule=FOREVER)
@@ -362,6 +302,15 @@ def sections(args: argparse.Namespace) -> None:
         }
         for name in CALLS
     ]
+    one, other = torch.rand(2, sum(sparse.kept.numel() for sparse in callback.weights))
+    passes = []
+    for _ in range(7):
+        began = clock()
+        one.copy_(other)
+        passes.append(f"{1e3 * (clock() - began):.2f}")
+    rows.append(
+        {"pattern": args.pattern, "threads": args.threads, "part": COPY} | dict.fromkeys(KINDS, min(passes, key=float))
+    )
     add(SECTIONS, rows, ["pattern", "threads", "part"])
 
 
@@ -387,7 +336,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def publish(args: argparse.Namespace) -> None:
-    found, parts = read(STEPS), read(CORE)
+    found = read(STEPS)
     shown = [method for method in TITLES if method != "dense"]
     executed = [
         f"| model | pattern | batch | threads | dense, ms | {' | '.join(TITLES[method] for method in shown)} |",
@@ -441,29 +390,21 @@ def publish(args: argparse.Namespace) -> None:
     fill(DOCUMENT, "steps", "\n".join(timed))
     fill(DOCUMENT, "sections", "\n".join(sections_table(hardware)) if read(SECTIONS) else NOT_YET)
     fill(DOCUMENT, "memory", "\n".join(memory))
-    fill(DOCUMENT, "core", "\n".join([f"{hardware}.", "", *core_table(parts)]) if parts else NOT_YET)
     draw(found)
 
 
-def core_table(parts: list[dict[str, str]]) -> list[str]:
-    header = " | ".join(f"{int(row['weights']) / 1e6:.1f} M, {row['pattern']}" for row in parts)
-    table = [f"| ms | {header} |", "|---|" + "---:|" * len(parts)]
-    for name, title in {"in place": "one float32 tensor read, another written", **PARTS}.items():
-        table.append(f"| {title} | " + " | ".join(f"{float(row[name]):.1f}" for row in parts) + " |")
-    return table
-
-
 def sections_table(hardware: str) -> list[str]:
-    rows = read(SECTIONS)
-    parts = {CALLS[row["part"]]: [float(row[kind]) for kind in KINDS] for row in rows}
+    lines = [f"{hardware}; batch 32, one thread, processor time.", ""]
+    lines += [f"| ms | {' | '.join(KINDS)} |", "|---|" + "---:|" * len(KINDS)]
+    rows = [row for row in read(SECTIONS) if row["threads"] == "1"]
+    parts = {CALLS[row["part"]]: [float(row[kind]) for kind in KINDS] for row in rows if row["part"] in CALLS}
     parts["together"] = [sum(times) for times in zip(*parts.values(), strict=True)]
-    lines = [f"| {name} | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in parts.items()]
-    return [f"{hardware}; batch 32.", "", f"| ms | {' | '.join(KINDS)} |", "|---|" + "---:|" * len(KINDS), *lines]
+    parts |= {row["part"]: [float(row[kind]) for kind in KINDS] for row in rows if row["part"] == COPY}
+    return lines + [f"| {name} | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in parts.items()]
 
 
 def everything(args: argparse.Namespace) -> None:
-    core(args)
-    sections(argparse.Namespace(pattern="1:16", cycles=2, threads=args.threads))
+    sections(argparse.Namespace(pattern="1:16", cycles=2, threads=1))
     for pattern in ("1:16", "1:8"):
         validation(argparse.Namespace(pattern=pattern, threads=args.threads))
     for case in CASES:
@@ -527,7 +468,7 @@ def main() -> None:
     parts = commands.add_parser("sections")
     parts.add_argument("--pattern", default="1:16")
     parts.add_argument("--cycles", type=int, default=5)
-    calls = {"core": core, "publish": publish, "all": everything}
+    calls = {"publish": publish, "all": everything}
     for command, call in [
         (one, steps),
         (parts, sections),

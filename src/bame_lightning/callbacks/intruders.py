@@ -24,16 +24,20 @@ class Intruders:
     def __init__(self, ranks: Ranks, training: SparseTraining) -> None:
         self._ranks = ranks
         self._training = training
-        self._seen: dict[str, Tensor] = {}
+        self._seen: dict[tuple[str, ...], Tensor] = {}
 
     def look(self, weights: Sequence[SparseWeight]) -> None:
         """Note the weights that are not sparse now; starts a few operations for each."""
+        if not weights:
+            return
+        found = []
         for sparse in weights:
             values = sparse.values
             # After fit the model is back on the CPU.
-            found = torch.gt(values != 0, sparse.kept.to(values.device)).any()
-            before = self._seen.get(sparse.label)
-            self._seen[sparse.label] = found if before is None else found | before
+            found.append(torch.gt(values != 0, sparse.kept.to(values.device)).any())
+        labels, flags = tuple(sparse.label for sparse in weights), torch.stack(found)
+        before = self._seen.get(labels)
+        self._seen[labels] = flags if before is None else flags | before
 
     def tell(self, what: str) -> None:
         """Warn of what was seen since the last time, and while training goes on zero it; waits for the device.
@@ -44,9 +48,13 @@ class Intruders:
         seen, self._seen = self._seen, {}
         if not seen:
             return
-        flags = torch.stack(list(seen.values()))
+        by_label: dict[str, Tensor] = {}
+        for labels, looks in seen.items():
+            for label, flag in zip(labels, looks.unbind(), strict=True):
+                by_label[label] = flag | by_label.get(label, flag)
+        flags = torch.stack(list(by_label.values()))
         found = (self._ranks.any(flags) if self._ranks.sharded else flags).tolist()
-        names = [name for name, intruded in zip(seen, found, strict=True) if intruded]
+        names = [label for label, intruded in zip(by_label, found, strict=True) if intruded]
         if names:
             others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
             rank_zero_warn(

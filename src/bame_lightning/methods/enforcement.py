@@ -21,6 +21,7 @@ class Enforcement:
         self._factors: dict[str, Tensor] = {}
         self._masked: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
+        self._views: dict[str, Tensor] = {}
 
     def mask_gradients(self, weights: Sequence[SparseWeight]) -> None:
         """Zero gradients where weights are pruned."""
@@ -48,14 +49,14 @@ class Enforcement:
         """
         if not weights:
             return
-        found = [(as_integers(local(sparse.weight.detach())), self._factor(sparse)) for sparse in weights]
+        found = [(self._bits(sparse.name, sparse.weight), self._factor(sparse)) for sparse in weights]
         wanted = {id(sparse) for sparse in weights}
         resting: list[tuple[Tensor, Tensor, float]] = []
         for holder in holders:
             for sparse in holder.weights:
                 if id(sparse) in wanted:
                     for key, value in holder.state.elementwise(sparse.weight, sparse.name):
-                        found.append((as_integers(value.detach()), self._factor(sparse)))
+                        found.append((self._bits(f"{key} of {sparse.name}", value), self._factor(sparse)))
                         if rest := holder.state.rest(key):
                             resting.append((value, sparse.oriented(sparse.kept), rest))
         torch._foreach_mul_(*zip(*found, strict=True))
@@ -89,6 +90,16 @@ class Enforcement:
         """Forget all weights but these."""
         self._factors = {name: factor for name, factor in self._factors.items() if name in names}
         self._versions = {name: version for name, version in self._versions.items() if name in names}
+        self._views = {}
+
+    def _bits(self, name: str, value: Tensor) -> Tensor:
+        """The bits of a weight or of optimizer state; remembered until it moves, since a view is an operation, too."""
+        if isinstance(value, DTensor):
+            return as_integers(local(value.detach()))
+        found = self._views.get(name)
+        if found is None or found.data_ptr() != value.data_ptr() or found.stride() != value.stride():
+            found = self._views[name] = as_integers(value.detach())
+        return found
 
     def _factor(self, sparse: SparseWeight) -> Tensor:
         """The mask as zeros and ones, as the weight lies in memory."""
