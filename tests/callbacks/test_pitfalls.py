@@ -1,4 +1,4 @@
-"""Defects of other tools that no other test looks for; `docs/reliability.md` lists all of them."""
+"""Defects of other tools that no other test looks for; `tests/README.md` lists all of them."""
 
 from __future__ import annotations
 
