@@ -286,7 +286,7 @@ def main() -> None:
 
 HEAD = """# Optimizers
 
-After this page you know whether your optimizer works with N:M training here. Every optimizer that these libraries publish was
+After this page you know whether your optimizer works with N:M training here. Every optimizer of the libraries below was
 tried under `BAMECallback("2:4")`, with masks that adapt every other step, for 24 steps of two convolutions and three linear
 layers. [Each by name](../benchmarks/optimizers.md), with the reason if it does not train.
 
@@ -313,26 +313,30 @@ KINDS = {"trains": "Train", "refused": "Refused", "fails": "Fail", "not tried": 
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The page: how many optimizers of each library have which outcome."""
-    lines = [HEAD, f"| library | version | {' | '.join(KINDS.values()).lower()} |", "|---|---|---:|---:|---:|---:|"]
-    for library, own in _by_library(rows):
+    """The page: how many optimizers have which outcome, of torch and of the other libraries."""
+    libraries = ", ".join(library for library, _ in _by_library(rows))
+    lines = [HEAD, f"| | {' | '.join(KINDS.values()).lower()} |", "|---|---:|---:|---:|---:|"]
+    for title, own in (
+        ("torch", [row for row in rows if row["library"] == "torch"]),
+        ("the others", [row for row in rows if row["library"] != "torch"]),
+    ):
         count = [sum(row["result"] == kind for row in own) for kind in KINDS]
-        lines.append(f"| {library} | {own[0]['version']} | {' | '.join(map(str, count))} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {title} | {' | '.join(map(str, count))} |")
+    return "\n".join(lines) + f"\n\nLibraries: {libraries}.\n"
 
 
 def by_name(rows: list[dict[str, Any]]) -> str:
     """The list: for each library the optimizers of one outcome and reason in a line."""
     lines = [LIST_HEAD]
     for library, own in _by_library(rows):
-        lines.append(f"## {library}\n")
+        lines.append(f"## {library} {own[0]['version']}\n")
         for kind, title in KINDS.items():
             by_reason: dict[str, list[str]] = {}
             for row in own:
                 if row["result"] == kind:
                     by_reason.setdefault(_reason(row), []).append(_name(row))
             lines += [
-                f"- **{title}**: {', '.join(names)}{f' ({reason})' if reason else ''}"
+                f"- **{title}**, {len(names)}: {', '.join(names)}{f' ({reason})' if reason else ''}"
                 for reason, names in by_reason.items()
             ]
         lines.append("")
