@@ -41,6 +41,19 @@ def test_a_violating_layer_is_named_and_exits_1(path: Path, capsys: pytest.Captu
     assert "--dense 'bad.weight'" in out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_that_are_not_finite_are_said(
+    dtype: torch.dtype, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = torch.eye(16)
+    weight[3, 3] = weight[5, 5] = float("nan")
+    file = save(path, good=torch.eye(16).to(dtype), bad=weight.to(dtype))
+    assert main([file, "--pattern", "1:16"]) == 0, "of the pattern, nothing is wrong"
+    out = capsys.readouterr().out
+    assert "bad.weight holds values that are not finite: 2\n" in out
+    assert "good.weight holds" not in out
+
+
 def test_dense_may_be_repeated(path: Path) -> None:
     file = save(path, fc=torch.eye(16), head=torch.ones(4, 16), embed=torch.ones(4, 16))
     assert main([file, "--pattern", "1:16"]) == 1
@@ -77,7 +90,7 @@ def test_unusable_files_get_one_line_and_exit_1(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert err.startswith(f"bame-audit: `{path}` ")
+    assert err.startswith(f"bame-audit: error: `{path}` ")
 
 
 @pytest.mark.parametrize("argv", [["--pattern", "4:1"], ["--pattern", "x"], [], ["--pattern", "1:4", "--dense", "no"]])
@@ -88,6 +101,13 @@ def test_unusable_arguments_get_one_line_and_exit_1(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "`pattern`" in err or "`dense`" in err
+
+
+def test_a_flag_that_is_given_twice_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([save(path, fc=torch.eye(4)), "--pattern", "1:4", "--pattern", "2:4"])
+    assert stopped.value.code == 2
+    assert "argument --pattern: is given twice: 1:4 and 2:4" in capsys.readouterr().err
 
 
 def test_names_from_the_file_cannot_steer_the_terminal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,6 +138,14 @@ def test_a_model_that_is_not_sparse_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "old").read_text() == "old"
 
 
+def test_values_that_are_not_finite_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = torch.diag(torch.tensor([1.0, float("nan"), 1.0, 1.0]))
+    torch.save({"a.weight": torch.eye(4), "b.weight": broken}, tmp_path / "last.ckpt")
+    argv = (tmp_path / "last.ckpt", "--format", "dense", "--output", tmp_path / "out", "--pattern", "1:4")
+    assert main([str(word) for word in argv]) == 0
+    assert "Values that are not finite are in b.weight\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 def test_a_failing_write_leaves_the_old_file(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str

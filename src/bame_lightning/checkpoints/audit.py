@@ -36,6 +36,7 @@ class LayerAudit:
         violations: Blocks that break the pattern, or the mask that the checkpoint holds for them.
         reason: The first violating block and what is wrong with it; empty if there is none.
         transposed: Whether its input dimension is the first one.
+        not_finite: Elements that are NaN or infinite, with which no network computes anything; blocks may obey all the same.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerAudit:
     violations: int
     reason: str = ""
     transposed: bool = False
+    not_finite: int = 0
 
     @property
     def compliant(self) -> bool:
@@ -266,7 +268,8 @@ def _judge(
     name: str, weight: Tensor, pattern: NMPattern, mask: Tensor | None = None, *, transposed: bool
 ) -> LayerAudit:
     try:
-        nonzero = to_blocks(oriented(_strided(name, weight), transposed), pattern.m) != 0
+        values = _strided(name, weight)
+        nonzero = to_blocks(oriented(values, transposed), pattern.m) != 0
     except RuntimeError as error:  # a small file can describe a tensor that no memory holds
         raise AuditError(
             f"holds a weight `{name}` of shape {tuple(weight.shape)} that cannot be examined "
@@ -294,7 +297,15 @@ def _judge(
         violations=int(violating.sum()),
         reason=reason,
         transposed=transposed,
+        not_finite=count_not_finite(values),
     )
+
+
+def count_not_finite(values: Tensor) -> int:
+    """Count elements that are NaN or infinite, of any type."""
+    if values.is_floating_point() and values.dtype.itemsize == 1:  # torch asks eight bits nothing
+        values = values.float()
+    return int((~torch.isfinite(values)).sum())
 
 
 def _strided(name: str, weight: Tensor) -> Tensor:

@@ -122,6 +122,10 @@ def first_sentence(error: Exception) -> str:
 
     Returns:
         Text without a final full stop.
+
+    Example:
+        >>> first_sentence(TypeError("Two.forward() wants an argument. See there"))
+        'TypeError: Two.forward() wants an argument'
     """
-    sentence = re.split(r"[.\n]", str(error).strip())[0]
+    sentence = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
     return f"{type(error).__name__}: {sentence}" if 0 < len(sentence) <= 120 else type(error).__name__

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bame_lightning.cli.checkpoints import add_arguments, check_given, printable
-from bame_lightning.cli.command import command_parser, loading
-from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.checkpoints import add_arguments, check_given
+from bame_lightning.cli.command import answers, command_parser, loading
 
 _DESCRIPTION = """\
 Check that every block of a checkpoint's weights obeys its N:M pattern: at most
@@ -41,7 +40,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-@stoppable("bame-audit")
+@answers("bame-audit", "Check the path, or its rights.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-audit`.
 
@@ -54,18 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("bame-audit", _DESCRIPTION, _EPILOG)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        check_given(args.checkpoint, args.pattern)
-        loading("bame-audit", "PyTorch")
-        from bame_lightning.checkpoints.audit import audit_checkpoint
-        from bame_lightning.cli.verdict import show
+    check_given(args.checkpoint, args.pattern)
+    loading("bame-audit", "PyTorch")
+    from bame_lightning.checkpoints.audit import audit_checkpoint
+    from bame_lightning.cli.verdict import show
 
-        report = audit_checkpoint(
-            args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, key=args.key
-        )
-    except ValueError as error:
-        print(f"bame-audit: {printable(str(error))}", file=sys.stderr)
-        return 1
+    report = audit_checkpoint(args.checkpoint, args.pattern, dense=args.dense, transposed=args.transposed, key=args.key)
     show(report)
     return 0 if report.compliant else 1
 

@@ -48,8 +48,3 @@ def check_given(checkpoint: Path, pattern: str | None) -> None:
         raise ValueError(f"`{checkpoint}` does not exist. Check the path.")
     if pattern is not None:
         NMPattern.parse(pattern)
-
-
-def printable(text: str) -> str:
-    """Escape what could steer a terminal: names come from an untrusted file."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

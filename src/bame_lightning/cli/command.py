@@ -7,13 +7,22 @@ begins.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from typing import Any
+
+from typing_extensions import override
 
 import bame_lightning
+from bame_lightning.cli.interruption import stoppable
 
 WRITES = "The command writes into the folder: copy it to where you may write."
+
+Answer = Callable[..., int]
+"""Runs a command: from its arguments (by default those of the command line) to its exit status."""
 _TOLD = ("torch", "lightning", "hydra-core")
 
 
@@ -31,8 +40,21 @@ def command_parser(name: str, description: str, epilog: str) -> argparse.Argumen
     made = argparse.ArgumentParser(
         prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    made.register("action", None, _Once)
     made.add_argument("--version", action="version", version=version(name), help="show the version and exit")
     return made
+
+
+class _Once(argparse.Action):
+    """What argparse does with a value, but for one that is given twice, of which it would take the last."""
+
+    @override
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) != self.default:
+            raise argparse.ArgumentError(self, f"is given twice: {getattr(namespace, self.dest)} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def version(name: str) -> str:
@@ -48,19 +70,38 @@ def version(name: str) -> str:
     return f"{name} {bame_lightning.__version__} ({others}, Python {platform.python_version()})"
 
 
-def told(error: Exception, remedy: str) -> str:
-    """Say what is wrong in a line; what the system says of a file names no remedy.
+def answers(name: str, remedy: str) -> Callable[[Answer], Answer]:
+    """Let a command that is stopped, or given what it cannot use, end in a line on stderr and the exit status that says so.
 
     Args:
-        error: What was raised.
-        remedy: A sentence that follows what the system says.
+        name: Name of the command.
+        remedy: A sentence that follows what the system says of a file.
 
     Returns:
-        The line.
+        A decorator.
     """
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. {remedy}"
-    return str(error)
+
+    def decorate(answer: Answer) -> Answer:
+        @functools.wraps(answer)
+        def main(argv: Sequence[str] | None = None) -> int:
+            with stoppable(name):
+                try:
+                    return answer(argv)
+                except (ValueError, OSError) as error:
+                    line = str(error)
+                    if isinstance(error, OSError) and error.filename is not None:
+                        line = f"{error.filename}: {error.strerror}. {remedy}"
+                    print(f"{name}: error: {printable(line)}", file=sys.stderr)
+            return 1
+
+        return main
+
+    return decorate
+
+
+def printable(text: str) -> str:
+    """Escape what could steer a terminal: names may come from an untrusted file."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def loading(name: str, what: str) -> None:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.cli.command import WRITES, command_parser, loading, told
-from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.command import WRITES, answers, command_parser, loading
 
 _DESCRIPTION = """\
 Compare the finished runs of a sweep: test accuracy (of language models: bits
@@ -33,7 +32,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-@stoppable("bame-compare")
+@answers("bame-compare", WRITES)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-compare`.
 
@@ -50,26 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if not args.sweep_dir.is_dir():
-        print(
-            f"bame-compare: error: `SWEEP_DIR` must be a folder with runs; there is no folder {args.sweep_dir}.",
-            file=sys.stderr,
-        )
-        return 1
+        raise ValueError(f"`SWEEP_DIR` must be a folder with runs; there is no folder {args.sweep_dir}.")
     loading("bame-compare", "SciPy and Matplotlib")
     from bame_lightning.cli.side_by_side import show
-    from bame_lightning.show.compare import CompareError, Comparison, compare_runs, find_runs, to_csv, to_markdown
+    from bame_lightning.show.compare import Comparison, compare_runs, find_runs, to_csv, to_markdown
     from bame_lightning.show.compare.figure import draw
 
-    try:
-        runs, missing = find_runs(args.sweep_dir)
-        found = compare_runs(runs, args.baseline)
-        comparison = Comparison(found.rows, found.baseline, (*found.notes, *missing))
-        (args.sweep_dir / "compare.csv").write_text(to_csv(comparison))
-        (args.sweep_dir / "compare.md").write_text(to_markdown(comparison))
-        draw(comparison, args.sweep_dir / "compare.png")
-    except (CompareError, OSError) as error:
-        print(f"bame-compare: error: {told(error, WRITES)}", file=sys.stderr)
-        return 1
+    runs, missing = find_runs(args.sweep_dir)
+    found = compare_runs(runs, args.baseline)
+    comparison = Comparison(found.rows, found.baseline, (*found.notes, *missing))
+    (args.sweep_dir / "compare.csv").write_text(to_csv(comparison))
+    (args.sweep_dir / "compare.md").write_text(to_markdown(comparison))
+    draw(comparison, args.sweep_dir / "compare.png")
     show(comparison)
     print(f"Written to {args.sweep_dir}: compare.csv, compare.md, compare.png")
     return 0

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from bame_lightning.cli.account import base_url, logged_in
-from bame_lightning.cli.command import command_parser, loading
-from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.command import answers, command_parser, loading
 
 _DESCRIPTION = """\
 Build a workspace in a W&B project, with sections Oscillation, Masks, FLOPs,
@@ -26,11 +25,11 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-class DashboardError(Exception):
+class DashboardError(ValueError):
     """What keeps a workspace from being built, in one line for the user."""
 
 
-@stoppable("bame-dashboard")
+@answers("bame-dashboard", "Check its rights.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-dashboard`.
 
@@ -46,12 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="+", default=(), metavar="NAME", help="layers whose maps are shown")
     args = parser.parse_args(argv)
     loading("bame-dashboard", "Weights & Biases")
-    try:
-        url = build(args.entity, args.project, args.layers)
-    except DashboardError as error:
-        print(f"bame-dashboard: error: {error}", file=sys.stderr)
-        return 1
-    print(f"Built: {url}")
+    print(f"Built: {build(args.entity, args.project, args.layers)}")
     return 0
 
 

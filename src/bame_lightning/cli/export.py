@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bame_lightning.checkpoints.export.errors import ExportError
-from bame_lightning.cli.checkpoints import add_arguments, check_given, printable
-from bame_lightning.cli.command import command_parser, loading, told
-from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.checkpoints import add_arguments, check_given
+from bame_lightning.cli.command import answers, command_parser, loading, printable
 
 _FORMATS = ("dense", "packed", "semi_structured", "onnx")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -39,7 +38,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-@stoppable("bame-export")
+@answers("bame-export", "Name another path with --output.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-export`.
 
@@ -50,18 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 if the file was written, else 1.
     """
     args = _parser().parse_args(argv)
-    try:
-        _check(args)
-        check_given(args.checkpoint, args.pattern)
-        loading("bame-export", "PyTorch")
-        from bame_lightning.cli.exporting import export
+    _check(args)
+    check_given(args.checkpoint, args.pattern)
+    loading("bame-export", "PyTorch")
+    from bame_lightning.cli.exporting import export
 
-        lines = export(args)
-    except (ValueError, OSError) as error:
-        line = told(error, "Name another path with --output.")
-        print(f"bame-export: error: {printable(line)}", file=sys.stderr)
-        return 1
-    for line in lines:
+    for line in export(args):
         print(printable(line))
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bame_lightning.checkpoints.audit import AuditError
+from bame_lightning.checkpoints.audit import AuditError, count_not_finite
 from bame_lightning.checkpoints.export import (
     ExportError,
     Trained,
@@ -106,6 +106,8 @@ def _contents(trained: Trained) -> list[str]:
         lines.append(f"Left out, not below '{trained.prefix}': {', '.join(trained.left_out)}")
     else:
         lines += _beginnings(trained)
+    if broken := [name for name, tensor in trained.tensors.items() if count_not_finite(tensor)]:
+        lines.append(f"Values that are not finite are in {', '.join(broken)}")
     if trained.dropped:
         lines.append(f"Dropped from names: {', '.join(trained.dropped)}")
     if trained.unread:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.cli.command import WRITES, command_parser, loading, told
-from bame_lightning.cli.interruption import stoppable
+from bame_lightning.cli.command import WRITES, answers, command_parser, loading
 
 _DESCRIPTION = """\
 Write report.html into a folder: one page that needs no network, for any
@@ -28,7 +27,7 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-@stoppable("bame-report")
+@answers("bame-report", WRITES)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-report`.
 
@@ -46,20 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder: Path = args.folder
     if not folder.is_dir():
-        print(
-            f"bame-report: error: `RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; there is no folder {folder}.",
-            file=sys.stderr,
-        )
-        return 1
+        raise ValueError(f"`RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; there is no folder {folder}.")
     loading("bame-report", "PyTorch and SciPy")
-    from bame_lightning.show.compare import CompareError
-    from bame_lightning.show.report import ReportError, write_report
+    from bame_lightning.show.report import write_report
 
-    try:
-        path = write_report(folder, args.baseline)
-    except (ReportError, CompareError, ValueError, OSError) as error:
-        print(f"bame-report: error: {told(error, WRITES)}", file=sys.stderr)
-        return 1
+    path = write_report(folder, args.baseline)
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bame_lightning.checkpoints.audit import AuditReport
-from bame_lightning.cli.checkpoints import printable
+from bame_lightning.cli.command import printable
 from bame_lightning.show.narrow import Table
 
 
@@ -34,6 +34,9 @@ def show(report: AuditReport) -> None:
     else:
         where = f" of '{printable(report.key)}'" if report.key and report.unread else ""
         console.print(f"OK: all {sum(layer.blocks for layer in report.layers)} blocks{where} obey.", soft_wrap=True)
+    broken = {layer.name: layer.not_finite for layer in report.layers if layer.not_finite}
+    for name, count in broken.items():
+        console.print(f"{printable(name)} holds values that are not finite: {count:,}", soft_wrap=True)
     if report.dropped:
         console.print(f"Names are those without {', '.join(report.dropped)}", soft_wrap=True)
     if report.unread:

@@ -75,7 +75,9 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
             runs.append(_run(name, summary))
     if not runs:
         told = f" ({'; '.join(notes)})" if notes else ""
-        raise CompareError(f"{folder} holds no {SUMMARY} of a finished run{told}.")
+        raise CompareError(
+            f"{folder} holds no {SUMMARY} of a finished run{told}. Name the folder of one or of several."
+        )
     return runs, notes
 
 
