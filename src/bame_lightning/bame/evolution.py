@@ -148,27 +148,10 @@ class ContendingBlocks(EvolvingBlocks):
         shapes = [(*shape, count_in_share(share, shape[1] // m * (m - n))) for shape in zip(rows, lengths, strict=True)]
         weakest, chosen = self.kept.weakest(), dict[int, Tensor]()
         for layers in alike(shapes):
-            ratios = self._closeness(layers, weakest).view(-1, lengths[layers[0]])
+            ratios = closeness_now(self, layers, weakest).view(-1, lengths[layers[0]])
             together = self.choose(ratios, shapes[layers[0]][2])
             chosen |= zip(layers, torch.split(together, [rows[layer] for layer in layers]), strict=True)
         self.contenders.choose([chosen[layer] for layer in range(len(rows))])
-
-    def _closeness(self, layers: list[int], weakest: Float[Tensor, "blocks 1"]) -> Float[Tensor, "some m"]:
-        """How close the positions of some weights are to a swap; what may not swap now comes last."""
-        table = self.table
-        evidence, sizes, places = (
-            torch.cat([table.of(layer, values) for layer in layers])
-            for values in (table.evidence, weakest, self.kept.places)
-        )
-        ratios = closeness(evidence, sizes, places)
-        if table.freeze_after is None and self.room is None:
-            return ratios
-        closed = torch.cat([table.frozen_of(layer) for layer in layers])[:, None]
-        if self.room is not None:
-            closed = closed | torch.cat([self.room.full(layer) for layer in layers])
-        # Not even what is closed comes after what is kept, which never contends.
-        least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
-        return torch.where(ratios < 0, ratios, least)
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
         """Choose the contenders of some rows, as places in them."""
@@ -313,3 +296,29 @@ def predicted_gain(
         assert read.contenders is not None
         gained, lost = read.contenders[found.slot], read.kept[found.slot, found.place]
     return lost * found.weakest - gained * revived
+
+
+def closeness_now(
+    blocks: ContendingBlocks, layers: Sequence[int], weakest: Float[Tensor, "blocks 1"]
+) -> Float[Tensor, "some m"]:
+    """How close the positions of some weights are to a swap; what may not swap now comes last.
+
+    Args:
+        blocks: The blocks of all weights.
+        layers: Which weights.
+        weakest: Size of the smallest weight that each block keeps.
+    """
+    table, room = blocks.table, blocks.room
+    evidence, sizes, places = (
+        torch.cat([table.of(layer, values) for layer in layers])
+        for values in (table.evidence, weakest, blocks.kept.places)
+    )
+    ratios = closeness(evidence, sizes, places)
+    if table.freeze_after is None and room is None:
+        return ratios
+    closed = torch.cat([table.frozen_of(layer) for layer in layers])[:, None]
+    if room is not None:
+        closed = closed | torch.cat([room.full(layer) for layer in layers])
+    # Not even what is closed comes after what is kept, which never contends.
+    least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
+    return torch.where(ratios < 0, ratios, least)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bame_lightning.bame.schedule import Window
+from bame_lightning.blocks.masks import zero_pruned_
 from bame_lightning.methods.pace import Pace
 from bame_lightning.weights.fixed_point import keeps_zeros
 from bame_lightning.weights.layers import SparseWeight
@@ -136,7 +137,24 @@ class Holder:
         self.stepping = False
         self._views = {}
 
-    def memory(self, value: Tensor) -> Tensor:
+    def rest(self, weights: Sequence[SparseWeight], places: Sequence[Tensor]) -> None:
+        """Put what the optimizer keeps of weights to rest where they were pruned.
+
+        Args:
+            weights: The weights.
+            places: For each, the places in its memory.
+        """
+        for sparse, pruned in zip(weights, places, strict=True):
+            for key, value in self.state.elementwise(sparse.weight, sparse.name):
+                rest = self.state.rest(key)
+                if sparse.oriented(value).stride() == sparse.kept.stride():
+                    self._memory(value).index_fill_(0, pruned, rest)
+                elif rest:
+                    sparse.oriented(value).masked_fill_(~sparse.kept, rest)
+                else:
+                    zero_pruned_(sparse.oriented(value), sparse.kept)
+
+    def _memory(self, value: Tensor) -> Tensor:
         """View state as it lies in memory; remembered, since a view costs as much as a small operation."""
         found = self._views.get(id(value))
         if found is None or found[0] is not value or found[1].data_ptr() != value.data_ptr():
