@@ -60,8 +60,8 @@ def test_how_close_the_blocks_of_a_weight_are_against_loops(pattern: NMPattern, 
     torch.testing.assert_close(ratios, torch.tensor(expected, dtype=dtype))
 
 
-@given(st.data())
-def test_contenders_are_the_closest_positions_of_each_row_ascending(data: st.DataObject) -> None:
+@given(st.data(), st.sampled_from([1, 12, 2**20]))
+def test_contenders_are_the_closest_positions_of_each_row_ascending(data: st.DataObject, piece: int) -> None:
     rows, positions = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
     # Kept positions and frozen blocks are at -1; many are equal.
     ratios = [data.draw(st.lists(st.integers(-1, 3), min_size=positions, max_size=positions)) for _ in range(rows)]
@@ -70,7 +70,9 @@ def test_contenders_are_the_closest_positions_of_each_row_ascending(data: st.Dat
         sorted(i for i in sorted(range(positions), key=lambda i, r=ratios[row]: (-r[i], i))[:count])
         for row in range(rows)
     ]
-    assert choose(torch.tensor(ratios).float(), count).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bame_lightning.bame.contenders.PIECE", piece)
+        assert choose(torch.tensor(ratios).float(), count).tolist() == expected
 
 
 def test_an_infinitely_close_position_is_chosen_before_all_others() -> None:

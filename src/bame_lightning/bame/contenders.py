@@ -48,19 +48,21 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     """
     if not count:
         return torch.zeros(len(closeness), 0, dtype=torch.int64, device=closeness.device)
-    # Bits of positive numbers are in their order, NaN comes last, and all that is negative before. Lower places break ties.
-    order = (
-        as_integers(closeness.float())
-        .long()
-        .mul_(2**32)
-        .sub_(torch.arange(closeness.shape[1], device=closeness.device))
-    )
-    return order.topk(count, sorted=False).indices.sort().values
+    rows, places = closeness.shape
+    some = max(1, PIECE // places) if closeness.is_cpu else max(1, rows)
+    lower = torch.arange(places, device=closeness.device)
+    found = []
+    for part in closeness.split(some):
+        # Bits of positive numbers are in their order, NaN is last, all that is negative before. Lower places break ties.
+        order = as_integers(part.float()).long().mul_(2**32).sub_(lower)
+        found.append(order.topk(count, sorted=False).indices.sort().values)
+    return torch.cat(found)
 
 
 TOGETHER = 2**21
-"""Positions among which contenders are chosen at once, at most, unless a single weight has more: larger blocks of memory are
-asked of the system each time."""
+"""Positions among which contenders are chosen at once, at most, unless a single weight has more."""
+PIECE = 2**20
+"""Of these, what is in order at one time on a CPU: larger blocks of memory are asked of the system each time."""
 
 
 def alike(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
