@@ -342,14 +342,9 @@ def publish(args: argparse.Namespace) -> None:
         f"| model | pattern | batch | threads | dense, ms | {' | '.join(TITLES[method] for method in shown)} |",
         "|---|---|---:|---:|---:|" + "---:|" * len(shown),
     ]
-    timed = [
-        "| model | pattern | batch | threads | BAME's steps: read contenders | and adapt | read all | adapt then |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
     memory = [
-        "| model | pattern | batch | held, bytes a weight | saved, bytes a weight | metrics of a logged step, ms "
-        "| peak, MiB: dense | SR-STE | static mask | BAME | BAME, auto |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model, 1:16 | held | saved | peak, MiB: dense | SR-STE | static mask | BAME | BAME, auto |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in cases(found):
         rows = {row["method"]: row for row in case}
@@ -359,15 +354,14 @@ def publish(args: argparse.Namespace) -> None:
         begin = f"| {dense['model']}{width}{layout} | {dense['pattern']} | {dense['batch']} |"
         ratios = [f"{float(rows[m]['over_dense']):.2f} ± {float(rows[m]['spread']):.2f}" for m in shown]
         executed.append(f"{begin} {dense['threads']} | {float(dense['median_ms']):.1f} | {' | '.join(ratios)} |")
-        kinds = [bame[kind] for kind in ("reads_some", "adapts_some", "reads_all", "adapts_all")]
-        timed.append(f"{begin} {dense['threads']} | {' | '.join(f'{float(ratio):.2f}' for ratio in kinds)} |")
-        held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight", "logging_ms")]
+        if (dense["threads"], dense["pattern"], layout) != ("1", "1:16", ""):
+            continue
+        held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight")]
         held += [
             f"{float(rows[method]['peak_mib']):.0f}" if rows[method]["peak_mib"] else "-"
             for method in ("dense", "sr_ste", "static", "bame", "bame_auto")
         ]
-        if dense["threads"] == "1":
-            memory.append(f"{begin} {' | '.join(held)} |")
+        memory.append(f"| {dense['model']}{width}, batch {dense['batch']} | {' | '.join(held)} |")
     hardware = f"On {processor()}, torch {torch.__version__}"
     cycles = sorted({int(row["cycles"]) for row in found})
     where = ", ".join(sorted({row["processor"] for row in found}))
@@ -387,7 +381,6 @@ def publish(args: argparse.Namespace) -> None:
     ]
     fill(DOCUMENT, "validation", "\n".join(judged))
     fill(DOCUMENT, "executed", "\n".join([measured, "", *executed]))
-    fill(DOCUMENT, "steps", "\n".join(timed))
     fill(DOCUMENT, "sections", "\n".join(sections_table(hardware)) if read(SECTIONS) else NOT_YET)
     fill(DOCUMENT, "memory", "\n".join(memory))
     draw(found)
