@@ -52,7 +52,7 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     some = max(1, PIECE // places) if closeness.is_cpu else max(1, rows)
     lower = torch.arange(places, device=closeness.device)
     found = []
-    for part in closeness.split(some):
+    for part in torch.split(closeness, some):
         # Bits of positive numbers are in their order, NaN is last, all that is negative before. Lower places break ties.
         order = as_integers(part.float()).long().mul_(2**32).sub_(lower)
         found.append(order.topk(count, sorted=False).indices.sort().values)
