@@ -236,16 +236,16 @@ def over_sparse_layers() -> list[str]:
     default, schedule = Evidence(), Schedule()
     assert isinstance(schedule.stop, float)
     read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.contenders)
-    lines = ["| over the N:M layers alone, SR-STE costs | 1:16 | 1:8 | 1:4 | 2:4 |", "|---|---:|---:|---:|---:|"]
+    lines = ["| SR-STE costs | 1:16 | 1:8 | 1:4 | 2:4 |", "|---|---:|---:|---:|---:|"]
     for name, shares in (
         ("BAME", lambda density: BAME.cost.shares(density, read)),
-        ("a static mask, the bound", Masked.cost.shares),
+        ("a static mask", Masked.cost.shares),
     ):
         ratios = []
         for pattern in PATTERNS:
             density = NMPattern.parse(pattern).density
             ratios.append(_all(SR_STE.shares(density)) / _all(shares(density)))
-        lines.append(f"| times the FLOPs of {name} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
+        lines.append(f"| times {name} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
     return lines
 
 
