@@ -24,7 +24,7 @@ DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": semi_structured.DTYPES}
 
 @runtime_checkable
 class Products(Protocol):
-    """The products of one sparse layer. Each may answer None: then the dense one is right, and this one would not be."""
+    """The products of one sparse layer. A product that answers None must be computed densely instead."""
 
     name: str
     device: str
@@ -154,7 +154,7 @@ class SparseLayer:
     def multiply(
         self, x: Float[Tensor, ...], weight: Float[Tensor, "out inp *kernel"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, ...]:
-        """The same where `why_dense` has nothing to say."""
+        """The layer's output, for a call that `why_dense` has let pass."""
         kind = computing_type(x)  # where autocast is on, the casts are differentiated, too
         x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
         made: Tensor = _Multiply.apply(x, weight, bias, self, torch.is_grad_enabled())

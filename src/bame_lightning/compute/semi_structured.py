@@ -148,7 +148,7 @@ class SemiStructuredProducts:
         return (gradient.reshape(-1, gradient.shape[-1]) @ values).view(x.shape)
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor, also: Tensor | None = None) -> None:
-        """Not here: neither of its factors is sparse."""
+        """None: neither factor of this product is sparse, so dense code computes it."""
         return
 
 
@@ -176,7 +176,7 @@ class _Packing:
             self.index = places.reshape(ones.shape)
 
     def pack(self, weight: Float[Tensor, "out inp"]) -> tuple[Tensor, Tensor | None]:
-        """The values, and what is told of them; the weight must be zero where the mask prunes."""
+        """The kept values, and where they lie; the weight must be zero where the mask prunes."""
         if self.index is None:
             return torch._cslt_compress((weight.t() if self.transposed else weight).contiguous()), None
         return weight.reshape(-1)[self.index], self.meta

@@ -194,7 +194,7 @@ class MacCounter(TorchDispatchMode):
         self.other += Macs(macs, left.requires_grad * macs, right.requires_grad * macs)
 
     def _owner(self, tensor: Tensor) -> str | None:
-        """Name of the parameter that a tensor comes from; empty for buffers, None for activations."""
+        """Name the parameter that a tensor comes from; empty for buffers, None for activations."""
         address = _address(tensor)
         if address not in self._owners and isinstance(tensor, nn.Parameter):
             # FSDP2 puts whole weights into the model for the forward pass only.

@@ -200,7 +200,7 @@ def _bits(packed: Any, shape: Sequence[int]) -> Bool[Tensor, ...]:
 
 
 def most_restless(traces: Sequence[Trace], at_most: int = 8) -> list[Trace]:
-    """Choose the blocks that oscillated most, of those of one number the ones of which most was seen."""
+    """Choose the blocks that oscillated most; among equals, those with the longest trace."""
     return sorted(traces, key=lambda trace: (-trace.oscillations, -trace.changes))[:at_most]
 
 

@@ -62,17 +62,17 @@ class LayerPlan:
 
     @property
     def untrained(self) -> bool:
-        """Whether it stays dense only as long as it is not trained."""
+        """Whether the weight stays dense only as long as it is not trained."""
         return self.reason in UNTRAINED
 
     @property
     def rows(self) -> Rows:
-        """Which of its rows, those of the output dimension, this process holds."""
+        """The rows (of the output dimension) that this process holds."""
         return Rows.of(self.weight, self.name, dim=int(self.transposed))
 
     @property
     def values(self) -> Float[Tensor, "out inp *kernel"]:
-        """What of it this process holds, without autograd, in the parameter's memory."""
+        """The part of the weight that this process holds, without autograd, in the parameter's memory."""
         return oriented(local(self.weight.detach()), self.transposed)
 
 
@@ -278,11 +278,11 @@ class _Held(NamedTuple):
 
     @property
     def names(self) -> tuple[str, str]:
-        """What names it alone in rules."""
+        """Names by which a rule means this weight alone."""
         return self.name, self.name.removesuffix(".weight")
 
     def matches(self, glob: str) -> bool:
-        """Whether a rule is for it."""
+        """Whether a rule means this weight."""
         return any(fnmatchcase(name, glob) for name in (*self.names, *self.modules))
 
 

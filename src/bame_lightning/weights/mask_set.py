@@ -42,7 +42,7 @@ class MaskSet:
             sparse.kept = kept.copy_(sparse.kept)
 
     def following(self, weights: Sequence[SparseWeight]) -> MaskSet:
-        """Go on with other weights: those that stay keep what was counted."""
+        """Make the set for other weights; weights that stay keep their counts."""
         if self.weights == list(weights):
             return self
         masks, known = MaskSet(weights), {id(sparse): place for place, sparse in enumerate(self.weights)}
@@ -80,7 +80,7 @@ class MaskSet:
         self.flips += self.last_flips
 
     def unchanged(self) -> None:
-        """Call where masks may have changed and have not."""
+        """Tell the set that this step changed no mask."""
         self.last_flips = torch.zeros_like(self.flips)
 
     def state(self, place: int) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ class Rows:
         return total
 
     def part_of(self, total: Tensor) -> Tensor:
-        """Divide a sum again: all of it for the first process, nothing for the others."""
+        """Divide a sum among processes again: the first one gets all of it, the others 0."""
         return total if self.part == 0 else torch.zeros_like(total)
 
     def gather(self, values: Tensor) -> Tensor:

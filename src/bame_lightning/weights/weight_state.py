@@ -247,7 +247,7 @@ def _parameters(optimizer: Any) -> Iterator[nn.Parameter]:
 
 
 def _kept_by(holder: Any, weight: nn.Parameter) -> Iterator[tuple[str, Any]]:
-    """What one optimizer keeps for a weight: in its state, in tables of its own, or in lists beside its parameters."""
+    """Find what one optimizer keeps for a weight: in its state, in tables of its own, or in lists beside its parameters."""
     state = getattr(holder, "state", None)
     if isinstance(state, Mapping):
         yield from _leaves("", _entry(state, weight))
@@ -261,7 +261,7 @@ def _kept_by(holder: Any, weight: nn.Parameter) -> Iterator[tuple[str, Any]]:
 
 
 def _entry(table: Mapping[Any, Any], weight: nn.Parameter) -> Any:
-    """What a table by parameter, or by the `id` of parameters, holds for a weight."""
+    """Look a weight up in a table whose keys are parameters, or their `id`s."""
     # Not just `in`: a parameter and its `id` have the same hash, and comparing them makes a tensor.
     first = next(iter(table), None)
     if isinstance(first, Tensor):
@@ -270,7 +270,7 @@ def _entry(table: Mapping[Any, Any], weight: nn.Parameter) -> Any:
 
 
 def _beside(holder: Any, weight: nn.Parameter, values: Sequence[Any]) -> Iterator[Tensor]:
-    """The entry of a list that lies beside the parameters, group by group or one after the other."""
+    """Find the entry of a weight in a list as long as the parameters, nested by groups or flat."""
     groups = [group["params"] for group in holder.param_groups]
     nested = all(isinstance(value, list | tuple) for value in values)
     parallel = zip(groups, values, strict=False) if nested else [([p for group in groups for p in group], values)]
@@ -300,7 +300,7 @@ def _last(path: str) -> str:
 
 
 def _sized(values: Iterable[Any]) -> bool:
-    """Whether there is a tensor that is no mere counter, or an object that may hold one."""
+    """Whether the state holds a tensor that is more than a counter, or an object that may hold one."""
     return any(not isinstance(value, Tensor) or value.dim() > 0 for value in values)
 
 

@@ -75,7 +75,7 @@ class Trained:
 
 
 def layers_of(trained: Trained) -> dict[str, dict[str, Any]]:
-    """What an exported file says of its sparse layers, so that an audit needs to be told nothing.
+    """Describe the sparse layers of an exported file, so that an audit needs no option.
 
     Args:
         trained: The model.

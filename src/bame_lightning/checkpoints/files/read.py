@@ -100,7 +100,7 @@ def load_weights(module: nn.Module, path: Path, argument: str) -> Mapping[Any, A
 
 
 def _contents(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any] | None, list[str]]:
-    """All that a path holds; the sparse layers that it names itself; what is left out."""
+    """Read all that a path holds, the sparse layers that it names itself, and what was left out."""
     if path.is_dir():
         return _folder(path)
     if path.is_file() and path.name.endswith(".index.json"):

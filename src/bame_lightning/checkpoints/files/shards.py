@@ -48,7 +48,7 @@ def read_index(path: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[st
 
 
 def inside(folder: Path, file: str) -> Path:
-    """Name a file of a folder that another file of it, which may be anybody's, speaks of.
+    """Find a file that another file of its folder names; anybody may have written that one.
 
     Args:
         folder: The folder.

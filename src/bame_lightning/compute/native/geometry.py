@@ -41,7 +41,7 @@ class Image(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Numbers of a sample."""
+        """How many numbers a sample has."""
         return self.channels * self.height * self.width
 
 
@@ -233,7 +233,7 @@ class _Axis(NamedTuple):
         return (kind + self.padding - tap * self.dilation) // self.stride
 
     def positions(self, kind: int) -> Tensor:
-        """Inputs of a kind."""
+        """How many inputs are of a kind."""
         return torch.arange(kind, self.inputs, self.stride)
 
     @property
@@ -259,14 +259,14 @@ def _positions(height: int, width: int, line: int, step: int) -> Tensor:
 
 
 def _written(image: Image, pixels: Tensor) -> tuple[int, Tensor]:
-    """Elements between channels, and where pixels lie."""
+    """How far channels lie apart in memory, and where pixels lie."""
     if image.last or image.height * image.width == 1:
         return 1, pixels * image.channels
     return image.height * image.width, pixels
 
 
 def _tiled(unit: Tensor, tiles: int) -> Tensor:
-    """Positions for each of several vectors of samples."""
+    """Repeat positions for each vector of samples."""
     return _int32((unit[:, None] * tiles + torch.arange(tiles)).flatten())
 
 

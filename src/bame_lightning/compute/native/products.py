@@ -217,7 +217,7 @@ class KernelProducts:
         return torch.Size((len(x), self.shape[0], height, width))
 
     def _geometry(self, x: Tensor, output: Tensor) -> tuple[Any, Geometry]:
-        """What follows from the shapes of input and output, and its key."""
+        """The geometry of a call with these shapes of input and output, and the key under which it is remembered."""
         source, made = _image(x, self.operation), _image(output, self.operation)
         samples = x.numel() // source.features
         tiles = min(-(-samples // self.lanes), TILES)
@@ -275,6 +275,6 @@ def _image(x: Tensor, operation: Operation) -> Image:
 
 
 def _of(packing: structures.Packing, source: Tensor) -> structures.Packing:
-    """The packing of some samples."""
+    """Describe to the kernels how some samples are packed."""
     packing.source, packing.samples = source.data_ptr(), source.numel() // packing.features
     return packing

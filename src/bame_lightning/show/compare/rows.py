@@ -24,8 +24,8 @@ class Metric:
     Args:
         key: Attribute of `Run`.
         title: Name for people.
-        unit: That of shown values, as it follows the title in a sentence.
-        difference_unit: That of shown differences.
+        unit: Unit of shown values, as it follows the title in a sentence.
+        difference_unit: Unit of shown differences.
         scale: Shown values per value.
         digits: Decimal places of shown values.
     """
@@ -159,7 +159,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is shown.
+    """Runs side by side, as tables and figures show them.
 
     Args:
         rows: By task, from dense to sparse patterns, by method.
@@ -212,7 +212,7 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
 
 
 def _lacking(row: Row) -> Iterator[str]:
-    """Tell why a column is empty that some of the runs could fill."""
+    """Tell why a column is empty, although some of the runs could fill it."""
     for name, values in (
         ("training loss", [run.loss for run in row.runs]),
         ("FLOPs", [run.flops or None for run in row.runs]),
@@ -243,7 +243,7 @@ def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> 
 
 
 def _comparable(row: Row, other: Row) -> bool:
-    """Same task, same pattern (a dense baseline goes with any), same settings but those of the methods themselves."""
+    """Whether rows share task, pattern (a dense baseline goes with any) and settings but those of the methods themselves."""
     shared = [key for key in row.settings.keys() & other.settings.keys() if not key.startswith("method.")]
     settings = all(row.settings[key] == other.settings[key] for key in shared)
     return row.task == other.task and other.pattern in (row.pattern, None) and settings

@@ -118,7 +118,7 @@ def masks(log: Log) -> Iterator[Figure]:
 
 
 def freezing(log: Log) -> Iterator[Figure]:
-    """How many blocks are frozen, where any is."""
+    """Draw how many blocks are frozen, if any is."""
     frozen = log["bame/frozen_fraction"]
     if any(frozen.values):
         note = "Share of blocks whose mask is final because they oscillated too often."

@@ -15,7 +15,7 @@ from bame_lightning.show.report.logs import Log, Series
 
 
 def oscillation(log: Log, snapshots: Snapshots | None) -> Iterator[Figure]:
-    """What a run shows of oscillation.
+    """Draw what a run shows of oscillation.
 
     Args:
         log: What was logged.
@@ -173,7 +173,7 @@ def _traces(traces: Sequence[Trace]) -> Figure:
 
 
 def _line(trace: Trace, x: list[int], y: list[int], base: int, colour: str) -> dict[str, Any]:
-    """The way of one kept place, in the band that begins at `base`."""
+    """Draw how one kept place moves, in the band that begins at `base`."""
     return {
         "type": "scatter",
         "mode": "lines",
