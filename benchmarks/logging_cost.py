@@ -115,11 +115,9 @@ def report(seconds: list[float], times: dict[type, list[float]]) -> str:
     rest = {kind: LOOKS[kind] * looks[kind] for kind in looks}
     mean, error = statistics.mean(extra), statistics.stdev(extra) / math.sqrt(len(extra))
     text = (
-        f"**What it costs.** ResNet-20 at 1:16 (batch {BATCH}, one CPU thread, loggers CSV and offline W&B) needs {mean:.1f} ± "
-        f"{error:.1f} % more processor time for ten steps if the last one logs all scalars (mean and standard error of "
-        f"{len(pairs)} pairs; a step takes {1e3 * step:.0f} ms). Pictures of all layers take {looks[MaskImages]:.2f} s and a "
-        f"snapshot {looks[MaskSnapshots]:.3f} s: {100 * sum(rest.values()) / run:.2f} % of `recipe=fashion_mnist_resnet20`. "
-        f"`python -m benchmarks.logging_cost` measures it and writes this paragraph."
+        f"**What it costs.** Ten steps of ResNet-20 need {mean:.1f} ± {error:.1f} % more processor time if the last one logs "
+        f"all scalars to CSV and offline W&B (mean and standard error of {len(pairs)} pairs). Pictures and snapshots take "
+        f"{100 * sum(rest.values()) / run:.2f} % of `recipe=fashion_mnist_resnet20` (`python -m benchmarks.logging_cost`)."
     )
     return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
 
