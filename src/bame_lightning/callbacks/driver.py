@@ -198,12 +198,12 @@ class SparseCallback(MethodCallback):
         self._stage = Stage.OUTSIDE
         # Strategies that shard the model first load a checkpoint after this hook only.
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._start(trainer, pl_module)
+            self._make_sparse(trainer, pl_module)
 
     @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._stage is Stage.OUTSIDE:
-            self._start(trainer, pl_module)
+            self._make_sparse(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -211,7 +211,7 @@ class SparseCallback(MethodCallback):
             # Not earlier: to tell the length of the run, Lightning sets up the data loader, whose place is not restored yet.
             plan_windows(trainer, self.method)
         if self._stage is Stage.OUTSIDE or self.restored:
-            self._start(trainer, pl_module)
+            self._make_sparse(trainer, pl_module)
         if trainer.ckpt_path and not self.steps:
             self.steps = trainer.global_step  # masks were rebuilt in the middle of a run
             self.training.follow([holder.optimizer for holder in self.training.run.holders])
@@ -223,7 +223,7 @@ class SparseCallback(MethodCallback):
     ) -> None:
         if self.restored:
             # Put back in the middle of training, as by a learning-rate finder.
-            self._start(trainer, pl_module)
+            self._make_sparse(trainer, pl_module)
             self._attach(trainer, pl_module)
         for holder in self.training.run.holders:
             holder.start_batch()
@@ -343,7 +343,7 @@ class SparseCallback(MethodCallback):
 
     # What the hooks do.
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _make_sparse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the weights sparse, or restore them."""
         loaded, self.restored, self._stage = self.restored, None, Stage.READY
         if loaded is None and trainer.ckpt_path and self.init != "nonzero":
@@ -368,7 +368,7 @@ class SparseCallback(MethodCallback):
         self.training.on_step = partial(self._after_step, trainer)
         # The optimizers' state may come from a checkpoint of dense training.
         self.method.enforce()
-        self.training.execution.share = partial(on_the_first, trainer)
+        self.training.execution.on_the_first = partial(on_the_first, trainer)
         self.training.execution.bind(pl_module, self.weights)
         for holder in self.training.run.holders:
             keep_pace(trainer, self.method, holder)

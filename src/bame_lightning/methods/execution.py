@@ -102,7 +102,7 @@ class Execution:
 
     Attributes:
         choices: What was chosen, by name of the module; those of a checkpoint are used again.
-        share: Calls a function in the first process, and returns in all of them what it did there.
+        on_the_first: Calls a function in the first process, and returns in all of them what it did there.
         choose: Measures, `compute.choose`.
 
     Raises:
@@ -114,7 +114,7 @@ class Execution:
             raise ValueError(f"`compute` must be 'dense', 'auto' or 'sparse'; got {compute!r}.")
         self.compute = compute
         self.choices: dict[str, Choice] = {}
-        self.share: Callable[[Callable[[], Any]], Any] = _call
+        self.on_the_first: Callable[[Callable[[], Any]], Any] = _call
         self.choose: Callable[..., Choice] = choose
         self.layers: list[Computed] = []
         self._news = False
@@ -228,7 +228,7 @@ class Execution:
             found = [_measure(self.choose, layer, contenders.get(layer.sparse.name), measured) for layer in layers]
             return {x.name: None if c is None else c.to_dict() for x, c in zip(layers, found, strict=True)}
 
-        told = self.share(measure)
+        told = self.on_the_first(measure)
         for layer in layers:
             layer.patience -= 1
             if told[layer.name] is not None:
@@ -271,7 +271,7 @@ class Execution:
         """Give all modules back their own forward passes, and forget whoever drives this."""
         for layer in self.layers:
             layer.unbind()
-        self.layers, self.share = [], _call
+        self.layers, self.on_the_first = [], _call
 
 
 def _held_by(holder: Holder, layers: Sequence[Computed]) -> list[Computed]:
