@@ -170,7 +170,7 @@ def crowded(weight: Tensor, dim: int) -> int:
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The plans that the user is shown as tables."""
     seen: list[Any] = []
-    module = sys.modules["bame_lightning.callbacks.driver"]
+    module = sys.modules["bame_lightning.callbacks.membership"]
     monkeypatch.setattr(module, "layer_table", lambda plans: seen.extend(plans) or "")
     return seen
 
