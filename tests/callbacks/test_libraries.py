@@ -168,10 +168,10 @@ def crowded(weight: Tensor, dim: int) -> int:
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans that the user is shown as tables."""
+    """The plans that the user is shown as a table when fit begins."""
     seen: list[Any] = []
     module = sys.modules["bame_lightning.callbacks.membership"]
-    monkeypatch.setattr(module, "layer_table", lambda plans: seen.extend(plans) or "")
+    monkeypatch.setattr(module, "layer_table", lambda plans: seen.extend(() if seen else plans) or "")
     return seen
 
 
