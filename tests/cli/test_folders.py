@@ -85,8 +85,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: 
     done = train(tmp_path, *same, "trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt", largest=size // 2)
     assert done.status == 1
     assert done.err.strip().splitlines() == [
-        f"bame-train: error: {last}: File too large. Make room, or name another path (hydra.run.dir=); the last checkpoint "
-        "is whole."
+        f"bame-train: error: {last}: File too large. Make room, or name another path (hydra.run.dir=). Earlier checkpoints "
+        "are whole."
     ]
     assert last.read_bytes() == kept
     assert torch.load(last, weights_only=True)["epoch"] == 0
@@ -100,3 +100,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         assert done.status == 1
         assert len(done.err.splitlines()) == 1, done.err
         assert folder in done.err
+        sweep = train(tmp_path, "-m", *SAME, f"hydra.sweep.dir={folder}", "seed=0,1")
+        assert sweep.status == 1
+        assert len(sweep.err.splitlines()) == 1, sweep.err
+        assert "Choose another folder (hydra.sweep.dir=)." in sweep.err

@@ -13,7 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from bame_lightning.cli.metrics import ResumedCSVLogger
-from bame_lightning.cli.progress import EpochLines
+from bame_lightning.cli.progress import EpochBar, EpochLines
 from bame_lightning.cli.wandb_runs import wandb_logger
 
 Run = Callable[..., Path]
@@ -508,6 +508,15 @@ def test_epochs_are_told_by_the_first_rank_only(
     assert capsys.readouterr().out == ("epoch 1/4  bame/flip_rate 0.012%  val/loss 0.5000\n" if first else "")
 
 
+@pytest.mark.parametrize(("columns", "fit"), [(50, 0), (80, 1), (120, 2)])
+def test_the_bar_shows_no_number_in_part(columns: int, fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(Trainer, "progress_bar_metrics", {"val/loss": 0.5, "bame/flip_rate": 0.00012})
+    trainer = Trainer(accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False)
+    whole = [("bame/flip_rate", "0.012%"), ("val/loss", "0.5000")]
+    assert list(EpochBar().get_metrics(trainer, LightningModule()).items()) == whole[:fit]
+
+
 def test_the_bar_counts_epochs_from_1_and_shows_a_flip_rate_that_can_be_read(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +526,7 @@ def test_the_bar_counts_epochs_from_1_and_shows_a_flip_rate_that_can_be_read(
     assert "epoch 1/2:" in shown.out
     assert "epoch 2/2:" in shown.out
     assert re.search(r"bame/flip_rate=\d+\.\d{3}%", shown.out)
+    assert re.search(r"epoch 2/2  bame/flip_rate \d+\.\d{3}%.*  val/loss \d\.\d{4}\n", shown.out)
     assert not re.search(r"flops: 0|0 +total flops|epoch 0", shown.out + shown.err, re.IGNORECASE)
 
 

@@ -132,7 +132,7 @@ def _message(error: Exception) -> str:
     # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
     part = re.search(r"full_key: (\S+)", str(error))
     if isinstance(error, InstantiationException) and isinstance(cause := error.__cause__, Exception):
-        if part and not isinstance(cause, OSError):
+        if part and not of_the_user(cause):
             return not_made(part[1], cause)
         error = cause
     message = " ".join(str(error).split())
@@ -141,7 +141,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f"{error.filename}: " if error.filename is not None else ""
         message = (
-            f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=); the last checkpoint is whole."
+            f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=). Earlier checkpoints are whole."
         )
     return message if of_the_user(error) else f"{type(error).__name__}: {message}"
 

@@ -1,13 +1,17 @@
-"""Progress: a bar in a terminal, a line per epoch elsewhere; epochs count from 1."""
+"""Progress: a line per epoch, and in a terminal a bar; epochs count from 1."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
+
+_BAR = 55
+"""Columns of the bar itself: "epoch 10/60: 100%|█| 1900/1900 [00:12<00:34, 12.34it/s]"."""
 
 
 def _epoch(trainer: Trainer) -> str:
@@ -28,11 +32,15 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = "  ".join(f"{name} {value}" for name, value in _shown(trainer).items())
         if trainer.is_global_zero:
-            print(f"{_epoch(trainer)}  {metrics}", flush=True)
+            line, bar = f"{_epoch(trainer)}  {metrics}", trainer.progress_bar_callback
+            if isinstance(bar, EpochBar):
+                bar.print(line)  # above the bar
+            else:
+                print(line, flush=True)
 
 
 class EpochBar(TQDMProgressBar):
-    """Lightning's bar, its epochs counted from 1 to the last, its numbers as in the lines."""
+    """Lightning's bar, its epochs counted from 1 to the last, its numbers as in the lines, if they fit the terminal."""
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -47,4 +55,9 @@ class EpochBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        return {**_shown(trainer)}
+        room, found = shutil.get_terminal_size().columns - _BAR, dict[str, int | str | float | dict[str, float]]()
+        for name, value in _shown(trainer).items():
+            room -= len(f", {name}={value}")
+            if room >= 0:
+                found[name] = value
+        return found

@@ -31,7 +31,10 @@ class ReportFailures(Callback):
         try:
             jobs.begin(config)
         except (TakenError, OSError) as error:  # Hydra would make a warning of it, and go on
-            print(f"bame-train: error: {error}", file=sys.stderr)
+            line = str(error)
+            if isinstance(error, OSError):
+                line = f"{error.filename}: {error.strerror}. Choose another folder (hydra.sweep.dir=)."
+            print(f"bame-train: error: {line}", file=sys.stderr)
             sys.exit(1)
 
     @override

@@ -135,7 +135,7 @@ def _trainer(run: _Run, loggers: list[Logger], replaces: ReplacesResults) -> Tra
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     callbacks += [run.method, EpochSeeds(run.cfg.seed), NamesWandbRun(), replaces]
     if not run.cfg.quiet:
-        callbacks.append(EpochBar() if bar else EpochLines())
+        callbacks += [EpochLines(), EpochBar()] if bar else [EpochLines()]
     build = instantiate(run.cfg.trainer)
     plugins = build.keywords.get("plugins") or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
