@@ -83,6 +83,32 @@ def test_weights_that_are_reloaded_in_the_middle(name: str, validated: bool) -> 
     assert blocks_over(task.model[6].weight, 2, 4) == 0
 
 
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_state_of_an_optimizer_that_is_reloaded_in_the_middle_moves_no_pruned_weight(name: str, optimizer: Any) -> None:
+    callback, stale = make(name), []
+
+    def look(run: L.Trainer, module: L.LightningModule) -> None:
+        (held,) = run.optimizers
+        for sparse in callback.weights:
+            kept = (sparse.weight, *(v for v in held.state[sparse.weight].values() if v.shape == sparse.weight.shape))
+            stale.extend(int(value.detach()[~sparse.oriented(sparse.kept)].count_nonzero()) for value in kept)
+        if run.global_step in (3, 19):  # as of a network that was dense
+            saved = copy.deepcopy(held.state_dict())
+            for state in saved["state"].values():
+                for key in state.keys() - {"step"}:
+                    state[key].fill_(0.1)
+            held.load_state_dict(saved)
+
+    task = Task(
+        optimizer=lambda p: optimizer(p, lr=1e-2, **({"momentum": 0.9} if optimizer is torch.optim.RMSprop else {}))
+    )
+    trainer(callback, Spy(look), max_epochs=3).fit(task)
+    assert callback.steps == 24
+    assert len(stale) == 24 * 3 * 3
+    assert not any(stale)
+
+
 @pytest.mark.parametrize("what", ["one weight", "sparse weights of an earlier step"])
 def test_little_is_found_too(what: str) -> None:
     """Sparse weights of an earlier step have as many zeros, elsewhere."""

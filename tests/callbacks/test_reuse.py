@@ -85,6 +85,30 @@ def test_new_optimizers_in_the_middle_of_training_are_followed(name: str) -> Non
     assert callback.steps == 24
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_replaced_entry_in_the_list_of_optimizers_is_refused_since_lightning_steps_the_old_one(
+    automatic: bool,
+) -> None:
+    class Phases(Task):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.optimizers[0] = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if not self.automatic_optimization:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    task = Phases(optimizer=torch.optim.AdamW)
+    task.automatic_optimization = automatic
+    with pytest.raises(ValueError, match=r"no longer holds the AdamW that steps.*Assign a list"):
+        trainer(StaticMask("2:4")).fit(task)
+    assert over(task) == 0
+
+
 def test_a_new_optimizer_that_cannot_be_right_is_refused() -> None:
     class Phases(Task):
         def on_train_epoch_start(self) -> None:

@@ -70,6 +70,19 @@ def test_weights_are_sparse_after_every_step(name: str, several: bool) -> None:
     assert (flips > 0) == (name != "static")
 
 
+def test_a_wrapper_of_an_optimizer_that_is_followed_is_refused_and_one_without_sparse_weights_is_passed_over() -> None:
+    class Wrapper:
+        def __init__(self, inner: Any) -> None:
+            self.param_groups = inner.param_groups
+
+    model, training = network(), SparseTraining(Masked())
+    optimizer, head = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[:4], model[4]))
+    training.begin(model, [optimizer, head], "2:4", steps=2)
+    with pytest.raises(ValueError, match=r"Wrapper holds sparse weights.*of SGD are followed.*what `begin` was given"):
+        training.before_step(Wrapper(optimizer))
+    training.before_step(head)
+
+
 def test_an_optimizer_that_steps_unannounced_leaves_the_weights_sparse() -> None:
     model, training = network(), SparseTraining(Masked())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -257,6 +257,20 @@ def test_experts_fused_into_one_weight_and_adapters_stay_dense_with_the_reason()
     assert plans(Net(query=Lora()), {"*lora_A*": "2:4"})["query.lora_A.default.weight"] == "2:4"
 
 
+def test_adapters_of_ones_own_stay_dense_by_their_names() -> None:
+    class Added(nn.Module):
+        def __init__(self, down: str, up: str) -> None:
+            super().__init__()
+            self.base, self.explora_tion = nn.Linear(8, 8), nn.Linear(8, 8)
+            setattr(self, down, nn.Linear(8, 4, bias=False))
+            setattr(self, up, nn.Linear(4, 8, bias=False))
+
+    found = plans(Net(a=Added("lora_A", "lora_B"), b=Added("lora_down", "lora_up"), head=nn.Linear(8, 2)))
+    sparse = {name for name, what in found.items() if what == "2:4"}
+    assert sparse == {f"{layer}.{name}.weight" for layer in "ab" for name in ("base", "explora_tion")}
+    assert sum("adapter" in what for what in found.values()) == 4
+
+
 def test_what_is_not_trained_holds_no_classifier() -> None:
     model = Net(layer=nn.Linear(8, 8), head=nn.Linear(8, 2), average=nn.Linear(8, 2), follower=nn.Linear(8, 2))
     trained = {id(p) for name, p in model.named_parameters() if not name.startswith("follower")}

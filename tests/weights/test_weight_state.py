@@ -139,14 +139,21 @@ class TestKinds:
             assert list(WeightState(optimizer).elementwise(weight, "fc.weight")) == []
 
     @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("moved", [False, True])
     @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
     def test_a_factor_of_low_rank_mixes_all_weights_and_a_history_of_each_mixes_none(
-        self, shape: tuple[int, ...], flat: bool
+        self, shape: tuple[int, ...], moved: bool, flat: bool
     ) -> None:
+        """The step that has just been taken may have moved the weights whose gradients are masked."""
         weight = matrix(*shape)
-        weight.data[:, ::2] = 0
+        masked = weight.detach().clone()
+        masked[:, ::2] = 0
+        if moved:
+            weight.grad = masked
+        else:
+            weight.data = masked
         beside = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(0))
-        history = beside * (weight != 0).unsqueeze(-1)
+        history = beside * (masked != 0).unsqueeze(-1)
         for factor, expected in ((beside, []), (history, ["scales"])):
             kept = {"scales": torch.ones(shape), "factor": factor.reshape(-1, 2) if flat else factor}
             assert [*found(Kept([weight], lambda _, kept=kept: kept), weight)] == expected

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from bame_lightning.callbacks.averaging import Averages
 from bame_lightning.callbacks.extra_logs import record_config
-from bame_lightning.callbacks.refusals import find_holders
+from bame_lightning.callbacks.refusals import find_holders, refuse_replaced
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
@@ -132,6 +132,7 @@ class Membership:
         self.settle(trainer, pl_module, optimizer)
         self._join(trainer, pl_module, optimizer)
         if self._optimizers != list(trainer.optimizers):
+            refuse_replaced(trainer, optimizer)
             self._refollow(trainer)  # somebody has made new optimizers in the middle of training
 
     def _join(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

@@ -65,14 +65,25 @@ def find_holders(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[i
     holders = [optimizer for optimizer in trainer.optimizers if sparse & held_by(optimizer)]
     for optimizer in holders:
         _refuse(trainer, pl_module, optimizer)
-    for weight in sparse:
-        both = [type(optimizer).__name__ for optimizer in holders if weight in held_by(optimizer)]
+    for name, weight in pl_module.named_parameters():
+        both = [type(optimizer).__name__ for optimizer in holders if id(weight) in sparse & held_by(optimizer)]
         if len(both) > 1:
             raise ValueError(
-                f"`configure_optimizers` returns {' and '.join(both)} with a sparse weight in common, whose mask cannot follow "
-                "the steps of both. Give every weight to one optimizer, or keep the layer dense with layers={'name': 'dense'}."
+                f"`configure_optimizers` returns {' and '.join(both)} with the sparse weight `{name}` in common, whose mask "
+                "cannot follow the steps of both. Give it to one optimizer, or keep it dense with "
+                f"layers={{'{name}': 'dense'}}."
             )
     return holders
+
+
+def refuse_replaced(trainer: L.Trainer, stepping: Optimizer) -> None:
+    """Refuse a step of an optimizer whose place in the Trainer's list another one has taken: Lightning steps the first."""
+    if all(stepping is not optimizer for optimizer in trainer.optimizers):
+        raise ValueError(
+            f"`trainer.optimizers` no longer holds the {type(stepping).__name__} that steps: an entry of the list was "
+            "replaced, which Lightning does not follow. Assign a list, `trainer.optimizers = [...]`; under manual optimization "
+            "step what `self.optimizers()` returns after that."
+        )
 
 
 def _refuse(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

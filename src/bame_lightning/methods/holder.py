@@ -39,6 +39,7 @@ class Holder:
         keeps_zeros: Whether what is zero in weights, gradients and state stays zero in its steps.
         stepping: Whether gradients were handled for a step that is not over.
         backward: Whether a backward pass came since its last step (manual optimization).
+        reloaded: Whether state was loaded into the optimizer since its last step.
         batches: Batches since its last step whose gradients have reached one of its weights (manual optimization).
     """
 
@@ -49,7 +50,7 @@ class Holder:
         self.steps = 0
         self.pace = Pace()
         self.window = Window(0, 0, 1)
-        self.stepping = self.backward = self.keeps_zeros = False
+        self.stepping = self.backward = self.keeps_zeros = self.reloaded = False
         self.batches = 0
         self._reached = False
         self._passes: list[Any] = []
@@ -125,8 +126,13 @@ class Holder:
                 self.stepping &= self._inner_stepped or not self._inner
                 after(self.optimizer, args, kwargs)
 
+        def reload(_: Any) -> None:
+            self.reloaded = True
+
         for optimizer in (self.optimizer, *nested):
             self._undo += _see_steps(optimizer, enter, leave)
+        if self.keeps_zeros:
+            self._undo.append(self.optimizer.register_load_state_dict_post_hook(reload).remove)
 
     def detach(self) -> None:
         """Leave the optimizer as it was found."""

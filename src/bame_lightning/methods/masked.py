@@ -111,6 +111,10 @@ class Masked(Method):
         self._touched = self._zeros.written(holder.weights)
         # Torch does not tell who has written through `weight.data`; such values stay until all are looked at.
         self.run.suspect(holder.weights if _due(holder) else self._touched)
+        if holder.reloaded:
+            # Of an earlier step, when other masks held: it would move what is pruned now.
+            self.enforce(holder.weights)
+            holder.reloaded = False
         # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
         # the optimizer is about to differentiate the gradient.
         if self.rescaling:

@@ -197,14 +197,28 @@ class SparseTraining:
         Args:
             optimizer: The optimizer.
             whole: False if each backward pass has been followed, and users may have written the gradients last.
+
+        Raises:
+            ValueError: If it holds sparse weights, but is another object than the one that is followed, as a wrapper is.
         """
         holder = self.holder_of(optimizer)
         if holder is None:
+            self._check_holds_nothing(optimizer)
             return
         if self.run.verify:
             self.method.check()
         self.method.before_update(holder, whole=whole)
         holder.stepping = True
+
+    def _check_holds_nothing(self, optimizer: Any) -> None:
+        held = held_by(optimizer)
+        for holder in self.run.holders:
+            if any(id(sparse.weight) in held for sparse in holder.weights):
+                raise ValueError(
+                    f"`optimizer` {type(optimizer).__name__} holds sparse weights, but the steps of "
+                    f"{type(holder.optimizer).__name__} are followed, another object. Give `before_step` what `begin` was "
+                    "given: of a wrapped optimizer, as Fabric's, both the wrapper, or both what it wraps."
+                )
 
     @torch.no_grad()
     def end_batch(self) -> None:

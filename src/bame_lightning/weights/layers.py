@@ -19,6 +19,7 @@ from bame_lightning.blocks.masks import pack_mask, unpack_mask
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.weights.reasons import (
     ADAPTER,
+    ADAPTER_NAME,
     CLASSIFIER,
     COMPUTED,
     FROZEN,
@@ -288,8 +289,8 @@ class _Held(NamedTuple):
 
 def _weights(model: nn.Module) -> Iterator[_Held]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    # As the layers of PEFT tell it.
-    adapters = [f"{prefix}.{name}." for prefix, m in modules.items() for name in getattr(m, "adapter_layer_names", ())]
+    # As the layers of PEFT tell it; those that people write themselves have the names of the paper.
+    told = [f"{prefix}.{name}." for prefix, m in modules.items() for name in getattr(m, "adapter_layer_names", ())]
     for prefix, module in model.named_modules():
         parent = prefix.rpartition(".")[0]
         # The output projection of attention is a module of its own, but nobody knows its name.
@@ -304,7 +305,8 @@ def _weights(model: nn.Module) -> Iterator[_Held]:
                     "before `fit`."
                 )
             if parameter.dim() >= 2:
-                yield _Held(name, owner, parameter, (prefix, *above), name.startswith(tuple(adapters)))
+                adapter = bool(ADAPTER_NAME.search(name)) or name.startswith(tuple(told))
+                yield _Held(name, owner, parameter, (prefix, *above), adapter)
 
 
 def _check_rules(rules: Mapping[str, NMPattern | None], candidates: list[_Held]) -> None:

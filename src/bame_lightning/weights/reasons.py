@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 FROZEN = "not trained (requires_grad=False)"
@@ -13,6 +14,8 @@ COMPUTED = "not multiplied itself, but what is computed from it"
 """Weight norm, weight standardisation, fake quantisation: zeros of the parameter need not be zeros of the product."""
 CLASSIFIER = "classifier (last linear layer)"
 ADAPTER = "adapter (merged, it would fill the zeros of its base)"
+ADAPTER_NAME = re.compile(r"(^|[._])(lora|loha|lokr|hada|ia3|oft|boft|vera|dora)_")
+"""Finds what is part of an adapter in names of weights."""
 NO_VIEW = "no N:M view for"
 FUSED = "several matrices fused into one weight"
 INDIVISIBLE = "is not divisible by"

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from bame_lightning.checkpoints.untrusted import EXPECTED, StandIn, UnreadableError
+from bame_lightning.weights.reasons import ADAPTER_NAME
 
 TOP = ""
 """Key of the set whose tensors stand at the top of the file."""
 
 _FIRST = ("state_dict", "model")  # where Lightning and most others keep the model, whatever else the file holds
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callbacks|loops|rng_|hyper_|generator_state")
-_ADAPTER = re.compile(r"(^|[._])(lora|loha|lokr|hada|ia3|oft|boft|vera|dora)_")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DDP = "module."
 
@@ -82,7 +82,7 @@ def _check(values: Mapping[Any, Any], tensors: Mapping[str, Tensor]) -> None:
         if isinstance(name, str) and name.endswith("weight") and not isinstance(value, Tensor):
             kind = value.told if isinstance(value, StandIn) else type(value).__name__
             raise UnreadableError(f"has a `{name}` that is not a tensor but {kind}. {EXPECTED}")
-    if adapter := next((name for name in tensors if _ADAPTER.search(name)), None):
+    if adapter := next((name for name in tensors if ADAPTER_NAME.search(name)), None):
         raise UnreadableError(
             f"holds an adapter (`{adapter}`), whose product is added to the weights of a base model: its blocks tell nothing. "
             "Merge it into the base model (in peft `merge_and_unload`), and save that."
