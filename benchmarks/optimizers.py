@@ -292,7 +292,7 @@ layers. [Each by name](../benchmarks/optimizers.md), with the reason if it does 
 
 - **Train**: every step was counted, every block obeyed after every step, and state that holds one value per weight was at
   rest where weights are pruned, so a revived weight starts fresh.
-- **Refused**: fit ends with the message, before anything is trained.
+- **Refused**: fit ends with the message, in its first step at the latest.
 - **Fail**: open.
 - **Not tried**: these do not train this network alone, without the callback, either.
 

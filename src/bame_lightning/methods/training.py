@@ -203,22 +203,12 @@ class SparseTraining:
         """
         holder = self.holder_of(optimizer)
         if holder is None:
-            self._check_holds_nothing(optimizer)
+            _refuse_stranger(self.run.holders, optimizer)
             return
         if self.run.verify:
             self.method.check()
         self.method.before_update(holder, whole=whole)
         holder.stepping = True
-
-    def _check_holds_nothing(self, optimizer: Any) -> None:
-        held = held_by(optimizer)
-        for holder in self.run.holders:
-            if any(id(sparse.weight) in held for sparse in holder.weights):
-                raise ValueError(
-                    f"`optimizer` {type(optimizer).__name__} holds sparse weights, but the steps of "
-                    f"{type(holder.optimizer).__name__} are followed, another object. Give `before_step` what `begin` was "
-                    "given: of a wrapped optimizer, as Fabric's, both the wrapper, or both what it wraps."
-                )
 
     @torch.no_grad()
     def end_batch(self) -> None:
@@ -273,3 +263,15 @@ def _nothing(holder: Holder) -> None:
 def _step_inside(training: SparseTraining, holder: Holder) -> None:
     """An optimizer inside another one steps on its own: a step like any other."""
     training.before_step(holder.optimizer)
+
+
+def _refuse_stranger(holders: Iterable[Holder], optimizer: Any) -> None:
+    """Refuse a step of sparse weights by another object than the one that is followed."""
+    held = held_by(optimizer)
+    for holder in holders:
+        if any(id(sparse.weight) in held for sparse in holder.weights):
+            raise ValueError(
+                f"`optimizer` {type(optimizer).__name__} holds sparse weights, but the steps of "
+                f"{type(holder.optimizer).__name__} are followed, another object. Give `before_step` what `begin` was "
+                "given: of a wrapped optimizer, as Fabric's, both the wrapper, or both what it wraps."
+            )

@@ -323,10 +323,11 @@ def _is_factor(value: Any, weight: Tensor) -> bool:
         kept = getattr(value, "__dict__", {})
         return not callable(value) and (hasattr(value, "project") or any(isinstance(v, Tensor) for v in kept.values()))
     if value.shape[:-1] in (weight.shape, (weight.numel(),)) and value.is_floating_point():
-        # A history of each weight would be zero, or still a constant, where gradients are masked; a factor moves weights there.
+        # A history of each weight would be zero, or still a constant, where gradients are masked; a factor moves weights there,
+        # perhaps all of them, in a step that drops gradients.
         masked = weight if weight.grad is None else weight.grad
         rows = local(value.detach()).flatten(end_dim=-2)[local(masked.detach()).flatten() == 0]
-        return bool((rows != rows[:1]).any())
+        return not len(rows) or bool((rows != rows[:1]).any())
     if not _square(value) or len(value) < 2 or value.shape == weight.shape or not value.is_floating_point():
         return False
     matrix = local(value.detach()).double()
