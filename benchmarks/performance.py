@@ -339,21 +339,25 @@ def publish(args: argparse.Namespace) -> None:
     found = read(STEPS)
     shown = [method for method in TITLES if method != "dense"]
     executed = [
-        f"| model | pattern | batch | threads | dense, ms | {' | '.join(TITLES[method] for method in shown)} |",
-        "|---|---|---:|---:|---:|" + "---:|" * len(shown),
+        f"| case | threads | dense, ms | {' | '.join(TITLES[method] for method in shown)} |",
+        "|---|---:|---:|" + "---:|" * len(shown),
     ]
     memory = [
         "| model, 1:16 | held | saved | peak, MiB: dense | SR-STE | static mask | BAME | BAME, auto |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    spreads: list[float] = []
     for case in cases(found):
         rows = {row["method"]: row for row in case}
         dense, bame = rows["dense"], rows["bame"]
         width = f" of width {dense['width']}" if dense["width"] else ""
         layout = f", {dense['format']}" if dense["format"] else ""
-        begin = f"| {dense['model']}{width}{layout} | {dense['pattern']} | {dense['batch']} |"
-        ratios = [f"{float(rows[m]['over_dense']):.2f} ± {float(rows[m]['spread']):.2f}" for m in shown]
-        executed.append(f"{begin} {dense['threads']} | {float(dense['median_ms']):.1f} | {' | '.join(ratios)} |")
+        case_name = f"{dense['model']}{width}{layout}, {dense['pattern']}, {dense['batch']}"
+        ratios = [f"{float(rows[m]['over_dense']):.2f}" for m in shown]
+        executed.append(
+            f"| {case_name} | {dense['threads']} | {float(dense['median_ms']):.0f} | {' | '.join(ratios)} |"
+        )
+        spreads += [float(rows[m]["spread"]) for m in shown]
         if (dense["threads"], dense["pattern"], layout) != ("1", "1:16", ""):
             continue
         held = [f"{float(bame[key]):.1f}" for key in ("held_bytes_a_weight", "saved_bytes_a_weight")]
@@ -366,16 +370,16 @@ def publish(args: argparse.Namespace) -> None:
     cycles = sorted({int(row["cycles"]) for row in found})
     where = ", ".join(sorted({row["processor"] for row in found}))
     measured = (
-        f"On {where}, torch {torch.__version__}; {' or '.join(map(str, cycles))} "
-        "cycles of 20 steps. Time over that of the dense step beside it, ± the standard deviation from cycle to cycle. One "
-        "thread: processor time. Two: the clock on the wall."
+        f"On {where}, torch {torch.__version__}; {' or '.join(map(str, cycles))} cycles of 20 steps, whose ratios have a "
+        f"standard deviation of {statistics.median(spreads):.2f}, at most {max(spreads):.2f}. One thread: processor time; two: "
+        "the clock on the wall."
     )
     judged = [
-        "| model | pattern | batch | threads | dense, ms | whole network | its sparse layers |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| case | threads | dense, ms | whole network | its sparse layers |",
+        "|---|---:|---:|---:|---:|",
         *(
-            f"| {row['model']}{' of width ' * bool(row['width'])}{row['width']} | {row['pattern']} | {row['batch']} "
-            f"| {row['threads']} | {row['dense_ms']} | {row['times_as_fast']}x | {row['sparse_layers']}x |"
+            f"| {row['model']}{' of width ' * bool(row['width'])}{row['width']}, {row['pattern']}, {row['batch']} "
+            f"| {row['threads']} | {float(row['dense_ms']):.0f} | {row['times_as_fast']}x | {row['sparse_layers']}x |"
             for row in read(VALIDATION)
         ),
     ]
