@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from bame_lightning import BAMECallback
@@ -158,6 +160,21 @@ def test_a_loop_without_lightning_is_the_callback_to_the_last_bit(
     assert callback.summary()["flips"] > 4
     for key, value in mine.state_dict().items():
         assert torch.equal(value, task.model.state_dict()[key]), key
+
+
+def test_an_export_is_read_without_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
+    tensors = {"fc.weight.nm_values": torch.tensor([[3.0], [-1.0]]), "fc.bias": torch.ones(2)}
+    # Positions 1 and 3, two bits each, the lowest first.
+    tensors["fc.weight.nm_indices"] = torch.tensor([0b1101], dtype=torch.uint8)
+    layers = {"fc.weight": {"pattern": "1:4", "shape": [2, 4]}}
+    metadata = {"format": "bame_lightning.packed", "layers": json.dumps(layers), "same_as": "{}"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    state = run("read_exports", monkeypatch, tmp_path, "model.safetensors")["state"]
+    assert torch.equal(state["fc.weight"], weight)
+    assert "fc.weight (2, 4) torch.float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

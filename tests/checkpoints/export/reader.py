@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "read_exports.py"))
+"""Names of the example that reads such files."""
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "U8": 1, "BOOL": 1}
 TYPES = {

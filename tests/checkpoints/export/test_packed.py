@@ -1,6 +1,4 @@
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +21,6 @@ from tests.checkpoints.export import reader
 from tests.checkpoints.export.models import entry, mask, save, weight
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
-
-
-def documented_reader(name: str) -> Callable[..., dict[str, Tensor]]:
-    """A function of docs/export.md, run as it stands there."""
-    text = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
-    block = next(b for b in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if f"def {name}" in b)
-    scope: dict[str, Callable[..., dict[str, Tensor]]] = {}
-    exec(compile(block, "docs/export.md", "exec"), scope)
-    return scope[name]
 
 
 @st.composite
@@ -66,7 +55,7 @@ def test_any_weight_comes_back_bit_by_bit(tmp_path: Path, case: tuple[Tensor, Te
     expected = reader.raw_state(state)
     assert reader.read_packed(tmp_path / "a") == expected
     assert reader.raw_state(read_packed(tmp_path / "a")) == expected
-    assert reader.raw_state(documented_reader("read_packed")(tmp_path / "a")) == expected
+    assert reader.raw_state(reader.EXAMPLE["read_packed"](tmp_path / "a")) == expected
     # Which zeros were kept comes back, too: the values say how many, the positions which.
     kept = kept.t() if transposed else kept
     restored = unpack_weight(

@@ -8,8 +8,8 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from bame_lightning.checkpoints.export import ExportError, load_trained, semi_structured_tensors
 from bame_lightning.checkpoints.export.files import write_safetensors
 from bame_lightning.checkpoints.export.semi_structured import compress, read_dense, why_not
+from tests.checkpoints.export import reader
 from tests.checkpoints.export.models import entry, mask, save, weight
-from tests.checkpoints.export.test_packed import documented_reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStr
         ("2:8", torch.bfloat16),
     ],
 )
-def test_the_documented_loader_gives_the_very_weights(tmp_path: Path, pattern: str, dtype: torch.dtype) -> None:
+def test_the_loader_of_the_example_gives_the_very_weights(tmp_path: Path, pattern: str, dtype: torch.dtype) -> None:
     n, m = map(int, pattern.split(":"))
     kept, odd = mask((64, 128), n, m), mask((8, 16), n, m)
     state = {"0.weight": weight(kept, dtype), "0.bias": torch.randn(64, dtype=dtype), "1.weight": weight(odd, dtype)}
@@ -36,7 +36,7 @@ def test_the_documented_loader_gives_the_very_weights(tmp_path: Path, pattern: s
     assert tensors["0.weight.packed"].numel() == kept.numel() // 2
     write_safetensors(tmp_path / "a", tensors, metadata)
 
-    loaded = documented_reader("load_semi_structured")(tmp_path / "a", device="cpu")
+    loaded = reader.EXAMPLE["load_semi_structured"](tmp_path / "a", device="cpu")
     assert isinstance(loaded["0.weight"], SparseSemiStructuredTensorCUTLASS)
     assert torch.equal(loaded["0.weight"].to_dense(), state["0.weight"])
     assert all(torch.equal(loaded[name], state[name]) for name in ("0.bias", "1.weight"))
