@@ -35,7 +35,7 @@ def main() -> None:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        frozen, free, sweep = (opened(browser, folder, 1100) for folder in (args.frozen, args.free, args.sweep))
+        frozen, free, sweep = (opened(browser, folder) for folder in (args.frozen, args.free, args.sweep))
         masks = taken(frozen, "section:has(#flip_rate)")
         bottom = frozen.evaluate(
             "document.querySelector('figure:has(#oscillation_layers)').getBoundingClientRect().bottom"
@@ -46,16 +46,13 @@ def main() -> None:
         save(taken(frozen, "figure:has(#flops)"), "report_cost")
         save(taken(free, "figure:has(#restless)"), "report_restless")
         save(taken(sweep, "section:has(#task_0)"), "report_sweep")
-        phone = taken(opened(browser, args.frozen, 390), "main")
         browser.close()
-    columns = [phone.crop((0, top, phone.width, top + 1500)) for top in range(0, 4500, 1500)]
-    save(beside(columns).resize((879, 1125), Image.Resampling.LANCZOS), "report_phone")
     save(logged(args.free), "mask_images")
 
 
-def opened(browser: Any, folder: Path, width: int) -> Any:
+def opened(browser: Any, folder: Path) -> Any:
     """The report of a folder, drawn, on a screen that is high enough for all of it."""
-    page = browser.new_page(viewport={"width": width, "height": 9000})
+    page = browser.new_page(viewport={"width": 1100, "height": 9000})
     page.set_default_timeout(180_000)
     page.goto(write_report(folder).resolve().as_uri())
     page.wait_for_selector("body[data-drawn]")
@@ -65,14 +62,6 @@ def opened(browser: Any, folder: Path, width: int) -> Any:
 
 def taken(page: Any, selector: str) -> Image.Image:
     return Image.open(BytesIO(page.locator(selector).first.screenshot())).convert("RGB")
-
-
-def beside(images: list[Image.Image]) -> Image.Image:
-    gap = 20
-    joined = Image.new("RGB", (sum(image.width + gap for image in images) - gap, images[0].height), "#cccccc")
-    for place, image in enumerate(images):
-        joined.paste(image, (place * (image.width + gap), 0))
-    return joined
 
 
 def logged(folder: Path) -> Image.Image:
