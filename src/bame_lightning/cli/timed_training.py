@@ -201,8 +201,11 @@ def _times(seconds: list[float], callbacks: list[L.Callback], before: int | None
     sparse = [callback for callback in callbacks if isinstance(callback, SparseCallback)]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
     for callback in sparse:
-        for weight in callback.weights:
-            held.pop(weight.values.untyped_storage().data_ptr(), None)  # seen through a view, but the model's
+        # Seen through views, but the model's or the optimizer's.
+        others = [weight.values for weight in callback.weights]
+        others += [t for each in callback.training.run.holders for t in _tensors(dict(each.optimizer.state))]
+        for tensor in others:
+            held.pop(tensor.untyped_storage().data_ptr(), None)
     began = time.perf_counter()
     for callback in sparse:
         callback.method.metrics()
