@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from bame_lightning.blocks.masks import as_integers
 from bame_lightning.methods.holder import Holder
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.sharding import local
+from bame_lightning.weights.views import Views
 
 
 class Enforcement:
@@ -21,7 +22,6 @@ class Enforcement:
         self._factors: dict[str, Tensor] = {}
         self._masked: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
-        self._views: dict[str, Tensor] = {}
 
     def mask_gradients(self, weights: Sequence[SparseWeight]) -> None:
         """Zero gradients where weights are pruned."""
@@ -40,23 +40,24 @@ class Enforcement:
             torch._foreach_mul_(bits, factors)
         self._masked = {s.name: s.weight.grad._version for s in weights if s.weight.grad is not None}
 
-    def enforce(self, weights: Sequence[SparseWeight], holders: Iterable[Holder]) -> None:
+    def enforce(self, weights: Sequence[SparseWeight], holders: Iterable[Holder], bits: Views) -> None:
         """Make weights, and the state that optimizers keep of them, fit the masks.
 
         Args:
             weights: The weights.
             holders: The optimizers of the run.
+            bits: Remembers the bits of weights and state.
         """
         if not weights:
             return
-        found = [(self._bits(sparse.name, sparse.weight), self._factor(sparse)) for sparse in weights]
+        found = [(_bits(bits, sparse.name, sparse.weight), self._factor(sparse)) for sparse in weights]
         wanted = {id(sparse) for sparse in weights}
         resting: list[tuple[Tensor, Tensor, float]] = []
         for holder in holders:
             for sparse in holder.weights:
                 if id(sparse) in wanted:
                     for key, value in holder.state.elementwise(sparse.weight, sparse.name):
-                        found.append((self._bits(f"{key} of {sparse.name}", value), self._factor(sparse)))
+                        found.append((_bits(bits, (sparse.name, key), value), self._factor(sparse)))
                         if rest := holder.state.rest(key):
                             resting.append((value, sparse.oriented(sparse.kept), rest))
         torch._foreach_mul_(*zip(*found, strict=True))
@@ -90,16 +91,6 @@ class Enforcement:
         """Forget all weights but these."""
         self._factors = {name: factor for name, factor in self._factors.items() if name in names}
         self._versions = {name: version for name, version in self._versions.items() if name in names}
-        self._views = {}
-
-    def _bits(self, name: str, value: Tensor) -> Tensor:
-        """The bits of a weight or of optimizer state; remembered until it moves, since a view is an operation, too."""
-        if isinstance(value, DTensor):
-            return as_integers(local(value.detach()))
-        found = self._views.get(name)
-        if found is None or found.data_ptr() != value.data_ptr() or found.stride() != value.stride():
-            found = self._views[name] = as_integers(value.detach())
-        return found
 
     def _factor(self, sparse: SparseWeight) -> Tensor:
         """The mask as zeros and ones, as the weight lies in memory."""
@@ -107,6 +98,10 @@ class Enforcement:
         if found is None or found.data_ptr() != sparse.kept.data_ptr():
             found = self._factors[sparse.name] = sparse.oriented(sparse.kept).view(torch.int8)
         return found
+
+
+def _bits(bits: Views, name: Hashable, value: Tensor) -> Tensor:
+    return as_integers(local(value.detach())) if isinstance(value, DTensor) else bits.of(name, value)
 
 
 def _version(weight: Tensor) -> tuple[int, int]:

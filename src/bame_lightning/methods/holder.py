@@ -19,6 +19,7 @@ from bame_lightning.weights.fixed_point import keeps_zeros
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.nested_optimizers import held_by, nested_optimizers
 from bame_lightning.weights.positions import flat_memory
+from bame_lightning.weights.views import Views
 from bame_lightning.weights.weight_state import WeightState, restart_
 
 AfterStep = Callable[[Optimizer, Any, Any], None]
@@ -59,7 +60,7 @@ class Holder:
         self.hold(weights)
         self._inner_stepped = False
         self._undo: list[Callable[[], None]] = []
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._memory = Views(flat_memory)
 
     def hold(self, weights: Sequence[SparseWeight]) -> None:
         """Hold those of the weights that the optimizer holds; which are sparse may change on the way."""
@@ -141,7 +142,7 @@ class Holder:
         self._undo = []
         self._depth = 0
         self.stepping = False
-        self._views = {}
+        self._memory.forget()
 
     def rest(self, weights: Sequence[SparseWeight], places: Sequence[Tensor]) -> None:
         """Put what the optimizer keeps of weights to rest where they were pruned.
@@ -154,18 +155,11 @@ class Holder:
             for key, value in self.state.elementwise(sparse.weight, sparse.name):
                 rest = self.state.rest(key)
                 if sparse.oriented(value).stride() == sparse.kept.stride():
-                    self._memory(value).index_fill_(0, pruned, rest)
+                    self._memory.of((sparse.name, key), value).index_fill_(0, pruned, rest)
                 elif rest:
                     sparse.oriented(value).masked_fill_(~sparse.kept, rest)
                 else:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
-
-    def _memory(self, value: Tensor) -> Tensor:
-        """View state as it lies in memory; remembered, since a view costs as much as a small operation."""
-        found = self._views.get(id(value))
-        if found is None or found[0] is not value or found[1].data_ptr() != value.data_ptr():
-            found = self._views[id(value)] = value, flat_memory(value)
-        return found[1]
 
     def masks_of_copies(self, weights: Iterable[SparseWeight]) -> dict[str, Bool[Tensor, "out inp *kernel"]]:
         """Copies of the masks of those weights that the optimizer keeps copies of, by name, for `restart_copies`."""

@@ -155,7 +155,7 @@ class Masked(Method):
     @override
     @torch.no_grad()
     def enforce(self, weights: Sequence[SparseWeight] | None = None) -> None:
-        self._zeros.enforce(self.run.weights if weights is None else weights, self.run.holders)
+        self._zeros.enforce(self.run.weights if weights is None else weights, self.run.holders, self.run.bits)
 
     def _remember_masks(self) -> None:
         if self.run.verify:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bame_lightning.bame.schedule import Schedule, Window
+from bame_lightning.blocks.masks import as_integers
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.ledger.cost import PRODUCTS, Cost, Shares
 from bame_lightning.methods.holder import Holder
 from bame_lightning.methods.withheld import Withheld
 from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.views import Views
 
 
 class Replica(NamedTuple):
@@ -69,6 +71,7 @@ class Run:
         everywhere: Turns a boolean scalar into whether it is true in all processes that hold other rows.
         suspect: Called before an update with weights that somebody else may have written to since the last one.
         withheld: What masks take from gradients between the backward passes of a step.
+        bits: Remembers the bits of weights and optimizer state, until training ends.
         observers: Make contexts that each adaptation runs in, until training ends, to compare before and after.
     """
 
@@ -81,6 +84,7 @@ class Run:
     everywhere: Callable[[Tensor], Tensor] = _as_it_is
     suspect: Callable[[Sequence[SparseWeight]], None] = _unseen
     withheld: Withheld = field(default_factory=Withheld)
+    bits: Views = field(default_factory=lambda: Views(as_integers))
     observers: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
 
 

@@ -187,6 +187,7 @@ class SparseTraining:
         # Neither this object nor those that hold it could be pickled with a hold of whoever drives it.
         self.on_step, self.before_inner = _nothing, partial(_step_inside, self)
         self.run.observers = []
+        self.run.bits.forget()
         self.execution.release()
 
     # One step.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bame_lightning.weights.layers import SparseWeight
+from bame_lightning.weights.views import Views
 
 
 class Positions:
@@ -46,7 +47,7 @@ class Positions:
         # Where each block begins: looked up, since dividing takes as long as all else.
         found = [_bases(grid, len(value), self.m, device) for grid, value in zip(grids, values, strict=True)]
         self._bases = None if all(self.straight) else torch.cat(found)
-        self._views: dict[int, Tensor] = {}
+        self._memory = Views(flat_memory)
 
     def blocks(self, positions: Int[Tensor, *some]) -> Int[Tensor, *some]:
         """Their blocks."""
@@ -81,10 +82,7 @@ class Positions:
         weight = self.weights[layer].weight
         if isinstance(weight, DTensor):
             return flat_memory(self.weights[layer].values)
-        found = self._views.get(layer)
-        if found is None or found.data_ptr() != weight.data_ptr():
-            found = self._views[layer] = flat_memory(weight.detach())
-        return found
+        return self._memory.of(layer, weight)
 
     def memory(self) -> list[Tensor]:
         """`weight` of each."""
