@@ -32,7 +32,6 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     total: Counter[str] = Counter()
-    parts: dict[str, Counter[str]] = {"method": Counter(), "precision": Counter(), "optimizer": Counter()}
 
     @seeded(args.seed)
     @settings(
@@ -45,15 +44,11 @@ def main() -> None:
     @given(all_settings())
     def soak(setting: Setting) -> None:
         total.update(run(setting))
-        for name, counter in parts.items():
-            counter[getattr(setting, name)] += 1
 
     soak()
     lines = [
         f"{total['cases']} settings, {total['steps']:,} optimizer steps over {total['batches']:,} batches, "
         f"{total['flips']:,} mask positions flipped, {total['resumed']} runs interrupted and resumed; every promise held.",
-        "",
-        *(f"- {name}: {', '.join(f'{key} {n}' for key, n in sorted(c.items()))}" for name, c in parts.items()),
         "",
         f"torch {torch.__version__}, lightning {lightning.__version__}, seed {args.seed}:",
         "",

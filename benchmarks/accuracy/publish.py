@@ -13,11 +13,6 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from bame_lightning import Evidence, Schedule
-from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.ledger.cost import SR_STE, Shares
-from bame_lightning.methods.bame import BAME
-from bame_lightning.methods.masked import Masked
 from benchmarks.accuracy.figures import draw, draw_longer, draw_overview
 from benchmarks.accuracy.groups import METHODS, PATTERNS, TASKS, ahead, by_method, half_interval, lengths, spent, unit
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
@@ -72,11 +67,11 @@ def main() -> None:
     results = ROOT / "docs" / "results.md"
     fill(results, "findings", "\n".join(findings(rows)))
     fill(results, "equal", "\n".join(equal(rows)))
-    fill(results, "headline", "\n".join([*headline(rows), "", f"Hardware: {hardware}."]))
-    fill(results, "layers", "\n".join(over_sparse_layers()))
+    # The digits are too few for differences: the findings say so, and study.md has their rows.
+    larger = [row for row in rows if row["recipe"] != "digits_cnn"]
+    fill(results, "headline", "\n".join([*headline(larger), "", f"Hardware: {hardware}."]))
     fill(results, "both ways", "\n".join(both_ways(rows)))
-    # On the digits the seeds tell no difference between lengths.
-    fill(results, "longer", "\n".join(longer([row for row in rows if row["recipe"] != "digits_cnn"])))
+    fill(results, "longer", "\n".join(longer(larger)))
     fill(results, "ablation", "\n".join(ablation(rows)))
     fill(results, "predictor", "\n".join(predictor()))
     fill(ROOT / "recipes" / "README.md", "recipes", "\n".join(recipes(rows)))
@@ -229,28 +224,6 @@ def longer(rows: list[Row]) -> list[str]:
         "- **Longer runs** help every method; for their FLOPs they help those most that read least ([picture](#longer-runs)). "
         f"Quality, in brackets length and FLOPs beside the recipe's dense training: {'; '.join(told)}."
     ]
-
-
-def over_sparse_layers() -> list[str]:
-    """How many times SR-STE's training FLOPs exceed BAME's and a static mask's, over the N:M layers alone, by the defaults."""
-    default, schedule = Evidence(), Schedule()
-    assert isinstance(schedule.stop, float)
-    read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.contenders)
-    lines = ["| SR-STE costs | 1:16 | 1:8 | 1:4 | 2:4 |", "|---|---:|---:|---:|---:|"]
-    for name, shares in (
-        ("BAME", lambda density: BAME.cost.shares(density, read)),
-        ("a static mask", Masked.cost.shares),
-    ):
-        ratios = []
-        for pattern in PATTERNS:
-            density = NMPattern.parse(pattern).density
-            ratios.append(_all(SR_STE.shares(density)) / _all(shares(density)))
-        lines.append(f"| times {name} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
-    return lines
-
-
-def _all(shares: Shares) -> float:
-    return shares.forward + shares.input_gradient + shares.weight_gradient
 
 
 def ablation(rows: list[Row]) -> list[str]:
