@@ -13,6 +13,11 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from bame_lightning import Evidence, Schedule
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.ledger.cost import SR_STE, Shares
+from bame_lightning.methods.bame import BAME
+from bame_lightning.methods.masked import Masked
 from benchmarks.accuracy.figures import draw, draw_longer, draw_overview
 from benchmarks.accuracy.groups import METHODS, PATTERNS, TASKS, ahead, by_method, half_interval, lengths, spent, unit
 from benchmarks.accuracy.predictor import CSV as PREDICTOR
@@ -67,11 +72,11 @@ def main() -> None:
     results = ROOT / "docs" / "results.md"
     fill(results, "findings", "\n".join(findings(rows)))
     fill(results, "equal", "\n".join(equal(rows)))
-    # The digits are too few for differences: the findings say so, and study.md has their rows.
-    larger = [row for row in rows if row["recipe"] != "digits_cnn"]
-    fill(results, "headline", "\n".join([*headline(larger), "", f"Hardware: {hardware}."]))
+    fill(results, "headline", "\n".join([*tasks(rows), "", *headline(rows), "", f"Hardware: {hardware}."]))
+    fill(results, "layers", "\n".join(over_sparse_layers()))
     fill(results, "both ways", "\n".join(both_ways(rows)))
-    fill(results, "longer", "\n".join(longer(larger)))
+    # On the digits the seeds tell no difference between lengths.
+    fill(results, "longer", "\n".join(longer([row for row in rows if row["recipe"] != "digits_cnn"])))
     fill(results, "ablation", "\n".join(ablation(rows)))
     fill(results, "predictor", "\n".join(predictor()))
     fill(ROOT / "recipes" / "README.md", "recipes", "\n".join(recipes(rows)))
@@ -129,28 +134,31 @@ def _verdicts(own: list[Row], rivals: Mapping[str, list[Row]]) -> str:
 
 
 def headline(rows: list[Row]) -> list[str]:
-    """A table for each task: quality by pattern and method, by how much BAME is ahead, and what each method costs."""
-    lines = []
-    for task, (_, title) in TASKS.items():
+    """Quality by task, pattern and method, by how much BAME is ahead, and what each method costs."""
+    lines = [
+        f"| task | N:M | seeds | {' | '.join(METHODS[method] for method in COMPARED)} | ahead of SR-STE | FLOPs, % of dense |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for task, (name, _) in TASKS.items():
         groups = by_method([row for row in rows if row["recipe"] == task and not row["variant"]])
-        patterns = [pattern for pattern in PATTERNS if groups.get((pattern, "bame"))]
-        if not patterns:
-            continue
-        dense = groups.get(("", "dense"))
-        lines += ["", f"**{title[0].upper()}{title[1:]}**: {unit(task)}."]
-        lines[-1] += f" Dense training reaches {quality_spread(dense)}." if dense else ""
-        lines += [
-            "",
-            f"| N:M | seeds | {' | '.join(METHODS[method] for method in COMPARED)} | ahead of SR-STE | FLOPs, % of dense |",
-            "|---|---|---:|---:|---:|---:|---:|---|",
-        ]
-        for pattern in patterns:
+        for pattern in PATTERNS:
             found = [groups.get((pattern, method), []) for method in COMPARED]
-            seeds = "-".join(map(str, sorted({len(group) for group in found if group})))
-            costs = "/".join(_percent_of_dense(group) for group in found)
-            cells = [pattern, seeds, *map(_quality, found), ahead(found[0], found[1]), costs]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines[1:]
+            if found[0]:
+                seeds = "-".join(map(str, sorted({len(group) for group in found if group})))
+                costs = "/".join(_percent_of_dense(group) for group in found)
+                cells = [name, pattern, seeds, *map(_quality, found), ahead(found[0], found[1]), costs]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def tasks(rows: list[Row]) -> list[str]:
+    """What is trained for how long, and what dense training reaches."""
+    lines = []
+    for task, (name, title) in TASKS.items():
+        dense = [row for row in rows if row["recipe"] == task and row["method"] == "dense"]
+        reached = f"; dense training reaches {quality_spread(dense)}" if dense else ""
+        lines.append(f"- **{name}**: {title}{reached}.")
+    return lines
 
 
 def _quality(group: list[Row]) -> str:
@@ -224,6 +232,28 @@ def longer(rows: list[Row]) -> list[str]:
         "- **Longer runs** help every method; for their FLOPs they help those most that read least ([picture](#longer-runs)). "
         f"Quality, in brackets length and FLOPs beside the recipe's dense training: {'; '.join(told)}."
     ]
+
+
+def over_sparse_layers() -> list[str]:
+    """How many times SR-STE's training FLOPs exceed BAME's and a static mask's, over the N:M layers alone, by the defaults."""
+    default, schedule = Evidence(), Schedule()
+    assert isinstance(schedule.stop, float)
+    read = schedule.stop * (1 / default.read_every + (1 - 1 / default.read_every) * default.contenders)
+    lines = ["| SR-STE costs | 1:16 | 1:8 | 1:4 | 2:4 |", "|---|---:|---:|---:|---:|"]
+    for name, shares in (
+        ("BAME", lambda density: BAME.cost.shares(density, read)),
+        ("a static mask", Masked.cost.shares),
+    ):
+        ratios = []
+        for pattern in PATTERNS:
+            density = NMPattern.parse(pattern).density
+            ratios.append(_all(SR_STE.shares(density)) / _all(shares(density)))
+        lines.append(f"| times {name} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
+    return lines
+
+
+def _all(shares: Shares) -> float:
+    return shares.forward + shares.input_gradient + shares.weight_gradient
 
 
 def ablation(rows: list[Row]) -> list[str]:
