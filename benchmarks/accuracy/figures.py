@@ -47,7 +47,7 @@ def draw_overview(rows: list[Row]) -> None:
     """For people who see this for the first time: at 1:16, what training costs, as bars, and how good it gets, in numbers."""
     tasks = {"fashion_mnist_mlp": "MLP on Fashion-MNIST", "fashion_mnist_cnn": "CNN on Fashion-MNIST"}
     tasks |= {"python_source_gpt": "GPT on Python code"}
-    names = {"bame": "BAME", "static": "fixed mask", "rigl": "RigL", "sr_ste": "SR-STE", "dense": "dense"}
+    names = {"bame": "BAME", "static": "static mask", "rigl": "RigL", "sr_ste": "SR-STE", "dense": "dense"}
     figure = Figure(figsize=(9.4, 2.9), dpi=150, layout="constrained")
     figure.suptitle("Training with one weight in sixteen: bars are the cost, numbers the result", fontsize=11)
     axes = figure.subplots(1, len(tasks), sharey=True)
@@ -61,8 +61,8 @@ def draw_overview(rows: list[Row]) -> None:
             axis.text(cost + 3, place, result if task.startswith("python") else f"{result} %", va="center")
         axis.set_yticks(range(len(names)), list(names.values()))
         axis.set_xlim(0, 145)
-        axis.set_xticks([0, 50, 100], ["0", "50 %", "100 %"])
-        axis.set_xlabel("training operations, of dense", fontsize=9)
+        axis.set_xticks([0, 50, 100], ["0", "50", "100"])
+        axis.set_xlabel("training operations, % of dense", fontsize=9)
         axis.set_title(f"{title}\n{unit(task)}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
@@ -82,7 +82,7 @@ def _panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
         axis.set_xlim(0.05, 1.8)
         axis.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("training FLOPs, of dense training (counted)")
+        axis.set_xlabel("training FLOPs / those of dense training (counted)")
         axis.set_ylabel(unit(task))
         axis.set_title(TASKS[task][1], fontsize=10, loc="left")
         axis.grid(color="#E3E3E3")

@@ -140,18 +140,21 @@ def _layers(names: list[str], tallies: torch.Tensor) -> Figure:
 
 def _traces(traces: Sequence[Trace]) -> Figure:
     data: list[dict[str, Any]] = []
+    bands: list[dict[str, Any]] = []
     places, names, base = [], [], 0
+    end = max(trace.since + len(trace.kept) - 1 for trace in traces)
     labels = short(list(dict.fromkeys(trace.label for trace in traces)), 16)
     shortened = dict(zip(dict.fromkeys(trace.label for trace in traces), labels, strict=True))
     for index, trace in enumerate(traces):
         m = trace.kept.shape[1]
         data += [_line(trace, x, y, base, COLOURS[index % len(COLOURS)]) for x, y in paths(trace)]
+        bands.append(_band(trace.since, end, base, m))
         places.append(base + (m - 1) / 2)
         often = "1 time" if trace.oscillations == 1 else f"{trace.oscillations:,} times"
         names.append(f"{shortened[trace.label]}<br>{trace.filter:,} / {trace.block:,}<br>{often}")
         base += m + 3
-    end = max(trace.since + len(trace.kept) - 1 for trace in traces)
     layout = {
+        "shapes": bands,
         "xaxis": axis("adaptation", range=[0, end]),
         "yaxis": {
             "tickvals": places,
@@ -164,12 +167,18 @@ def _traces(traces: Sequence[Trace]) -> Figure:
         "hovermode": "closest",
     }
     note = (
-        "A band is a block (layer, filter / block of the filter), its height the M positions, a line the position that is "
-        "kept: a vertical stroke is a swap. Positions that a block kept throughout are left out. A trace begins when its "
-        "block was first seen among the most restless."
+        "A band is a block (layer, filter / block of the filter); its height is the M positions. A line is a position that "
+        "is kept, a vertical stroke is a swap. Positions that a block kept throughout are left out. A band begins when its "
+        "block was first among the most restless: earlier swaps are counted, but not drawn."
     )
     title = "What do the most restless blocks do?"
     return Figure("restless", title, note, data, layout, wide=True)
+
+
+def _band(since: int, end: int, base: int, m: int) -> dict[str, Any]:
+    """Shade the M positions of a block for as long as it was followed."""
+    box = {"x0": since, "x1": end, "y0": base - 0.5, "y1": base + m - 0.5}
+    return {"type": "rect", "layer": "below", "fillcolor": "#f2f2f2", "line": {"width": 0}, **box}
 
 
 def _line(trace: Trace, x: list[int], y: list[int], base: int, colour: str) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[s
         x = _log_axis("training FLOPs (log scale)", [row.flops(_FLOPS) or 1.0 for row in rows])
     layout = {"xaxis": x, "yaxis": axis(f"test {metric.title}", share=metric.scale == 100), "height": 440, "tall": 90}
     layout["hovermode"] = "closest"
+    layout["margin"] = {"l": 56, "r": 44, "t": 26, "b": 48}  # the last tick's label has room
     title = f"How much test {metric.title} for how much training?"
     return Figure(name, title, note, traces, layout, wide=True)
 
