@@ -15,8 +15,8 @@ _MIXER = -7046029254386353131
 def checksum(tensor: Shaped[Tensor, "*shape"]) -> Int[Tensor, ""]:
     r"""Sum the words of a tensor's bits, each times a scrambled number of its place, modulo $2^{64}$.
 
-    Plain sums would not do: a swap within a block leaves the sum of a mask as it is, and two opposite swaps that weighted
-    by places. A long tensor is taken in pieces of 8 MiB, so that nothing of its own size is made.
+    A plain sum would not do: a swap within a block does not change the sum of a mask. Nor would a sum weighted by places: two
+    opposite swaps do not change it. A long tensor is taken in pieces of 8 MiB, so that no copy of its size is made.
 
     Args:
         tensor: Numbers or booleans of at most 8 bytes.
@@ -30,7 +30,7 @@ def checksum(tensor: Shaped[Tensor, "*shape"]) -> Int[Tensor, ""]:
         (False, True)
     """
     flat = tensor.detach().reshape(-1)
-    # Eight bytes at once where they come out even: an eighth of a mask's multiplications.
+    # Eight bytes at once where the length allows it: a mask then needs an eighth of the multiplications.
     whole = flat.numel() * flat.element_size() % 8 == 0
     words = flat.view(torch.int64 if whole else _INTEGERS[flat.element_size()])
     place = torch.arange(1, min(len(words), _CHUNK) + 1, device=words.device) * _MIXER

@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def oriented(values: Shaped[Tensor, "*shape"], transposed: bool) -> Shaped[Tensor, "*oriented"]:
-    """View a weight, or what is shaped like it, as (out, in, *kernel), as all of this package sees weights.
+    """View a weight, or a tensor of its shape, as (out, in, *kernel), the form that this package expects.
 
     Args:
         values: Values of the weight's own shape.
-        transposed: Whether that is (in, out), as in the `Conv1D` of transformers' GPT-2.
+        transposed: Whether the weight's own shape is (in, out), as in the `Conv1D` of transformers' GPT-2.
 
     Returns:
-        A view; `values` themselves unless transposed. Its own inverse.
+        A view; `values` themselves unless transposed. A second call undoes the first.
     """
     return values.t() if transposed else values
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 2**18
-"""Values in a piece on a CPU, of 2**14 to 2**19 the fastest for single threads and pairs of them (`docs/performance.md`)."""
+"""Values in a piece on a CPU: of 2**14 to 2**19 the fastest for one thread and for two."""
 
 
 def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:
@@ -42,42 +42,42 @@ def top_n_mask(scores: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "bloc
 
 
 def zero_pruned_(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]) -> None:
-    """Zero values in place where a mask prunes, whatever they are: infinity and NaN, too.
+    """Zero values in place where a mask prunes, infinity and NaN included.
 
-    Bits are multiplied as integers by 0 or 1. On a CPU that takes a quarter of the time of `masked_fill_`
-    (`docs/performance.md`); multiplying floating-point numbers would make NaN of infinities.
+    Bits are multiplied as integers by 0 or 1. On a CPU that takes a quarter of the time of `masked_fill_`. A product of
+    floating-point numbers would make NaN of infinities.
 
     Args:
         values: Numbers of at most 8 bytes.
-        kept: True where values stay; of their shape, or a scalar.
+        kept: True where values stay; a mask of their shape, or a scalar.
     """
     bits, factor = as_integers(values), kept.view(torch.int8)
     if kept.dim() == 0:
         bits.mul_(factor)
         return
-    # On a CPU torch lays out an integer copy of a factor of another type: in pieces, it stays in the cache.
+    # On a CPU torch copies a factor of another type into integers. In pieces the copy stays in the cache.
     for part, by in pieces(bits, factor):
         part.mul_(by)
 
 
 def zeroed(values: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*#shape"]) -> Shaped[Tensor, "*shape"]:
-    """A copy of values, zeroed as by `zero_pruned_`."""
+    """Copy values and zero the copy as `zero_pruned_` does."""
     return torch.mul(as_integers(values), kept.view(torch.int8)).view(values.dtype)
 
 
 def as_integers(values: Shaped[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """View the bits of numbers of at most 8 bytes as integers, which are in the order of the numbers if those are positive."""
+    """View the bits of numbers of at most 8 bytes as integers. Positive numbers and their integers have the same order."""
     return values.view(_INTEGERS[values.element_size()])
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors along their first dimension into pieces that stay in a CPU's cache, and their temporaries, too.
+    """Cut tensors along their first dimension into pieces so small that they and temporaries stay in a CPU's cache.
 
     Args:
         tensors: Of the same length, at least one dimension each. The first one decides: a piece of it holds `CHUNK` values.
 
     Yields:
-        A view of each; on other devices than a CPU the whole of them at once.
+        A view of each tensor; on devices other than a CPU the whole tensors at once.
     """
     first = tensors[0]
     rows = max(1, CHUNK * len(first) // max(1, first.numel()))
@@ -88,7 +88,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def kept_places(mask: Bool[Tensor, "blocks m"], n: int) -> Int16[Tensor, "blocks {n}"]:
-    """Places in its block of the `n` positions that each block keeps, ascending; waits for the device.
+    """Find the places that each block keeps, `n` of them, ascending; waits for the device.
 
     Example:
         >>> kept_places(torch.tensor([[True, False, False, True], [False, True, True, False]]), 2)

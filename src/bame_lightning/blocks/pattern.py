@@ -1,4 +1,4 @@
-"""N:M patterns. Imports no torch, so that a wrong pattern is told at once."""
+"""N:M patterns. This imports no torch, so that a wrong pattern is reported at once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NMPattern:
 
     @property
     def density(self) -> float:
-        """Share of the weights that is kept, N / M."""
+        """Share of the weights that are kept: N / M."""
         return self.n / self.m
 
     def __str__(self) -> str:

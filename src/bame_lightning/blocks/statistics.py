@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def flipped_positions(old: Bool[Tensor, "*shape"], new: Bool[Tensor, "*shape"]) -> Int[Tensor, ""]:
-    """Positions whose mask changed; a swap changes two.
+    """Count positions whose mask changed; a swap changes two.
 
     Args:
         old: Mask before.
@@ -23,7 +23,7 @@ def flipped_positions(old: Bool[Tensor, "*shape"], new: Bool[Tensor, "*shape"]) 
 
 
 def nonzero_share(weights: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """Share of non-zero weights over several tensors.
+    """Share of weights that are not zero, over several tensors.
 
     Args:
         weights: At least one tensor.
@@ -56,7 +56,7 @@ def percentiles(values: Iterable[Tensor], percents: Sequence[int]) -> Shaped[Ten
         percents: Each in (0, 100].
 
     Returns:
-        For each the least element that at least so many percent of all elements do not exceed.
+        For each percentage the least element that at least this share of all elements does not exceed.
 
     Example:
         >>> percentiles([torch.tensor([3, 0, 0]), torch.tensor([1])], [50, 75, 76])
@@ -64,7 +64,7 @@ def percentiles(values: Iterable[Tensor], percents: Sequence[int]) -> Shaped[Ten
     """
     elements = torch.cat([value.flatten() for value in values])
     ranks = [-(-percent * len(elements) // 100) for percent in percents]
-    # To find a few of them is cheaper than to order all.
+    # Finding a few of them is cheaper than sorting all.
     return torch.stack([elements.kthvalue(rank).values for rank in ranks])
 
 

@@ -11,16 +11,16 @@ from bame_lightning.blocks.layout import from_blocks, to_blocks
 from bame_lightning.blocks.pattern import NMPattern
 
 ROWS, MOST = 4, 2
-"""What sparse tensor cores multiply: at most 2 kept of 4 consecutive weights."""
+"""The pattern of sparse tensor cores: at most 2 of 4 consecutive weights are kept."""
 
 
 def transposable_mask(scores: Shaped[Tensor, "out inp *kernel"], n: int, m: int) -> Bool[Tensor, "out inp *kernel"]:
     """Keep exactly `n` of every `m` weights along the input and along the output dimension.
 
-    Such a mask serves the forward pass and, transposed, the input gradient. In every tile of m x m weights: take the highest
+    Such a mask serves the forward pass and, transposed, the input gradient. In every tile of m x m weights, take the highest
     scores first unless their row or column is full (the 2-approximation of Hubara et al., "Accelerated Sparse Neural
-    Training: A Provable and Efficient Method to Find N:M Transposable Masks", NeurIPS 2021), then fill the rows and
-    columns that were left short, where need be by moving a weight that was taken (ours).
+    Training: A Provable and Efficient Method to Find N:M Transposable Masks", NeurIPS 2021). Then fill the rows and
+    columns that were left short; if necessary, move a weight that was taken (ours).
 
     Args:
         scores: One score per weight; higher means keep. `m` divides both the input and the output dimension.
@@ -85,10 +85,11 @@ def fits_both_ways(mask: Bool[Tensor, "blocks m"], rows: int) -> bool:
 def both_ways_mask(
     mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], rows: int
 ) -> Bool[Tensor, "blocks m"]:
-    """Repair a mask so that it keeps at most 2 of any four consecutive rows of a column, and N in each block as before.
+    """Repair a mask: keep at most 2 of four consecutive rows of a column, and N in each block as before.
 
-    The four blocks that lie below each other know of no others. Where a column holds too many, such a tile is made anew:
-    what was kept first, then what was pruned, both by magnitude, as in `transposable_mask` (ours).
+    Four blocks that lie below each other make a tile, which needs nothing of other tiles. A tile in which a column keeps too
+    many is made anew as in `transposable_mask`. It takes positions that were kept first, then those that were pruned, both
+    in the order of magnitude (ours).
 
     Args:
         mask: The mask, exactly N kept per block, of a pattern that `fits_forward`; in the order of `to_blocks`.
@@ -109,7 +110,7 @@ def both_ways_mask(
     broken = (kept.sum(1) > MOST).any(-1).nonzero().squeeze(-1)
     if not len(broken):
         return mask
-    # Ranks, so that what was kept comes before what was not, whatever the scale.
+    # Ranks put positions that were kept before those that were not, whatever their scale.
     order = scores[broken].flatten(1).argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(order.shape[1], 0, -1, dtype=torch.float32, device=mask.device).expand(order.shape)
     ranked = torch.empty_like(ranks).scatter_(1, order, ranks).view(-1, *kept.shape[1:])
@@ -120,7 +121,7 @@ def both_ways_mask(
 
 
 def _tiles(blocks: Shaped[Tensor, "blocks m"], rows: int) -> Shaped[Tensor, "tiles 4 m"]:
-    """Put the blocks that lie below each other in four rows together; rows that are missing at the end are zero."""
+    """Put together the blocks that lie below each other in four rows; missing rows at the end are zero."""
     grid = functional.pad(blocks.reshape(rows, -1), (0, 0, 0, -rows % ROWS))
     return grid.view(-1, ROWS, grid.shape[1] // blocks.shape[1], blocks.shape[1]).transpose(1, 2).flatten(0, 1)
 
@@ -144,7 +145,7 @@ def _greedy(tiles: Shaped[Tensor, "tiles side m"], n: int, most: int) -> Bool[Te
 def _fill(
     kept: Bool[Tensor, "tiles side m"], tiles: Shaped[Tensor, "tiles side m"], n: int, most: int
 ) -> Bool[Tensor, "tiles side m"]:
-    """Complete rows that hold fewer than `n` where columns hold fewer than `most`, one weight per tile and round."""
+    """Fill rows that hold fewer than `n` from columns that hold fewer than `most`: one weight per tile and round."""
     while (short := (kept.sum(-1) < n).any(-1)).any():
         index = short.nonzero().squeeze(-1)
         part, scores = kept[index], tiles[index]

@@ -12,11 +12,11 @@ from bame_lightning.compute.kept import KeptIndex
 from bame_lightning.compute.operation import Linear, Operation
 
 _TILE = 128
-"""Samples at once; without tiles a batch of 1024 is several times slower."""
+"""Samples that are multiplied at once; without tiles a batch of 1024 is several times slower."""
 
 
 class BagProducts:
-    """A linear layer's products as sums over bags of inputs, for weights that are zero where a mask prunes.
+    """Compute a linear layer's products as sums over bags of inputs; the weight is zero where a mask prunes.
 
     Args:
         operation: A linear layer.
@@ -25,8 +25,8 @@ class BagProducts:
         dtype: Of weights and activations.
 
     Raises:
-        ValueError: If a block keeps another number than N.
-        TypeError: If the operation is another one.
+        ValueError: If a block does not keep exactly N weights.
+        TypeError: If the operation is not a linear layer.
     """
 
     name, device = "embedding_bag", "cpu"

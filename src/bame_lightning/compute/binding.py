@@ -24,18 +24,18 @@ BYPASSED = "inside nn.MultiheadAttention, which multiplies by itself"
 
 
 class BoundForward:
-    """A module's forward pass by a `SparseLayer`, in place of its own on the instance.
+    """Compute a module's forward pass by a `SparseLayer`; it replaces the method of this one instance.
 
-    A copy of the module, by `copy.deepcopy` or pickle, computes densely by itself: what is copied is the method of its
-    class. The layer's weight is read from the module at each call.
+    A copy of the module, by `copy.deepcopy` or pickle, computes densely by itself: it gets the method of its class.
+    The layer's weight is read from the module at each call.
 
     Args:
         module: A linear layer or a two-dimensional convolution.
-        layer: What multiplies; without it the module computes as ever, and calls are watched.
+        layer: Computes the products; if None, the module computes as before, and its calls are watched.
 
     Attributes:
         call: The largest call that was watched; None if there was none.
-        why_dense: Why that could not have been computed sparsely; empty if it could.
+        why_dense: Why that call could not have been computed sparsely; empty if it could.
     """
 
     def __init__(self, module: nn.Module, layer: SparseLayer | None) -> None:
@@ -51,14 +51,14 @@ class BoundForward:
         if self.layer is None or not isinstance(x, Tensor) or self._falls_back(x):
             if self.layer is None and isinstance(x, Tensor) and not torch.compiler.is_compiling():
                 self._watch(x)
-            # Its own arithmetic: where nothing is sparse nothing is different, either.
+            # The module's own arithmetic, so that no bit changes where nothing is sparse.
             made: Tensor = self.__wrapped__(*args, **kwargs)
             return made
         module: Any = self.module
         return self.layer.multiply(_padded(module, x), self._weight, module.bias)
 
     def _falls_back(self, x: Tensor) -> bool:
-        """Whether a call is computed densely, although it was to be sparse."""
+        """Whether a call must be computed densely, although a sparse product was chosen."""
         assert self.layer is not None
         why = self.layer.why_dense(x, self._weight)
         if why and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -99,11 +99,11 @@ def bind(module: nn.Module, mask: Bool[Tensor, "out inp *kernel"], pattern: NMPa
         choice: What computes each phase.
 
     Returns:
-        What was put in place of its forward pass: its `layer` is to be told when the mask changes.
+        What replaces its forward pass. Tell its `layer` when the mask changes.
 
     Raises:
-        ValueError: If the module cannot be bound; `why_not` says so before. Or if a block of the mask keeps not N.
-        UnavailableError: If an implementation cannot be had on this machine.
+        ValueError: If the module cannot be bound (`why_not` tells before), or a block does not keep exactly N weights.
+        UnavailableError: If an implementation is not available on this machine.
         TypeError: If an implementation does not know the operation.
     """
     if why := why_not(module):
@@ -117,10 +117,10 @@ def watch(module: nn.Module) -> BoundForward:
     """Watch how a module is called, from now on until `unbind`.
 
     Args:
-        module: A module of which `why_not` has nothing to say.
+        module: A module for which `why_not` returns nothing.
 
     Returns:
-        What was put in place of its forward pass; it remembers the largest call.
+        What replaces its forward pass; it remembers the largest call.
     """
     return _put(BoundForward(module, None))
 

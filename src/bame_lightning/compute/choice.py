@@ -1,4 +1,4 @@
-"""What is computed how: plain data that can be saved and sent to other processes."""
+"""How a layer is computed: plain data that can be saved and sent to other processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Choice:
         input_gradient: What computes the gradient of the input.
         weight_gradient: What computes the gradient of the weight.
         reason: Why, in a few words.
-        milliseconds: Phase -> implementation -> what it took, if it was measured.
+        milliseconds: Phase -> implementation -> its time, if it was measured.
 
     Raises:
-        ValueError: If a name is not one of an implementation.
+        ValueError: If a name is not that of an implementation.
     """
 
     forward: Implementation = "dense"
@@ -39,17 +39,17 @@ class Choice:
 
     @property
     def used(self) -> set[str]:
-        """Implementations in use beside the dense one."""
+        """The implementations in use, without the dense one."""
         return {getattr(self, phase) for phase in PHASES} - {"dense"}
 
     @property
     def dense(self) -> bool:
-        """Whether all is dense."""
+        """Whether all phases are computed densely."""
         return not self.used
 
     @property
     def words(self) -> str:
-        """What computes the three phases, and why.
+        """Say what computes the three phases, and why.
 
         Example:
             >>> Choice("kernels", "kernels", "dense", "asked for").words

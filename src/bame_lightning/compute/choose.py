@@ -1,4 +1,4 @@
-"""Measure for a moment what multiplies a layer fastest at its real shapes, phase by phase."""
+"""Measure briefly which implementation multiplies a layer fastest at its real shapes, phase by phase."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Call:
         shape: Of its input.
         channels_last: Whether the input lies channels last in memory.
         input_gradient: Whether the backward pass needs the input's gradient; the first layer's does not.
-        contenders: Pruned positions whose gradients a step reads beside the kept ones.
+        contenders: Number of pruned positions whose gradients a step reads beside those of kept weights.
         dtype: Type in which autocast computes; None where it is off.
     """
 
@@ -74,11 +74,11 @@ def choose(
         mask: True where kept.
         pattern: N:M.
         call: What the layer is called with.
-        implementations: What may be chosen beside "dense"; by default the first of `IMPLEMENTATIONS` that can be had, for the
-            kernels have been faster than `embedding_bag` wherever both were measured.
+        implementations: What may be chosen beside "dense". By default the first of `IMPLEMENTATIONS` that is available: the
+            kernels were faster than `embedding_bag` wherever both were measured.
         margin: Share of the dense time that a sparse product must stay below.
-        rounds: How often each is measured, after once to warm up.
-        clock: Returns seconds; by default when all that was started has ended.
+        rounds: How often each is measured, after one round to warm up.
+        clock: Returns seconds; the default first waits until the device has finished.
 
     Returns:
         The choice with its reason and what was measured. All dense where nothing else is possible.
@@ -119,7 +119,7 @@ def without_dense(
         dtype: Of the weight.
 
     Raises:
-        UnavailableError: If nothing else than the dense products can be had; it says why.
+        UnavailableError: If only dense products are available; the message says why.
     """
     reasons = []
     for name in _on(mask.device.type):

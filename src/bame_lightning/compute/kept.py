@@ -14,7 +14,7 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.compute.native.structures import Blocks
 
 _FREE = 0.25
-"""Free places of the transposed lists, as a share of the entries, and so many for each list beside."""
+"""Free places of the transposed lists: a share of the entries, and a number of places more for each list."""
 _FREE_OF_LIST = 4
 
 
@@ -36,11 +36,11 @@ class Lists(NamedTuple):
     """The kept weights by input: what the gradient of an input needs.
 
     Args:
-        begin: First place of each list, and where the last one ends. A list belongs to a kind of output position, a section of
-            rows and an input channel, in this order.
+        begin: First place of each list, then the end of the last one. There is a list for each kind of output position, each
+            section of rows and each input channel, in this order.
         end: Where the entries of each list end; free places follow.
         where: Row * taps + tap of an entry.
-        slot: Which kept weight it is, as a place in `columns`.
+        slot: Place of the entry's weight in `columns`.
     """
 
     begin: Int32[Tensor, " lists_and_end"]
@@ -72,10 +72,10 @@ class KeptIndex:
         pattern: N:M.
         groups: Groups of the convolution: rows of a group see its inputs only.
         division: Of the transposed lists.
-        library: The kernels, which follow a changed mask quickly; without them all is done anew by torch.
+        library: The kernels, which update the lists quickly when the mask changes. Without them torch makes all lists anew.
 
     Raises:
-        ValueError: If a block keeps another number.
+        ValueError: If a block does not keep exactly N weights.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class KeptIndex:
             rows, taps * inner // pattern.m * pattern.n, dtype=torch.int32
         )
         self.version = 0
-        """Counts changes, for those who derive something from the positions."""
+        """Counts changes of the mask, for users of the positions who keep what they derive from them."""
         self._lists: Lists | None = None
         kind = torch.tensor(self.division.kind_of_tap)
         self._tap_key = kind * self.division.sections * inner * groups
@@ -134,10 +134,10 @@ class KeptIndex:
             rows: The rows in which it may have changed; all of them by default.
 
         Returns:
-            The number of blocks that changed; all of a changed mask's, without the kernels.
+            The number of blocks that changed; without the kernels, of rows.
 
         Raises:
-            ValueError: If a block keeps another number.
+            ValueError: If a block does not keep exactly N weights.
         """
         if self.library is None:
             before = self.columns.clone()

@@ -1,4 +1,4 @@
-"""A sparse layer that is multiplied as a `Choice` says, and densely where that is not possible."""
+"""A sparse layer whose products are computed as a `Choice` says, and densely where that is not possible."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bame_lightning.compute.operation import Operation
 from bame_lightning.compute.semi_structured import SemiStructuredProducts
 
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": semi_structured.DTYPES}
-"""What the sparse implementations multiply, by kind of device."""
+"""Number types that the sparse implementations multiply, by kind of device."""
 
 
 @runtime_checkable
 class Products(Protocol):
-    """The products of one sparse layer. A product that answers None must be computed densely instead."""
+    """The products of one sparse layer. If a product returns None, the caller computes it densely."""
 
     name: str
     device: str
@@ -33,7 +33,7 @@ class Products(Protocol):
         """Follow a mask that has changed; returns how many blocks did."""
 
     def values(self, weight: Tensor) -> Tensor | None:
-        """The kept weights, for `forward` and `input_gradient`."""
+        """Gather the kept weights, for `forward` and `input_gradient`."""
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output."""
@@ -42,7 +42,7 @@ class Products(Protocol):
         """The gradient of the input."""
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor | None:
-        """The gradient of the weight, where kept and at the positions `also`."""
+        """The gradient of the weight where it is kept, and at the positions `also`."""
 
 
 IMPLEMENTATIONS: dict[str, type[KernelProducts] | type[BagProducts] | type[SemiStructuredProducts]] = {
@@ -53,7 +53,7 @@ IMPLEMENTATIONS: dict[str, type[KernelProducts] | type[BagProducts] | type[SemiS
 
 
 def computing_type(tensor: Tensor) -> torch.dtype:
-    """Type in which products with a tensor are computed now: that of autocast on a GPU, or its own."""
+    """Type in which products with a tensor are computed now: that of autocast on a GPU, else the tensor's own."""
     if tensor.device.type == "cuda" and torch.is_autocast_enabled("cuda") and tensor.is_floating_point():
         return torch.get_autocast_dtype("cuda")
     return tensor.dtype
@@ -62,25 +62,30 @@ def computing_type(tensor: Tensor) -> torch.dtype:
 class SparseLayer:
     """Compute a layer whose weight is zero where a mask prunes.
 
-    The weight stays the leaf. Its gradient is laid out as the weight: values where it is kept and at `contenders`, zero
-    elsewhere. With `whole_gradient`, or where the choice or a fallback is dense, it is the whole dense gradient. Whatever
-    the choice cannot do is done densely: no number ever differs by more than the order of sums makes it. So it is where
-    inputs, gradients or weights are not finite (0 * inf = nan in a dense product), where pruned weights are not zero
-    (somebody swaps values in, an average for example), under autocast on a CPU, a compiler, a tracer, `torch.func`, a dispatch
-    mode, forward-mode differentiation, and when the backward pass is to be differentiated itself. A dispatch mode that
-    has a method `count_product(macs, input, weight)` is told of the products, which it cannot see. On a GPU nothing waits to
-    look at values while gradients are recorded: training keeps pruned weights zero.
+    The dense weight stays the parameter that is trained. Its gradient has the weight's shape: it holds values where the
+    weight is kept and at `contenders`, and zeros elsewhere. With `whole_gradient`, or where the choice or a fallback is
+    dense, it is the whole dense gradient.
+
+    What the choice cannot do is done densely, so that results differ by the order of sums only. This happens
+
+    - where inputs, gradients or weights are not finite: a dense product has 0 * inf = nan;
+    - where pruned weights are not zero, because somebody has put other values there, an average for example;
+    - under autocast on a CPU, a compiler, a tracer, `torch.func`, a dispatch mode or forward-mode differentiation;
+    - when the backward pass is to be differentiated itself.
+
+    A dispatch mode cannot see sparse products. If it has a method `count_product(macs, input, weight)`, it is told of them.
+    On a GPU values are not looked at while gradients are recorded, because that would wait for the device.
 
     Args:
         operation: What the layer computes.
-        mask: True where kept, shape (out, in, *kernel), with exactly N in each block of M; it is read, not kept.
+        mask: True where kept, shape (out, in, *kernel), with exactly N in each block of M; the tensor itself is not stored.
         pattern: N:M.
         choice: What computes each phase.
         dtype: Of the weight.
 
     Raises:
-        UnavailableError: If an implementation cannot be had on this machine; it says why.
-        ValueError: If a block keeps another number than N.
+        UnavailableError: If an implementation is not available on this machine; the message says why.
+        ValueError: If a block does not keep exactly N weights.
         TypeError: If an implementation does not know the operation.
     """
 
@@ -102,26 +107,26 @@ class SparseLayer:
         self.whole_gradient = False
         """Whether backward passes give the whole dense gradient of the weight."""
         self.suspended = False
-        """Whether all is dense for now."""
+        """Whether all phases are computed densely for now."""
         self.version = 0
         """Counts changes of the mask."""
         self.ran: set[str] = set()
-        """Phases that training has computed sparsely since somebody emptied this."""
+        """Phases that training has computed sparsely since this set was last emptied."""
         self.fell: set[str] = set()
-        """Those that it has computed densely."""
+        """Phases that it has computed densely since then."""
 
     def update(self, mask: Bool[Tensor, "out inp *kernel"], rows: Int[Tensor, " chosen"] | None = None) -> int:
         """Follow a mask that has changed.
 
         Args:
             mask: The mask.
-            rows: Output rows in which it may have; all by default.
+            rows: Output rows in which it may have changed; all by default.
 
         Returns:
             How many blocks changed.
 
         Raises:
-            ValueError: If a block keeps another number than N.
+            ValueError: If a block does not keep exactly N weights.
         """
         self._mask = mask if self._mask is not None else None
         changed = [products.update(mask, rows) for products in self._products.values()]
@@ -129,13 +134,13 @@ class SparseLayer:
         return max(changed, default=0)
 
     def why_dense(self, x: Tensor, weight: Tensor) -> str:
-        """Why a call is computed densely; empty if it need not be."""
+        """Why a call must be computed densely; empty if it need not be."""
         if self.suspended or self.choice.dense:
             return "suspended" if self.suspended else self.choice.reason or "chosen"
         return why_not_now() or _why_not_these(x, weight, self.dtype) or self._why_not_outside(weight)
 
     def _why_not_outside(self, weight: Tensor) -> str:
-        """Whether somebody has swapped in a weight that is not sparse, where nothing trains; waits for the GPU."""
+        """Outside training, whether somebody has put in a weight that is not sparse; waits for the GPU."""
         if self._mask is None or torch.is_grad_enabled() or not bool((weight.detach() * ~self._mask).any()):
             return ""
         return "pruned weights are not zero"
@@ -161,12 +166,12 @@ class SparseLayer:
         return made
 
     def products(self, phase: str) -> Products | None:
-        """What computes a phase; None if that is dense."""
+        """What computes a phase; None if it is computed densely."""
         return self._products.get(getattr(self.choice, phase))
 
 
 def why_not_now() -> str:
-    """Why nothing is computed sparsely at this moment; empty if it may be."""
+    """Why nothing can be computed sparsely at this moment; empty if it can."""
     if torch.is_autocast_enabled("cpu"):
         return "autocast computes in another type"
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -212,7 +217,7 @@ class _Multiply(torch.autograd.Function):
         products = layer.products("forward")
         if products is not None:
             values = products.values(weight)
-            # Values that a product cannot use tell of a weight that is not sparse now: nothing is, then.
+            # If the values cannot be gathered, the weight is not sparse now, and every product is computed densely.
             ctx.sparse = values is not None
             if values is not None:
                 ctx.values, ctx.valued_by = values, products.name
@@ -233,7 +238,7 @@ class _Multiply(torch.autograd.Function):
         layer: SparseLayer = ctx.layer
         needs = ctx.needs_input_grad
         of_input = of_weight = of_bias = None
-        # Who differentiates the backward pass gets operations that can be differentiated.
+        # If the backward pass is to be differentiated itself, it is made of operations that can be.
         sparse = ctx.sparse and ctx.version == layer.version and not torch.is_grad_enabled() and not layer.suspended
         if sparse and type(gradient) is Tensor and gradient.dtype == x.dtype:
             if needs[0]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Gradients(NamedTuple):
-    """Gradients of a product; None where nobody asked.
+    """Gradients of a product; None where none was asked for.
 
     Args:
         input: Of the layer's input.

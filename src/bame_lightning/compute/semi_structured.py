@@ -1,7 +1,8 @@
 """Products by the sparse tensor cores of NVIDIA's GPUs: 2:4 weights, packed anew for each forward pass.
 
-Nothing here has run on a GPU yet: packing for CUTLASS is plain torch and was tested by unpacking on a CPU, shapes on the meta
-device, and the products' wiring with their kernels replaced. cuSPARSELt's own packing is untested, and no speed was measured.
+Nothing here has run on a GPU yet. Packing for CUTLASS is plain torch, and tests on a CPU unpack it again. Tests check
+shapes on the meta device, and training with the kernels replaced. cuSPARSELt's own packing is untested, and no speed was
+measured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bame_lightning.compute.native.build import UnavailableError
 from bame_lightning.compute.operation import Linear, Operation
 
 DTYPES = (torch.float16, torch.bfloat16)
-"""What is multiplied 2:4; single precision would be 1:2."""
+"""Number types whose products are 2:4; those of single precision would be 1:2."""
 Backend = type[SparseSemiStructuredTensorCUTLASS] | type[SparseSemiStructuredTensorCUSPARSELT]
 
 
@@ -33,7 +34,7 @@ def backend_of(device: torch.device) -> Backend:
     """Torch's class for the sparse tensor cores of a device.
 
     Raises:
-        UnavailableError: If it has none, or torch cannot use them.
+        UnavailableError: If the device has none, or torch cannot use them.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         raise UnavailableError(f"sparse tensor cores are part of NVIDIA's GPUs, and the weight is on {device.type}")
@@ -53,11 +54,11 @@ class SemiStructuredProducts:
     """A linear layer's forward pass and input gradient with 2:4 weights; its weight gradient is dense.
 
     The dense parameter stays what is trained. Its kept weights are packed for each forward pass, and for the input gradient
-    once more, transposed. Torch packs whatever it is given, and drops the third weight of four without a word: so the
-    mask is looked at whenever it changes. If the transposed weight does not fit, the input gradient is dense.
+    once more, transposed. Torch packs any weight that it is given and drops the third kept weight of four without a word, so
+    the mask is checked whenever it changes. If the transposed weight does not fit, the input gradient is dense.
 
-    Nothing waits for the device but a change of the mask. Hence inputs are not searched for values that are not finite: where a
-    dense product makes NaN of them and of a pruned weight, they are left out.
+    Only a change of the mask waits for the device. So inputs are not searched for values that are not finite: an infinity that
+    meets a pruned weight makes NaN in a dense product, and nothing here.
 
     Args:
         operation: A linear layer.
@@ -68,7 +69,7 @@ class SemiStructuredProducts:
     Raises:
         UnavailableError: If the device has no sparse tensor cores.
         ValueError: If the mask keeps more than 2 of 4 consecutive inputs, or torch does not multiply such shapes or numbers.
-        TypeError: If the operation is another one.
+        TypeError: If the operation is not a linear layer.
     """
 
     name, device = "semi_structured", "cuda"
@@ -100,7 +101,7 @@ class SemiStructuredProducts:
 
         Args:
             mask: The mask.
-            rows: Not in use: the whole mask is looked at.
+            rows: Not used: the whole mask is checked.
 
         Returns:
             1.
@@ -137,7 +138,7 @@ class SemiStructuredProducts:
     def forward(self, x: Float[Tensor, "*samples inp"], values: Tensor, bias: Tensor | None) -> Tensor:
         """The output."""
         samples = x.reshape(-1, x.shape[-1])
-        # Who counts products is told of this one, and must not see it as well.
+        # A counter is told of this product, and must not see its operations as well.
         with _disable_current_modes():
             return functional.linear(samples, values, bias).view(*x.shape[:-1], -1)
 
@@ -153,7 +154,7 @@ class SemiStructuredProducts:
 
 
 class _Packing:
-    """How a weight is packed: for CUTLASS which values, and what is told of them; cuSPARSELt packs by itself.
+    """How a weight is packed: for CUTLASS which values are taken, and their metadata; cuSPARSELt packs by itself.
 
     Args:
         mask: A mask of at most 2 in any 4 consecutive values of a row, or of a column if transposed.
@@ -166,7 +167,7 @@ class _Packing:
         self.index: Tensor | None = None
         self.meta: Tensor | None = None
         if backend is SparseSemiStructuredTensorCUTLASS:
-            # A kept weight may be zero: the mask is packed in its place, so that the format follows nothing else.
+            # A kept weight may be zero. So the mask is packed, not the weight: the format must follow the mask alone.
             ones, self.meta = _pack((mask.t() if transposed else mask).contiguous().to(DTYPES[0]))
             taken = _unpack(torch.ones_like(ones), self.meta).view(-1, 4)
             places = taken.argsort(dim=1, descending=True, stable=True)[:, :2]
@@ -193,5 +194,5 @@ def _unpack(packed: Tensor, meta: Tensor) -> Tensor:
 
 
 def _most_of_four(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, ""]:
-    """The most that any four consecutive places of a row keep."""
+    """The largest number kept in any four consecutive places of a row."""
     return functional.pad(mask, (0, -mask.shape[1] % 4)).reshape(-1, 4).sum(1).max()

@@ -1,4 +1,4 @@
-"""What a step of a method costs, beside dense training: a method says which products are sparse, and that is its formula."""
+"""What a step of a method costs, beside dense training: the formula follows from the products that are sparse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = PRODUCTS = ("forward", "input_gradient", "weight_gradient")
-"""The products of a training step. Dense, each costs a layer the same."""
+"""The products of a training step. In a dense layer all three cost the same."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Cost:
         title: What people call the method.
         sparse: The products of `PRODUCTS` that are sparse.
         reads: Whether the dense weight gradient of some pruned positions is computed, too.
-        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 where that
-            has no pattern, 1/2 where it is 2:4, 0 where it is N:M, or the input gradient has a mask of its own.
+        transposed_share: Least share of the dense cost at which hardware multiplies with the transposed weight: 1 if that
+            has no pattern, 1/2 if it is 2:4, 0 if it is N:M or the input gradient has a mask of its own.
 
     Example:
         >>> cost = Cost("BAME", PRODUCTS, reads=True)

@@ -2,9 +2,9 @@
 # TorchDispatchMode's methods have no annotations.
 """What training costs: multiply-accumulates counted from one traced forward pass, and a ledger over optimizer steps.
 
-All numbers but those of the executed column say what a kernel would save that skips every zero. The convention is the
-published one: the forward pass, the gradient of its input and the gradient of its weight cost a layer the same, the
-first layer too, although nobody needs the gradient of the images. Only matrix products and convolutions count.
+Except in the executed column, all numbers say what kernels would need that skip every zero. The convention is that of
+publications: the forward pass, the gradient of its input and the gradient of its weight cost a layer the same. This includes
+the first layer, although nobody needs the gradient of the images. Only matrix products and convolutions count.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bame_lightning.ledger.cost import SR_STE, Shares
 LABEL = "counted, not executed"
 """Belongs beside every number of a ledger, unless a sparse kernel ran."""
 OTHER = ""
-"""Products without a weight, among the parts of a ledger."""
+"""Name for products without a weight among the parts of a ledger."""
 
 _aten = torch.ops.aten
-# Matrix products, and where among their arguments the left factor stands; the right one follows.
+# Matrix products, and the place of the left factor among their arguments; the right one follows it.
 _PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.addmv: 1}
 _CONVOLUTIONS = (_aten.convolution, _aten._convolution)
 _ATTENTION = "aten::_scaled_dot_product_"
-# What these return has nothing of their arguments but shape and type.
+# Results of these take only shape and type from their arguments.
 _HOLLOW = {_aten.set_, _aten.new_empty, _aten.empty_like, _aten.new_zeros, _aten.zeros_like, _aten.ones_like}
-# What these return has the values of their arguments; so have views, which share memory.
+# Results of these have the values of their arguments, as views have, which share memory.
 _COPIES = {_aten._to_copy, _aten.clone, _aten.copy_, _aten.cat, _aten.stack, _aten.index, _aten.index_select}
 
 
@@ -66,16 +66,16 @@ class Macs:
 
 
 class MacCounter(TorchDispatchMode):
-    """Count the multiply-accumulates of the forward passes that run inside, and by which weight they multiply.
+    """Count the multiply-accumulates of the forward passes that run inside, weight by weight.
 
-    A product counts for the parameter whose memory it multiplies with: transposed, cut in pieces, cast by autocast or
-    otherwise computed from parameters and buffers alone. So it works for tied weights, packed projections of attention
-    and functional calls. Backward passes inside are not counted, nor forward passes that they recompute. What is
-    computed stays the same; it may be entered around a real training step.
+    A product counts for the parameter whose memory it multiplies with. The parameter may be transposed, cut in pieces, cast
+    by autocast, or otherwise combined with parameters and buffers alone. So tied weights, packed projections of attention
+    and functional calls are counted right. Backward passes inside are not counted, nor forward passes that they recompute.
+    Results do not change, so a real training step may run inside.
 
-    Counted: matrix products, convolutions, scaled dot-product attention (a causal mask saves nothing). Not counted:
-    anything else; recurrent layers on CUDA, flex attention and products of sharded tensors (tensor parallelism) neither.
-    Weights that FSDP2 gathers for the forward pass count as the parameters that they are.
+    Counted are matrix products, convolutions and scaled dot-product attention (a causal mask saves nothing). Nothing else is:
+    also no recurrent layers on CUDA, flex attention or products of sharded tensors (tensor parallelism). A weight that FSDP2
+    gathers for the forward pass counts as its parameter.
 
     Args:
         model: Its parameters give the names. The counter keeps casts of them alive; drop it after use.
@@ -97,8 +97,8 @@ class MacCounter(TorchDispatchMode):
         self.other = Macs()
         """Cost of products without a weight: attention's scores."""
         self.computed: set[str] = set()
-        """Weights of which a product took not the values, but something computed from them (weight standardisation)."""
-        # By address of their memory. The tensors are kept, since freed memory would be given to others.
+        """Weights that no product takes as they are, only values computed from them (weight standardisation)."""
+        # By address of their memory. The tensors are kept alive: freed memory would be given to others.
         self._owners: dict[int, tuple[str, Tensor]] = {}
         self._changed: set[int] = set()
         self._model = model
@@ -118,7 +118,7 @@ class MacCounter(TorchDispatchMode):
         return self
 
     def stop(self) -> None:
-        """Count nothing more; the mode is left where it was entered, since others may have entered theirs in between."""
+        """Count nothing more. The mode itself ends where it was entered, because others may have been entered since."""
         self._stopped = True
 
     def __exit__(self, *exception: Any) -> None:
@@ -168,7 +168,7 @@ class MacCounter(TorchDispatchMode):
         return result
 
     def count_product(self, macs: int, left: Tensor, right: Tensor) -> None:
-        """Count a product with a weight that runs as no operation of torch.
+        """Count a product with a weight that no operation of torch computes.
 
         Args:
             macs: Multiply-accumulates of the dense product.
@@ -179,12 +179,12 @@ class MacCounter(TorchDispatchMode):
             self._count(macs, left, right)
 
     def _count(self, macs: int, left: Tensor, right: Tensor) -> None:
-        """Book a product: all three parts for a trained weight, else the gradients that somebody asks for."""
+        """Book a product: all three parts for a trained weight, else the forward pass and the gradients that are needed."""
         # The weight stands on the right in linear layers; their input may be a parameter, too (learned queries).
         for weight, factor in ((right, left), (left, right)):
             owner = self._owner(weight)
             if owner:
-                # Without a look at `torch.is_grad_enabled()`, which is false inside of custom autograd functions.
+                # `torch.is_grad_enabled()` does not tell: it is false inside of custom autograd functions.
                 trained = weight.requires_grad
                 moved = trained or factor.requires_grad
                 self.weights[owner] = self.weights.get(owner, Macs()) + Macs(macs, moved * macs, trained * macs)
@@ -203,11 +203,11 @@ class MacCounter(TorchDispatchMode):
         return self._owners.get(address, (None, None))[0]
 
     def _is_changed(self, address: int) -> bool:
-        # Whatever FSDP2 has put it together from, a parameter is itself.
+        # A parameter is itself, even if FSDP2 has put it together from others.
         return address in self._changed and all(_address(p) != address for p in self._model.parameters())
 
     def _inherit(self, func: Any, arguments: Any, result: Any) -> None:
-        """What is computed from parameters and buffers alone belongs to the largest parameter among them."""
+        """Give a result that comes from parameters and buffers alone to the largest parameter among them."""
         if func.overloadpacket in _HOLLOW:
             return
         sources = [(tensor.numel(), self._owner(tensor), _address(tensor)) for tensor in _tensors(arguments)]
@@ -235,9 +235,9 @@ def _address(tensor: Tensor) -> int:
 class Ledger:
     """What the optimizer steps of a run cost so far, beside dense training and SR-STE for the same steps.
 
-    Three columns. The algorithmic one takes the shares as they are. The hardware one books only what a kernel for row-wise
-    N:M weights can do: the input gradient multiplies with the transposed weight, which is not N:M, so it is dense,
-    unless the masks have a pattern in that direction, too. The executed one books what was really computed.
+    There are three columns. The algorithmic one takes the shares as they are. The hardware one books only what a kernel for
+    row-wise N:M weights can save. The input gradient multiplies with the transposed weight, so it is dense there unless the
+    masks have a pattern in that direction, too. The executed one books what was really computed.
 
     Args:
         weights: Dense cost of each weight for one batch, as `MacCounter` found it.
@@ -262,7 +262,7 @@ class Ledger:
     ) -> None:
         self.transposed_share = transposed_share
         self.uncounted = sorted(name for name in densities if name not in weights)
-        """Sparse weights that no counted product multiplies with; they are missing in the ledger."""
+        """Sparse weights that no counted product multiplies with; the ledger lacks them."""
         self._weights = dict(weights)
         self._other = other
         self._sr_ste = {name: SR_STE.shares(density) for name, density in densities.items()}
@@ -284,8 +284,8 @@ class Ledger:
         """Book one optimizer step.
 
         Args:
-            shares: What the step needs of each weight's dense cost; weights left out are dense.
-            executed: What it has computed of it; all of it unless given.
+            shares: Share of each weight's dense cost that the step needs; weights left out are dense.
+            executed: Share of it that the step has really computed; all of it unless given.
             batches: Batches whose gradients the step accumulates.
             only: Which `parts` to book; all of them unless given.
         """
@@ -325,7 +325,7 @@ class Ledger:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from what `state_dict` returned; the costs of the model are counted anew."""
-        # All was computed densely where nobody has booked what was.
+        # Where nothing was booked as executed, all was computed densely.
         self._booked = {column: float(state.get(column, state["dense"])) for column in self._booked}
 
     def _macs(self, shares: Mapping[str, Shares], only: Set[str] | None) -> float:

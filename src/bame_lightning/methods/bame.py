@@ -1,4 +1,4 @@
-"""Block-aware mask evolution as a method: read, accumulate, adapt."""
+"""Block-Aware Mask Evolution as a method: read, accumulate, adapt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BAME(Masked):
     Attributes:
         groups: The weights that evolve together.
         adaptations: Adaptations so far.
-        discarded: Readings discarded for values that are not finite; scalar.
+        discarded: Readings discarded because of values that are not finite; scalar.
     """
 
     name = "BAMECallback"
@@ -67,7 +67,7 @@ class BAME(Masked):
 
     @property
     def layers(self) -> list[EvolvingLayer]:
-        """What evolves in each weight, in the order of the run's weights."""
+        """The evolving state of each weight, in the order of the run's weights."""
         found = {id(layer.sparse): layer for group in self.groups for layer in group.layers()}
         return [found[id(sparse)] for sparse in self.run.weights]
 
@@ -130,7 +130,7 @@ class BAME(Masked):
             for group in groups:
                 group.read_shares = [0.0] * len(group.weights)
         else:
-            # One poisoned value would stay in the evidence for good: all of a step's readings stand or fall together.
+            # A single NaN would stay in the evidence for good, so all readings of a step are taken or discarded together.
             extremes = [bound for group in groups for bound in group.extremes]
             bounds = torch.stack(extremes) if extremes else torch.zeros(1, device=self.discarded.device)
             finite = self.run.everywhere((bounds - bounds == 0).all())
@@ -160,7 +160,7 @@ class BAME(Masked):
 
     @override
     def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
-        # Frozen blocks are not read, so that a run reads less; that contenders are rounded up in each row is left out.
+        # A run reads less than this, because frozen blocks are not read. Rounding contenders up in each row is neglected.
         window = self.schedule.window(steps)
         readings = (self.evidence.reading(step, window) for step in range(steps))
         return sum(reading.share for reading in readings if reading is not None) / steps
@@ -181,7 +181,7 @@ class BAME(Masked):
         yield from super().replicas()
         for group in self.groups:
             for layer, sparse in enumerate(group.weights):
-                # Statistics of the whole layer, even where its rows are spread.
+                # Statistics of the whole layer, even if processes share its rows.
                 if (noise := group.layer(layer).noise) is not None:
                     yield Replica("size of gradients", sparse.label, noise)
                 if sparse.rows.whole:
@@ -203,7 +203,7 @@ class BAME(Masked):
 
 
 def _together(method: BAME, before: list[EvolvingBlocks]) -> list[EvolvingBlocks]:
-    """The weights of the run that evolve together; what was known of them goes along."""
+    """Group the weights of the run that evolve together; they keep what was known of them."""
 
     def begin(weights: Sequence[SparseWeight]) -> EvolvingBlocks:
         group = method.evidence.begin(weights, method.freeze_after)
@@ -228,7 +228,7 @@ def _adapt(method: BAME, holder: Holder) -> None:
         before = holder.masks_of_copies(group.weights)
         swaps = group.adapt(share)
         if swaps is None:
-            # State was zero wherever weights were pruned, so a revived weight starts without history, too.
+            # State was zero where weights were pruned, so a revived weight starts without history.
             method.enforce(group.weights)
         else:
             holder.rest(group.weights, swaps)

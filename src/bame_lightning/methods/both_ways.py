@@ -1,4 +1,4 @@
-"""Masks that are 2:4 along the output dimension, too: what is asked of patterns, checkpoints and processes."""
+"""Masks that are 2:4 along the output dimension, too: requirements on patterns, checkpoints and processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bame_lightning.weights.layers import LayerPlan, SparseWeight
 def repaired(
     mask: Bool[Tensor, "blocks m"], weight: Float[Tensor, "blocks m"], plan: LayerPlan
 ) -> Bool[Tensor, "blocks m"]:
-    """The mask that a weight starts with, given what `init` makes of it; both of all rows, wherever they lie.
+    """Repair the mask that `init` has made for a weight; both hold all rows, also those of other processes.
 
     Raises:
         ValueError: If the pattern does not allow it.
@@ -32,7 +32,7 @@ def check_restored(weights: Iterable[SparseWeight]) -> None:
     """Check masks of a checkpoint.
 
     Raises:
-        ValueError: If one is 2:4 along the input dimension only.
+        ValueError: If a mask is 2:4 along the input dimension only.
     """
     for sparse in weights:
         if not fits_both_ways(sparse.mask(), len(sparse.kept)):

@@ -1,4 +1,4 @@
-"""Zeros where weights are pruned: in gradients, weights and the state of optimizers; and who else has written there."""
+"""Put zeros where weights are pruned: in gradients, weights and optimizer state; and see where others have written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bame_lightning.weights.views import Views
 
 
 class Enforcement:
-    """Put zeros where weights are pruned, in one operation for all, and tell which weights others have written to since."""
+    """Put zeros where weights are pruned, in one operation for all weights; tell which weights others have written to."""
 
     def __init__(self) -> None:
         self._factors: dict[str, Tensor] = {}
@@ -31,7 +31,7 @@ class Enforcement:
             if gradient is None:
                 continue
             if gradient.requires_grad:
-                # The optimizer will differentiate the gradient, so that it must not change in place.
+                # The optimizer will differentiate the gradient, so it must not change in place.
                 sparse.weight.grad = torch.where(sparse.oriented(sparse.kept), gradient, 0)
                 continue
             bits.append(as_integers(local(gradient)))
@@ -66,18 +66,18 @@ class Enforcement:
         self.remember(weights)
 
     def remember(self, weights: Iterable[SparseWeight]) -> None:
-        """Take what weights are now for what they should be."""
+        """Remember that weights are now as they should be."""
         self._versions |= {sparse.name: _version(sparse.weight) for sparse in weights}
 
     def written(self, weights: Iterable[SparseWeight]) -> list[SparseWeight]:
-        """Weights that somebody has written to since they were remembered, as far as torch tells."""
+        """Weights that others have written to since `remember`, as far as torch tells."""
         return [sparse for sparse in weights if self._versions.get(sparse.name) != _version(sparse.weight)]
 
     def rewritten(self, weights: Iterable[SparseWeight], clips: int) -> list[SparseWeight]:
-        """Weights to whose gradients somebody has written since they were masked, other than to clip them, as to add noise.
+        """Weights whose gradients others have changed since they were masked, as by adding noise. Clipping does not count.
 
         Args:
-            weights: Of which weights.
+            weights: The weights to look at.
             clips: How often clipping writes to a gradient.
         """
         found = ((sparse, sparse.weight.grad) for sparse in weights)
@@ -105,5 +105,5 @@ def _bits(bits: Views, name: Hashable, value: Tensor) -> Tensor:
 
 
 def _version(weight: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes to a weight, or puts other memory behind it, as far as torch tells."""
+    """A value that changes when a weight is written to, or gets other memory, as far as torch tells."""
     return weight._version, 0 if isinstance(weight, DTensor) else weight.data_ptr()

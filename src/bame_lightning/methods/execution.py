@@ -1,4 +1,4 @@
-"""How the products of sparse layers are computed while training runs: densely, or by sparse products that follow the masks."""
+"""Compute the products of sparse layers while training runs: densely, or by sparse products that follow the masks."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Computed:
         name: Of the module.
         module: The module.
         sparse: Its weight.
-        choice: What computes its products; None if that is still to be chosen.
-        bound: What is in place of its forward pass; None if nothing is.
+        choice: What computes its products; None if not chosen yet.
+        bound: What replaces its forward pass; None if nothing does.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Computed:
     choice: Choice | None = None
     bound: BoundForward | None = None
     patience: int = 10
-    """Optimizer steps that may pass without a call, before the module is left as it is."""
+    """Optimizer steps that may pass without a call before the module is left dense."""
     mask: tuple[int, int] = (0, 0)
-    """What changes when the mask does."""
+    """A value that changes when the mask does."""
 
     def put(self, choice: Choice) -> None:
         """Compute as a choice says."""
@@ -62,7 +62,7 @@ class Computed:
         self.bound = None
 
     def follow(self, whole: bool, contenders: Tensor | None) -> None:
-        """Prepare for the next step: follow the mask, and know what of the weight's gradient will be read."""
+        """Prepare for the next step: follow the mask, and note which part of the weight's gradient will be read."""
         layer = self.bound.layer if self.bound is not None else None
         if layer is None:
             return
@@ -74,36 +74,36 @@ class Computed:
             self.mask = _version(self.sparse.kept)
 
     def least(self, phase: str) -> float:
-        """Least share of the dense cost that a phase takes: sparse tensor cores multiply two of four, however few are kept."""
+        """Least share of the dense cost of a phase: sparse tensor cores multiply two of four even if fewer are kept."""
         return 0.5 if getattr(self.choice, phase, "dense") == "semi_structured" else 0.0
 
     @property
     def executed(self) -> set[str]:
-        """Phases that the step just taken has computed sparsely."""
+        """Phases that the latest step has computed sparsely."""
         layer = self.bound.layer if self.bound is not None else None
         if layer is None:
             return set()
         ran = set(layer.ran)
         if "forward" in ran and layer.choice.input_gradient != "dense":
-            # Where nobody asks for the gradient of the input, the first layer for example, nothing was computed densely either.
+            # If the gradient of the input is not needed, as in the first layer, it was not computed densely either.
             ran.add("input_gradient")
         return ran - layer.fell
 
 
 class Execution:
-    """Let the layers of a network compute their products as they are asked to, while training or evaluation runs.
+    """Choose how the layers of a network compute their products while training or evaluation runs, and see to it.
 
-    "auto" watches how each layer is called in the first optimizer step, and then measures for a moment what multiplies it
+    "auto" watches how each layer is called in the first optimizer step. Then it measures briefly what multiplies the layer
     fastest, phase by phase; layers that are called alike are measured once. "sparse" multiplies sparsely from the first step on
-    and measures nothing. Either way the layers follow the masks, and compute of the weight's gradient what a step reads.
+    and measures nothing. In both cases layers follow the masks and compute the part of the weight's gradient that a step reads.
 
     Args:
         compute: "dense" leaves every layer as it is, "auto" chooses, "sparse" computes nothing densely that is sparse.
 
     Attributes:
         choices: What was chosen, by name of the module; those of a checkpoint are used again.
-        on_the_first: Calls a function in the first process, and returns in all of them what it did there.
-        choose: Measures, `compute.choose`.
+        on_the_first: Calls a function in the first process, and returns its result in all processes.
+        choose: Measures and chooses: `compute.choose`.
 
     Raises:
         ValueError: If `compute` is none of these.
@@ -120,7 +120,7 @@ class Execution:
         self._news = False
 
     def bind(self, model: nn.Module, weights: Iterable[SparseWeight], *, watching: bool = True) -> None:
-        """Let the modules that hold some sparse weights compute as was chosen, from now on until `release`.
+        """From now on until `release`, let the modules that hold some sparse weights compute as was chosen.
 
         Args:
             model: The network.
@@ -128,7 +128,7 @@ class Execution:
             watching: Whether calls of those without a choice are watched, to choose after the next step.
 
         Raises:
-            ValueError: If something is to be computed sparsely that cannot be.
+            ValueError: If `compute` is "sparse" and a layer cannot be computed sparsely.
         """
         if self.compute == "dense":
             return
@@ -202,7 +202,7 @@ class Execution:
             method: Knows what the next step reads.
 
         Raises:
-            ValueError: If something was to be computed sparsely, and could not be.
+            ValueError: If `compute` is "sparse" and a layer could not be computed sparsely.
         """
         layers = _held_by(holder, self.layers)
         for layer in layers:
@@ -221,7 +221,7 @@ class Execution:
                 layer.follow(read.everything, read.contenders.get(layer.sparse.name))
 
     def _choose(self, layers: Sequence[Computed], contenders: Mapping[str, Tensor]) -> None:
-        """Measure what has been watched, on the first process; layers called alike are measured once."""
+        """Measure the watched layers in the first process; layers that are called alike are measured once."""
 
         def measure() -> dict[str, dict[str, Any] | None]:
             measured: dict[Any, Choice] = {}
@@ -237,10 +237,10 @@ class Execution:
                 self._leave_dense(layer, "the first training steps have not called it")
 
     def shares(self, costs: Mapping[str, Shares]) -> dict[str, Shares]:
-        """Share of the dense cost of each weight that the step just taken has really computed.
+        """Share of the dense cost of each weight that the latest step has really computed.
 
         Args:
-            costs: What a method has moved of it, by name of the weight.
+            costs: Share that the method needed of each weight, by name.
         """
         found = {}
         for name, cost in costs.items():
@@ -255,12 +255,12 @@ class Execution:
         return found
 
     def news(self) -> list[Computed]:
-        """The layers with what was chosen, if anything was since the last call."""
+        """Return all layers with their choices if any was made since the last call."""
         told, self._news = self._news, False
         return self.layers if told else []
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What was chosen, in plain types."""
+        """Return the choices in plain types."""
         return {name: choice.to_dict() for name, choice in self.choices.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -268,7 +268,7 @@ class Execution:
         self.choices = {name: Choice.from_dict(choice) for name, choice in state.items()}
 
     def release(self) -> None:
-        """Give all modules back their own forward passes, and forget whoever drives this."""
+        """Give all modules back their own forward passes, and forget who drives the training."""
         for layer in self.layers:
             layer.unbind()
         self.layers, self.on_the_first = [], _call

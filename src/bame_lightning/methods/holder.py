@@ -35,10 +35,10 @@ class Holder:
     Attributes:
         state: What the optimizer keeps of its weights.
         steps: Optimizer steps so far.
-        pace: How its steps go with the batches of the run.
+        pace: How its steps and the batches of the run are related.
         window: When masks of its weights adapt, in its own steps.
         keeps_zeros: Whether what is zero in weights, gradients and state stays zero in its steps.
-        stepping: Whether gradients were handled for a step that is not over.
+        stepping: Whether gradients were prepared for a step that is not over.
         backward: Whether a backward pass came since its last step (manual optimization).
         reloaded: Whether state was loaded into the optimizer since its last step.
         batches: Batches since its last step whose gradients have reached one of its weights (manual optimization).
@@ -63,7 +63,7 @@ class Holder:
         self._memory = Views(flat_memory)
 
     def hold(self, weights: Sequence[SparseWeight]) -> None:
-        """Hold those of the weights that the optimizer holds; which are sparse may change on the way."""
+        """Take those of the sparse weights that the optimizer holds; call again when the sparse weights change."""
         held = held_by(self.optimizer)
         self.weights = [sparse for sparse in weights if id(sparse.weight) in held]
         ours = {id(sparse.weight) for sparse in self.weights}
@@ -71,7 +71,7 @@ class Holder:
         self._passes = [(None, -1)] * len(self.weights)
 
     def take_over(self, clocks: Iterable[Mapping[str, Any]]) -> None:
-        """Go on from the first of some clocks that counted the steps of one of these weights."""
+        """Go on from a saved clock: the first one that counted the steps of one of these weights."""
         names = {sparse.name for sparse in self.weights}
         for clock in clocks:
             if names & set(clock["layers"]):
@@ -80,7 +80,7 @@ class Holder:
                 return
 
     def clock(self) -> dict[str, Any]:
-        """Steps so far, and of which layers, in plain types."""
+        """The number of steps so far, and the layers that took them, in plain types."""
         return {
             "layers": [sparse.name for sparse in self.weights],
             "steps": self.steps,
@@ -89,18 +89,18 @@ class Holder:
         }
 
     def attach(self, before_inner: Callable[[Holder], None], after: AfterStep) -> None:
-        """See every step from now on.
+        """Watch every step from now on.
 
-        Torch's hooks see the steps of an optimizer whose class they are in. Where `step` was patched or compiled, or
-        `Optimizer.__init__` never ran, `step` of the object itself is wrapped.
+        Torch's hooks see the steps of most optimizers. If `step` was patched or compiled, or `Optimizer.__init__` never ran,
+        `step` of the object itself is wrapped instead.
 
         Args:
-            before_inner: Called before an optimizer inside this one steps on its own, outside of a step of this one, as
-                that of SAM does in its `second_step`.
+            before_inner: Called before an optimizer inside this one steps while this one does not, as the inner optimizer
+                of SAM does in its `second_step`.
             after: Called when a step is over, with this optimizer.
 
         Raises:
-            ValueError: If the steps of the optimizer cannot be seen.
+            ValueError: If the steps of the optimizer cannot be watched.
         """
         self.detach()
         nested = nested_optimizers(self.optimizer)
@@ -108,7 +108,7 @@ class Holder:
         hooks = getattr(self.optimizer, "_optimizer_step_post_hooks", {})
         self.keeps_zeros = keeps_zeros(self.optimizer) and not hooks
 
-        # Optimizers may be compiled, hooks included; what is done here never is.
+        # Optimizers may be compiled together with their hooks. The code here must not be.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def enter(optimizer: Any, args: Any, kwargs: Any) -> None:
             if not self._depth:
@@ -119,11 +119,11 @@ class Holder:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def leave(optimizer: Any, args: Any, kwargs: Any) -> None:
-            # Not below 0: a step that was going on when hooks were attached comes out only.
+            # Not below 0: of a step that was going on when hooks were attached only the end is seen.
             self._depth = max(0, self._depth - 1)
             self._inner_stepped |= id(optimizer) in self._inner
             if not self._depth:
-                # A wrapper that did not let the optimizer inside it step has only gathered gradients.
+                # If a wrapper did not let its inner optimizer step, it has only gathered gradients.
                 self.stepping &= self._inner_stepped or not self._inner
                 after(self.optimizer, args, kwargs)
 
@@ -145,7 +145,7 @@ class Holder:
         self._memory.forget()
 
     def rest(self, weights: Sequence[SparseWeight], places: Sequence[Tensor]) -> None:
-        """Put what the optimizer keeps of weights to rest where they were pruned.
+        """Reset optimizer state where weights were pruned, to what it is for a weight that rests at zero.
 
         Args:
             weights: The weights.
@@ -162,11 +162,11 @@ class Holder:
                     zero_pruned_(sparse.oriented(value), sparse.kept)
 
     def masks_of_copies(self, weights: Iterable[SparseWeight]) -> dict[str, Bool[Tensor, "out inp *kernel"]]:
-        """Copies of the masks of those weights that the optimizer keeps copies of, by name, for `restart_copies`."""
+        """Copy the masks of the weights that the optimizer keeps copies of, by name, for `restart_copies`."""
         return {s.name: s.kept.clone() for s in weights if self.state.copies(s.weight, s.name)}
 
     def restart_copies(self, before: Mapping[str, Bool[Tensor, "out inp *kernel"]]) -> None:
-        """Start copies of weights that the optimizer keeps anew where weights were revived.
+        """Where weights were revived, set the copies of them that the optimizer keeps to their new values.
 
         Args:
             before: What `masks_of_copies` returned before masks changed.
@@ -176,7 +176,7 @@ class Holder:
                 restart_(sparse.oriented(copy), sparse.values, sparse.kept & ~before[sparse.name])
 
     def start_batch(self) -> None:
-        """Call before each batch: a step that an exception has ended is none."""
+        """Call before each batch: a step that an exception has ended does not count."""
         self._depth = 0
         self._reached = False
 
@@ -185,7 +185,7 @@ class Holder:
         self._passes = [_version(sparse.weight.grad) for sparse in self.weights]
 
     def after_backward(self) -> None:
-        """Call after it: the batch counts for this optimizer if the pass has reached one of its weights."""
+        """Call after each backward pass: the batch counts for this optimizer if the pass reached one of its weights."""
         found = [_version(sparse.weight.grad) for sparse in self.weights]
         reached = any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(self._passes, found, strict=True))
         self._passes, self.backward = [], True

@@ -21,7 +21,7 @@ class LatentWeight:
         sparse: The weight, still dense, and its mask.
 
     Attributes:
-        value: Latent values as of the last update, shaped like the weight.
+        value: Latent values after the last update, shaped like the weight.
     """
 
     def __init__(self, sparse: SparseWeight) -> None:
@@ -37,7 +37,7 @@ class LatentWeight:
     def expose(self) -> None:
         """Put the latent values of pruned weights into the parameter, for the optimizer to update.
 
-        Kept weights stay what they are: somebody may have changed them since the last step, as an averaging callback does.
+        Kept weights stay as they are: others may have changed them since the last step, as an averaging callback does.
         """
         weight = self.sparse.values
         weight.copy_(torch.where(self.sparse.kept, weight, self.value))

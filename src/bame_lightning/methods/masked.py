@@ -21,15 +21,15 @@ from bame_lightning.weights.scale import rescale_
 from bame_lightning.weights.sharding import local
 
 LOOK_EVERY = 16
-"""Steps between two passes over the weights of an optimizer that keeps zeros: somebody else may have written to them."""
+"""Steps between two passes over the weights of an optimizer that keeps zeros; others may have written to them."""
 
 
 class Masked(Method):
     """Enforce masks at every step: sparse forward, sparse input gradient, sparse weight gradient. The masks stay.
 
     Gradients of pruned weights are zeroed before they are clipped. Where weight, gradient and optimizer state are zero, most
-    optimizers leave them so (`keeps_zeros`). Whatever such an optimizer holds is zeroed when masks change, when somebody
-    else has written to it, and every `LOOK_EVERY` steps; what any other holds, after each of its steps.
+    optimizers leave them so (`keeps_zeros`). Then weights and state are zeroed only when masks change, when others have
+    written to them, and every `LOOK_EVERY` steps. With any other optimizer they are zeroed after each of its steps.
 
     Args:
         rescale: As in `Method`.
@@ -49,18 +49,18 @@ class Masked(Method):
     # What a method overrides.
 
     def begin(self, restored: Mapping[str, Any] | None) -> None:
-        """Prepare what evolves, before pruned weights are zeroed; or restore it."""
+        """Prepare the evolving state before pruned weights are zeroed, or restore it."""
 
     def reads(self, holder: Holder) -> bool:
         """Whether this step needs dense gradients."""
         return False
 
     def read(self, holder: Holder, gradients: Mapping[str, Tensor]) -> None:
-        """Look at the dense gradients of the step so far, just before they are masked; the last look counts.
+        """Read the dense gradients of the step so far, just before they are masked. The last call in a step counts.
 
         Args:
-            holder: The optimizer whose gradients they are.
-            gradients: As they lie in memory, by name of the weight.
+            holder: The optimizer of these weights.
+            gradients: By name of the weight, as they lie in memory.
         """
 
     def evolve(self, holder: Holder) -> bool:
@@ -93,7 +93,7 @@ class Masked(Method):
     @override
     @torch.no_grad()
     def after_backward(self, holder: Holder) -> None:
-        # The last pass of a step is not known to be the last one, so each look is at the whole gradient so far.
+        # No backward pass is known to be the last one of a step, so each one reads the whole gradient so far.
         self.run.withheld.put_back(holder.weights)
         if self.reads(holder):
             self.read(holder, _gradients(holder.weights))
@@ -109,13 +109,13 @@ class Masked(Method):
             # Not earlier: the first backward pass may show that the layer is the classifier, which stays dense.
             check_rows(self.run.weights)
         self._touched = self._zeros.written(holder.weights)
-        # Torch does not tell who has written through `weight.data`; such values stay until all are looked at.
+        # Torch does not tell about writes through `weight.data`; such values stay until all weights are checked.
         self.run.suspect(holder.weights if _due(holder) else self._touched)
         if holder.reloaded:
-            # Of an earlier step, when other masks held: it would move what is pruned now.
+            # A gradient of an earlier step, under other masks: it would move weights that are pruned now.
             self.enforce(holder.weights)
             holder.reloaded = False
-        # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, where
+        # Not earlier: under manual optimization another backward pass may need the weights as they were. Nor now, if
         # the optimizer is about to differentiate the gradient.
         if self.rescaling:
             _rescale(self, [sparse for sparse in holder.weights if not sparse.has_graph])
@@ -171,12 +171,12 @@ def _rescale(method: Masked, weights: Iterable[SparseWeight]) -> None:
 
 
 def _due(holder: Holder) -> bool:
-    """Whether all that an optimizer holds is looked at around the step that is going on, and zeroed after it."""
+    """Whether all weights of an optimizer are checked before the current step, and zeroed after it."""
     return not holder.keeps_zeros or holder.steps % LOOK_EVERY == 0
 
 
 def _gradients(weights: Iterable[SparseWeight]) -> dict[str, Tensor]:
-    """Gradients as they lie in memory, laid out as their weights."""
+    """Gradients as they lie in memory, in the memory layout of their weights."""
     found = {}
     for sparse in weights:
         if sparse.weight.grad is not None:

@@ -23,11 +23,11 @@ from bame_lightning.weights.views import Views
 
 
 class Replica(NamedTuple):
-    """Something that every rank holds, and that must be the same on all of them.
+    """A tensor that every rank holds, and that must be the same on all of them.
 
     Args:
-        what: What it is, for the message.
-        layer: Of which layer.
+        what: Its name in messages.
+        layer: Its layer.
         value: The tensor.
     """
 
@@ -37,11 +37,11 @@ class Replica(NamedTuple):
 
 
 class NextRead(NamedTuple):
-    """What of the dense gradients a step reads.
+    """Which part of the dense gradients a step reads.
 
     Args:
-        everything: Whether all of them.
-        contenders: Pruned positions of which it reads the gradient otherwise: by name of the weight, numbered by output row,
+        everything: Whether it reads all of them.
+        contenders: Otherwise, the pruned positions whose gradients it reads: by name of the weight, numbered by output row,
             kernel position and input, row by row.
     """
 
@@ -54,7 +54,7 @@ def _as_it_is(flag: Tensor) -> Tensor:
 
 
 def _unseen(weights: Sequence[SparseWeight]) -> None:
-    """Nobody looks."""
+    """Observe nothing."""
 
 
 @dataclass(eq=False)
@@ -64,15 +64,15 @@ class Run:
     Args:
         weights: The sparse weights.
         holders: The optimizers that hold them.
-        steps: Optimizer steps so far, of all of them.
-        window: When masks adapt, in optimizer steps, where optimizers step once a batch.
+        steps: Steps of all optimizers so far.
+        window: When masks adapt, in optimizer steps, if optimizers step once a batch.
         verify: Whether to check invariants at every step.
         clips: How often clipping writes to a gradient after it was masked.
-        everywhere: Turns a boolean scalar into whether it is true in all processes that hold other rows.
-        suspect: Called before an update with weights that somebody else may have written to since the last one.
-        withheld: What masks take from gradients between the backward passes of a step.
+        everywhere: Tells whether a boolean scalar is true in all processes that hold other rows.
+        suspect: Called before an update with weights that others may have written to since the last one.
+        withheld: Holds what masks take from gradients between the backward passes of a step.
         bits: Remembers the bits of weights and optimizer state, until training ends.
-        observers: Make contexts that each adaptation runs in, until training ends, to compare before and after.
+        observers: Make a context for each adaptation, which may compare before and after, until training ends.
     """
 
     weights: list[SparseWeight] = field(default_factory=list)
@@ -96,11 +96,11 @@ class Method(ABC):
             irrelevant (`weights.scale.alignment`).
 
     Attributes:
-        run: The run that it is part of, which whoever drives the method keeps true.
+        run: The run that it is part of; whoever drives the method keeps it up to date.
         rescaling: Names of the weights whose scale is still to be decided.
         name: What messages call it.
         schedule: When masks change, for methods that change them now and then.
-        never: What never happens if the window of the schedule is too short for a change; begins a sentence.
+        never: Begins the warning that the window of the schedule is too short for any change.
         both_ways: Whether masks are 2:4 along the output dimension, too.
         cost: What a step costs.
     """
@@ -118,20 +118,20 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, restored: Mapping[str, Any] | None) -> None:
-        """Make the weights of the run sparse, which may still be dense; prepare what evolves, or restore it.
+        """Make the weights of the run sparse, if they are not yet; prepare the evolving state, or restore it.
 
         Args:
             restored: The state of a checkpoint; None in a new run, or in a second fit that goes on where the first one ended.
         """
 
     def regroup(self) -> None:
-        """Follow a change of weights or holders: forget what left, begin with what joined, which is still dense.
+        """Follow a change of weights or holders: forget weights that left, begin with those that joined, which are still dense.
 
-        A run of which all weights have left may be followed by another one.
+        Another run may follow one that all weights have left.
         """
 
     def after_backward(self, holder: Holder) -> None:
-        """Change gradients, which further backward passes may add to and users may clip (manual optimization)."""
+        """Change gradients after a backward pass (manual optimization): more passes may add to them, users may clip them."""
 
     @abstractmethod
     def before_update(self, holder: Holder, *, whole: bool) -> None:
@@ -139,8 +139,8 @@ class Method(ABC):
 
         Args:
             holder: The optimizer.
-            whole: Whether gradients are whole and as dense as the backward pass has made them; False if `after_backward` has
-                seen each pass, and users may have written the gradients last.
+            whole: Whether gradients are whole and as dense as the backward pass made them. False if `after_backward` has
+                seen each pass; users may then have changed gradients since.
         """
 
     @abstractmethod
@@ -152,19 +152,19 @@ class Method(ABC):
         """Make weights, and the state that optimizers keep of them, fit the masks.
 
         Args:
-            weights: Which; all of them unless given.
+            weights: The weights to treat; all of them unless given.
         """
 
     def next_read(self, holder: Holder) -> NextRead:
-        """What the step that comes next reads of the dense gradients of its weights."""
+        """Tell which part of the dense gradients of its weights the next step reads."""
         return NextRead(everything=True)
 
     def read_shares(self, holder: Holder) -> Mapping[str, float]:
-        """Share of the pruned positions whose dense gradient the step just taken has read, by name; else none."""
+        """Share of the pruned positions whose dense gradient the latest step has read, by name; empty if it read none."""
         return {}
 
     def mean_read_share(self, pattern: NMPattern, steps: int) -> float:
-        """That share on average over a run of so many steps, an upper bound."""
+        """An upper bound of `read_shares`, on average over a run of so many steps."""
         return 0.0
 
     @abstractmethod
@@ -172,22 +172,22 @@ class Method(ABC):
         """Check the invariants that hold between two updates; called only if the run is verified."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """Metrics of the method, on the weights' device; of one's own rows where weights are sharded."""
+        """Metrics of the method, on the weights' device. Where weights are sharded, they cover this process's rows."""
         return {}
 
     def replicas(self) -> Iterator[Replica]:
-        """What every rank must hold the same of, in the same order on all."""
+        """The tensors that must be the same on every rank, in the same order on all."""
         for sparse in self.run.weights:
             if sparse.rows.whole:
                 yield Replica("mask", sparse.label, sparse.kept)
                 yield Replica("weight", sparse.label, sparse.values)
 
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """What evolves, for a checkpoint: of each weight by its name, and of the run."""
+        """The evolving state for a checkpoint: that of each weight by its name, and that of the run."""
         return {}, {}
 
     def summary(self, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
-        """What the method counts, in plain types.
+        """The method's counts in plain types.
 
         Args:
             mean: Takes means over processes that hold different rows.
@@ -196,6 +196,6 @@ class Method(ABC):
 
 
 def costs(method: Method, holder: Holder) -> dict[str, Shares]:
-    """Share of the dense cost of each weight that the step just taken has moved, by name."""
+    """Share of the dense cost of each weight that the latest step needed, by name."""
     read = method.read_shares(holder)
     return {s.name: method.cost.shares(s.pattern.density, read.get(s.name, 0.0)) for s in holder.weights}

@@ -1,4 +1,4 @@
-"""How the steps of one optimizer go with the batches of a run, where nobody says how many there will be."""
+"""How the steps of one optimizer and the batches of a run are related, if nobody says how many steps there will be."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 class Pace:
-    """How the steps of one optimizer go with the batches, and with the steps of all optimizers, under manual optimization.
+    """Relate the steps of one optimizer to batches, and to the steps of all optimizers, under manual optimization.
 
-    A module may step an optimizer every few batches, several times in each, or from some epoch on only, and says so
-    nowhere. From the steps so far follows how many the run will have: exactly, if they come at even distances.
+    A module may step an optimizer every few batches, several times in each, or only from some epoch on, and nothing tells so.
+    The steps so far tell how many the run will have; this is exact if they come at even distances.
 
     Example:
         >>> pace = Pace()
@@ -58,12 +58,12 @@ class Pace:
         return min(totals, default=math.inf)
 
     def state_dict(self) -> list[list[int]]:
-        """First and last step that were seen, in plain types."""
+        """The first and the last step that were seen, in plain types."""
         return [list(seen) for seen in (self._first, self._last) if seen is not None]
 
     @classmethod
     def restored(cls, state: Sequence[Sequence[int]]) -> Pace:
-        """What `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         pace = cls()
         if state:
             first, last = ((int(seen[0]), int(seen[1]), int(seen[2])) for seen in state)

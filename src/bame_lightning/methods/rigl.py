@@ -34,7 +34,7 @@ def drop_and_grow(
     """Swap one weight in some blocks: the kept one of smallest |w| for the pruned one of largest |g|.
 
     Evci et al., "Rigging the Lottery: Making All Tickets Winners" (ICML 2020), confined to blocks so that each keeps its
-    number of weights (ours, as is the choice of blocks: those whose smallest kept weight is smallest in the layer).
+    number of weights (ours). The blocks that swap are those whose smallest kept weight is smallest in the layer (ours).
 
     Args:
         weight: The weights.
@@ -59,7 +59,7 @@ def drop_and_grow(
 def _fitting(
     blocks: Int[Tensor, " swaps"], places: Int[Tensor, " swaps"], mask: Bool[Tensor, "blocks m"], rows: int
 ) -> Bool[Tensor, " swaps"]:
-    """Which swaps fit together, the first ones first, given the places that they grow in their blocks."""
+    """Choose swaps that fit together, given the places that they grow in their blocks; earlier swaps go first."""
     counts = column_counts(mask, rows)
     group = group_of(blocks * mask.shape[1] + places, counts.shape[1])
     urgency = torch.arange(len(blocks), 0, -1, dtype=torch.float32, device=mask.device)
@@ -89,7 +89,7 @@ class DropAndGrow(Masked):
         self._gradients: dict[str, Tensor] = {}
         self._swapped = False
         self.refused = torch.zeros((), dtype=torch.int64)
-        """Swaps refused so far, of all rows wherever they lie."""
+        """Swaps refused so far, in all rows, also those of other processes."""
 
     @override
     def begin(self, restored: Mapping[str, Any] | None) -> None:
@@ -141,11 +141,11 @@ class DropAndGrow(Masked):
         return True
 
     def window_share(self, holder: Holder) -> float:
-        """Share of blocks that swap after the step that is going on."""
+        """Share of blocks that swap after the current step."""
         return holder.window.annealed(self.share, holder.steps)
 
     def _swap(self, sparse: SparseWeight, gradient: Tensor, share: float, finite: Tensor) -> None:
-        # The share is one of the blocks of all rows.
+        # The share refers to the blocks of all rows.
         rows, old, blocks = sparse.rows, sparse.mask(), to_blocks(sparse.values, sparse.pattern.m)
         before, confined = rows.gather(old), len(sparse.kept) * rows.parts if self.both_ways else None
         after = drop_and_grow(rows.gather(blocks), rows.gather(gradient), before, share, confined)

@@ -23,7 +23,7 @@ from bame_lightning.weights.mask_set import MaskSet, flip_rates
 
 
 class StraightThrough(Method):
-    """In every step a mask of the N largest latent weights of each block; pruned latent weights decay (SR-STE).
+    """In every step keep the N largest latent weights of each block; pruned latent weights decay (SR-STE).
 
     Latent weights are in the parameters only between `before_update` and the end of the update.
 
@@ -50,7 +50,7 @@ class StraightThrough(Method):
         latent.add_decay(self.decay)
 
     def settle(self, latent: LatentWeight) -> None:
-        """Take what the update has made of a latent weight."""
+        """Take back a latent weight that the update has changed."""
         latent.take_back()
 
     @override
@@ -137,7 +137,7 @@ class StraightThrough(Method):
 
 
 class Transposable(StraightThrough):
-    """The same under masks that are N:M along the output dimension, too, renewed now and then.
+    """SR-STE under masks that are N:M along the output dimension, too; they are renewed at intervals.
 
     Args:
         decay: Decay of pruned weights, lambda.

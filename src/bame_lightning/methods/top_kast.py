@@ -21,9 +21,10 @@ from bame_lightning.methods.straight_through import StraightThrough
 class TopKast(StraightThrough):
     r"""Update the C largest latent weights of each block, of which the N largest form the network.
 
-    Jayakumar et al., "Top-KAST: Top-K Always Sparse Training" (NeurIPS 2020), with its sets A and B chosen in blocks (ours).
-    All others hold still, whatever momentum the optimizer has left for them (ours). The exploration penalty is half the
-    square of a latent weight in A, times $\lambda$; of one in B but not in A, times $\lambda / D$ with D = N / M.
+    Jayakumar et al., "Top-KAST: Top-K Always Sparse Training" (NeurIPS 2020), with its sets A and B chosen in blocks
+    (ours): the N and the C largest. Weights outside B do not move, whatever momentum the optimizer holds for them (ours).
+    The exploration penalty of a latent weight is half its square, times $\lambda$ in A, times $\lambda / D$ in B without
+    A, with D = N / M.
 
     Args:
         penalty: Factor of the exploration penalty, $\lambda$.

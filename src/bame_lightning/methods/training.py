@@ -31,14 +31,14 @@ _MASKS = {
 class SparseTraining:
     """Keep the weights of a network N:M sparse through the steps of its optimizers.
 
-    In a training loop of one's own: `begin`, then `before_step` once gradients are whole and before they are clipped. What
-    follows an update is done by a hook of the optimizer. `BAMECallback` and its siblings drive the same object from the hooks
-    of Lightning.
+    In your own training loop, call `begin` once. In each step call `before_step` when gradients are whole, before you clip
+    them. A hook of the optimizer does what follows an update. `BAMECallback` and its siblings drive the same object from the
+    hooks of Lightning.
 
     Args:
-        method: What is done at each step.
-        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
-            weights that are N:M sparse already.
+        method: What happens in each step.
+        init: Which weights the masks keep at first: "magnitude" keeps the largest, "random" any, "nonzero" those that are
+            not zero in weights that are N:M sparse already.
         compute: How the layers' products are computed: "dense", "auto" or "sparse" (`Execution`).
 
     Attributes:
@@ -71,7 +71,7 @@ class SparseTraining:
         self.execution = Execution(compute)
         self.attached = False
         self.stray = False
-        """Whether an optimizer has stepped of which nobody knew that it would."""
+        """Whether an optimizer has stepped that was not announced."""
         self.on_step: Callable[[Holder], None] = _nothing
         self.before_inner: Callable[[Holder], None] = partial(_step_inside, self)
 
@@ -88,7 +88,7 @@ class SparseTraining:
 
         Args:
             model: The network.
-            optimizers: What trains it.
+            optimizers: The optimizers that train it.
             pattern: "N:M".
             layers: Rules that override the default choice of layers, as in `BAMECallback`.
             steps: Optimizer steps of the run.
@@ -107,7 +107,7 @@ class SparseTraining:
         """Make masks for what is planned to be sparse; the weights stay dense for now.
 
         Args:
-            plans: What becomes of each weight.
+            plans: For each weight, whether it becomes sparse and how.
             keep: Weights that are under masks already.
 
         Returns:
@@ -124,7 +124,7 @@ class SparseTraining:
 
     def _make_mask(self, plan: LayerPlan) -> SparseWeight:
         assert plan.pattern is not None
-        # Of all rows, wherever they lie: the mask is that of a single process.
+        # All rows are gathered first: the mask must be that of a single process.
         blocks = to_blocks(plan.rows.gather(plan.values), plan.pattern.m)
         try:
             mask = _MASKS[self.init](blocks, plan.pattern.n)
@@ -137,7 +137,7 @@ class SparseTraining:
     # Which optimizers hold the weights: several may, each with steps of its own.
 
     def follow(self, optimizers: Iterable[Optimizer], clocks: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Give each optimizer that holds sparse weights a clock, which goes on from those given."""
+        """Give each optimizer that holds sparse weights a clock that counts its steps; saved clocks go on."""
         for holder in self.run.holders:
             holder.detach()
         self.run.holders = [Holder(optimizer, self.run.weights) for optimizer in optimizers]
@@ -147,7 +147,7 @@ class SparseTraining:
             holder.take_over(clocks)
 
     def refollow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
+        """Follow the optimizers that hold the sparse weights now; weights and optimizers may have changed."""
         run, optimizers = self.run, list(optimizers)
         clocks, known = [holder.clock() for holder in run.holders], {id(h.optimizer): h for h in run.holders}
         for holder in run.holders:
@@ -165,11 +165,11 @@ class SparseTraining:
                     self._attach(holder)
 
     def holder_of(self, optimizer: Any) -> Holder | None:
-        """The holder that an optimizer is; None if it holds nothing sparse."""
+        """The holder of an optimizer; None if the optimizer holds no sparse weight."""
         return next((holder for holder in self.run.holders if holder.optimizer is optimizer), None)
 
     def attach(self) -> None:
-        """See the steps of the optimizers from now on."""
+        """Watch the steps of the optimizers from now on."""
         self.attached, self.stray = True, False
         for holder in self.run.holders:
             self._attach(holder)
@@ -184,7 +184,7 @@ class SparseTraining:
         for holder in self.run.holders:
             holder.detach()
         self.attached = False
-        # Neither this object nor those that hold it could be pickled with a hold of whoever drives it.
+        # With a reference to what drives it, this object could not be pickled.
         self.on_step, self.before_inner = _nothing, partial(_step_inside, self)
         self.run.observers = []
         self.run.bits.forget()
@@ -193,14 +193,14 @@ class SparseTraining:
     # One step.
 
     def before_step(self, optimizer: Any, *, whole: bool = True) -> None:
-        """Call once an optimizer's gradients are whole, and before they are clipped.
+        """Call in each step, when an optimizer's gradients are whole and not yet clipped.
 
         Args:
             optimizer: The optimizer.
             whole: False if each backward pass has been followed, and users may have written the gradients last.
 
         Raises:
-            ValueError: If it holds sparse weights, but is another object than the one that is followed, as a wrapper is.
+            ValueError: If it holds sparse weights, but is not the object that `begin` was given; a wrapper is another object.
         """
         holder = self.holder_of(optimizer)
         if holder is None:
@@ -238,7 +238,7 @@ class SparseTraining:
     # A checkpoint.
 
     def state(self) -> dict[str, Any]:
-        """Masks and what evolves, in tensors and plain types."""
+        """Masks and the evolving state, in tensors and plain types."""
         layers, more = self.method.state()
         return {
             "steps": self.run.steps,
@@ -249,7 +249,7 @@ class SparseTraining:
         }
 
     def forget(self) -> None:
-        """Forget the weights, and what evolves in them."""
+        """Forget the weights and their evolving state."""
         self.detach()
         self.execution.choices = {}
         self.run.weights, self.run.holders, self.run.steps = [], [], 0
@@ -258,16 +258,16 @@ class SparseTraining:
 
 
 def _nothing(holder: Holder) -> None:
-    """Nobody wants to know."""
+    """Do nothing after a step."""
 
 
 def _step_inside(training: SparseTraining, holder: Holder) -> None:
-    """An optimizer inside another one steps on its own: a step like any other."""
+    """Treat the step of an optimizer inside another one like any other step."""
     training.before_step(holder.optimizer)
 
 
 def _refuse_stranger(holders: Iterable[Holder], optimizer: Any) -> None:
-    """Refuse a step of sparse weights by another object than the one that is followed."""
+    """Refuse a step of sparse weights by an object that is not followed."""
     held = held_by(optimizer)
     for holder in holders:
         if any(id(sparse.weight) in held for sparse in holder.weights):

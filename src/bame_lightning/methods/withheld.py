@@ -1,4 +1,4 @@
-"""What masks take from gradients between the backward passes of a step, so that each look is at whole gradients."""
+"""What masks take from gradients between the backward passes of a step, so that whole gradients can be read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from bame_lightning.weights.layers import SparseWeight
 
 
 class Withheld:
-    """Gradients of pruned weights that were masked away before a step's last backward pass (manual optimization)."""
+    """Keep the gradients of pruned weights that were masked before a step's last backward pass (manual optimization)."""
 
     def __init__(self) -> None:
         self._of: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def before_backward(self, weights: Iterable[SparseWeight]) -> None:
-        """Forget what was withheld of gradients that users have zeroed since the last pass."""
+        """Forget what was withheld from gradients that users have zeroed since the last pass."""
         for sparse in weights:
             if sparse.gradient is None:
                 self._of.pop(sparse.name, None)

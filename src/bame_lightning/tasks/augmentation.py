@@ -13,11 +13,11 @@ def crop_and_flip(
 ) -> Num[Tensor, "images channels height width"]:
     """Shift each image at random, black moving in, and mirror half of them: the usual augmentation for CIFAR.
 
-    The same as a `RandomCrop` of padded images and a `RandomHorizontalFlip`, drawn for each image, at once.
+    The same as a `RandomCrop` of padded images and a `RandomHorizontalFlip` for each image, but all at once.
 
     Args:
         pixels: The images, black being 0.
-        padding: Pixels by which an image moves at most, in each direction.
+        padding: The most pixels by which an image moves in each direction.
 
     Returns:
         The changed images.
@@ -29,6 +29,6 @@ def crop_and_flip(
     columns = left + torch.arange(width)
     columns = torch.where(flipped, columns.flip(1), columns)
     padded = functional.pad(pixels, (padding,) * 4)
-    # Indices on both sides of the channels put these last.
+    # With index tensors on both sides of it, the dimension of channels comes last.
     crops = padded[torch.arange(images)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2).contiguous()

@@ -19,7 +19,8 @@ class CIFAR10(InMemoryImages):
     Training images are shifted by up to four pixels and flipped at random.
 
     Args:
-        root: Folder that holds `cifar-10-batches-py`, as torchvision lays it; downloaded to there if it is missing.
+        root: Folder that holds `cifar-10-batches-py`, as torchvision arranges it. If that is missing, it is downloaded to
+            `root`.
         batch_size: Images per batch.
         val_size: Training images put aside for validation.
         num_workers: Processes that load batches.
@@ -57,7 +58,7 @@ class CIFAR10(InMemoryImages):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100: like CIFAR-10, but of 100 classes and in the folder `cifar-100-python`."""
+    """CIFAR-100: like CIFAR-10, but with 100 classes, and in the folder `cifar-100-python`."""
 
     num_classes = 100
     source = torchvision.datasets.CIFAR100

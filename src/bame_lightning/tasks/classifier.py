@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 Batch = Sequence[Tensor]
-"""Inputs, and the class of each or of each of its positions: a tuple or, from torch's default collation, a list."""
+"""Inputs, and the class of each input or of each of its positions: a tuple, or a list from torch's default collation."""
 
 
 class Classifier(LightningModule):
@@ -33,8 +33,8 @@ class Classifier(LightningModule):
         scheduler: Makes a learning-rate schedule from the optimizer and the number of its steps; stepped after each
             optimizer step. None keeps the learning rate.
         label_smoothing: Share of the target spread evenly over all classes, in training.
-        decay_vectors: Whether weight decay is for parameters of one dimension, too: biases and what normalisation
-            scales and shifts by.
+        decay_vectors: Whether weight decay also applies to parameters of one dimension: biases, and the scales and shifts
+            of normalisation.
     """
 
     def __init__(

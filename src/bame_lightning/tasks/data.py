@@ -43,9 +43,9 @@ class FashionMNIST(InMemoryImages):
     """Fashion-MNIST: 60,000 training and 10,000 test images of clothes, grey, 28x28 pixels.
 
     Args:
-        data_dir: Folder that holds the four idx files (`.gz` or unpacked), itself or in `FashionMNIST/raw` as
-            torchvision lays them; downloaded to there if they are missing. None takes the Debian package's files
-            where it is installed, else the folder `data`.
+        data_dir: Folder that holds the four idx files (`.gz` or unpacked), or holds them in `FashionMNIST/raw`, as
+            torchvision does. If they are missing, they are downloaded to this folder. None takes the files of the Debian
+            package if it is installed, else the folder `data`.
         batch_size: Images per batch.
         val_size: Training images put aside for validation.
         num_workers: Processes that load batches.

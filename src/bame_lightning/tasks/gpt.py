@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and around it a shortcut.
+    """Attention and MLP, each after a layer norm and with a shortcut around both.
 
     Args:
         width: Length of a token's vector.
@@ -74,8 +74,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Predict the token after each position from it and those before it; GPT-2's layout (Radford et al. 2019).
 
-    Weights start normal with deviation 0.02, those that end a branch divided by the root of the number of branches.
-    The head has a weight of its own, not the embedding's.
+    Weights start normal with standard deviation 0.02; those at the end of a branch are divided by the square root of the
+    number of branches. The head has a weight of its own; it does not share the embedding's.
 
     Args:
         context: Tokens that the model sees at most.

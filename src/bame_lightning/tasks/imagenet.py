@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from bame_lightning.tasks.loaders import make_loader
 
-# Of the training images' channels, values in [0, 1]; what published networks are trained with.
+# Mean and deviation of the training images' channels, for values in [0, 1], as published networks use them.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -22,7 +22,7 @@ class Images(NamedTuple):
     labels: Int[Tensor, " images"]
 
     def split(self, size: int) -> tuple[Images, Images]:
-        """Put `size` images aside, the classes in equal proportion, always the same ones.
+        """Put `size` images aside: always the same ones, with classes in equal proportion.
 
         Args:
             size: How many images.
@@ -44,7 +44,7 @@ class StandardisedImages:
         images: The images, values as they come.
         mean: What to subtract, per channel.
         std: What to divide by then, per channel.
-        augmentation: Changes a batch of images before; None leaves them.
+        augmentation: Changes a batch of images before that; None leaves them.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class StandardisedImages:
 class InMemoryImages(InMemoryData):
     """A data set held in memory, each channel standardised by the training images' mean and standard deviation.
 
-    A data set of its own is a subclass that names its shape and its classes and implements `load`. Values stay as they
-    come until a batch is served: bytes take a quarter of the memory.
+    For another data set write a subclass that names its shape and its classes and implements `load`. Values stay as they
+    are read until a batch is served, because bytes take a quarter of the memory.
 
     Args:
         batch_size: Images per batch. An incomplete last batch is left out of training.

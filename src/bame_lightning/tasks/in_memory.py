@@ -16,7 +16,7 @@ from bame_lightning.tasks.loaders import make_loader
 
 @runtime_checkable
 class Batches(Sized, Protocol):
-    """Serves a whole batch at once: on small models a loop over samples costs more than a step."""
+    """Serve a whole batch at once: for small models a loop over samples costs more than a step."""
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the samples with these indices."""

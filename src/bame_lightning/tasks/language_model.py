@@ -15,9 +15,9 @@ from bame_lightning.tasks.classifier import Batch, Classifier
 class LanguageModel(Classifier):
     """Train a model to predict the next byte: a classification of every position.
 
-    Logs the loss in bits, too, as `bits_per_byte`: loss / ln 2, what an ideal compressor would need for a byte; with label
-    smoothing, that of training is not. Takes the arguments of `Classifier`, whose model maps bytes to logits of the byte that
-    follows each.
+    It logs the loss in bits, too, as `bits_per_byte`: loss / ln 2, which an ideal compressor would need for a byte. With label
+    smoothing this is not true of the training loss. The arguments are those of `Classifier`; the model maps bytes to logits
+    of the byte that follows each.
     """
 
     @override

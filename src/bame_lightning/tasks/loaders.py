@@ -27,7 +27,8 @@ def make_loader(
         batch_size=batch_size,
         shuffle=training,
         drop_last=training,
-        # New ones in each epoch, whose random numbers a resumed run can draw again: the generators of workers that persist are
+        # Workers are new in each epoch, so that a resumed run can draw their random numbers again: generators of
+        # persistent workers are
         # nowhere saved.
         num_workers=num_workers,
         **options,

@@ -1,6 +1,6 @@
 """Models built for a data set: functions of its input shape and its number of classes.
 
-The defaults are what a model was published or first used with.
+The defaults are those with which a model was published or first used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mlp(input_shape: Shape = (1, 28, 28), num_classes: int = 10, hidden: Sequenc
         The network; its layers are called `hidden1`, `hidden2`, ... and `fc`.
 
     Raises:
-        ValueError: If `hidden` is no list of widths.
+        ValueError: If `hidden` is not a list of widths.
     """
     _check_widths("hidden", hidden)
     layers = OrderedDict[str, nn.Module](flatten=nn.Flatten())
@@ -53,7 +53,7 @@ def cnn(
         The network; its layers are called `conv1`, `conv2`, ... and `fc`.
 
     Raises:
-        ValueError: If `widths` is no list of widths.
+        ValueError: If `widths` is not a list of widths.
     """
     _check_widths("widths", widths)
     layers = OrderedDict[str, nn.Module]()
@@ -76,7 +76,7 @@ def _check_widths(argument: str, widths: object) -> None:
 
 
 def resnet18(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
-    """ResNet-18 of torchvision, its stem fitted to the images.
+    """ResNet-18 of torchvision, with its stem fitted to the images.
 
     Args:
         input_shape: Channels, height and width of an image. Below 64 pixels the stem becomes a 3x3 convolution of
@@ -90,7 +90,7 @@ def resnet18(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.
 
 
 def resnet50(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
-    """ResNet-50 of torchvision, its stem fitted to the images as in `resnet18`.
+    """ResNet-50 of torchvision, with its stem fitted to the images as in `resnet18`.
 
     Args:
         input_shape: Channels, height and width of an image.
@@ -114,7 +114,7 @@ def _resnet(make: Callable[..., nn.Module], input_shape: Shape, num_classes: int
 
 
 def mobilenet_v2(input_shape: Shape = (3, 224, 224), num_classes: int = 1000) -> nn.Module:
-    """MobileNet-V2 of torchvision, its stem fitted to the images.
+    """MobileNet-V2 of torchvision, with its stem fitted to the images.
 
     Args:
         input_shape: Channels, height and width of an image. Below 64 pixels the stem and the first stage of stride 2

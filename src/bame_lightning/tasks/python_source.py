@@ -22,9 +22,9 @@ EXCLUDED = (
     *("test", "tests", "idlelib", "lib2to3"),
     *("encodings", "pydoc_data", "config-*", "_sysconfigdata*"),  # generated
 )
-"""Globs over names of folders and files, below the folder that is read, which are left out."""
+"""Globs over names of folders and files that are left out."""
 TEST_SHARE = 0.1
-"""Share of the files that is for testing."""
+"""Share of the files that are for testing."""
 
 
 class Windows:
@@ -32,11 +32,11 @@ class Windows:
 
     Args:
         text: Bytes, more than `context` of them, or none at all.
-        context: Bytes of a window. What is left over at the end of the text is not used.
+        context: Bytes of a window. Bytes left over at the end of the text are not used.
     """
 
     def __init__(self, text: UInt8[Tensor, " bytes"], context: int) -> None:
-        # A byte more than the window, for the target of its last one; the next window starts with this byte.
+        # One byte more than the window, as the target of its last byte; the next window starts with it.
         self.windows = text.unfold(0, context + 1, context) if len(text) else text.view(0, 1)
 
     def __len__(self) -> int:
@@ -52,9 +52,9 @@ class Windows:
 class PythonSource(InMemoryData):
     """The source text of Python's standard library, or of another folder, as bytes; nothing is downloaded.
 
-    Every file `*.py` at any depth is read, but for what `EXCLUDED` names. A file is for training, for validation or for
-    testing as a whole: files are ordered by a checksum of their path, and the first tenth (at least one) are for testing,
-    the next ones for validation. Another version of Python has another text, but splits it alike.
+    Every file `*.py` at any depth is read, except those that `EXCLUDED` names. A whole file is for training, for validation or
+    for testing: files are ordered by a checksum of their path. The first tenth (at least one file) is for testing, the next
+    ones are for validation. Another version of Python has another text, but splits it in the same way.
 
     Args:
         folder: Where to read; None for the standard library of the running interpreter.
@@ -116,7 +116,7 @@ class PythonSource(InMemoryData):
         """Files for training, validation and testing, each sorted by path."""
         names = [path.relative_to(self.folder) for path in self.folder.rglob("*.py") if path.is_file()]
         names = [name for name in names if not any(fnmatchcase(part, glob) for part in name.parts for glob in EXCLUDED)]
-        # Not at random: a file that two versions of Python share is, but for a few, on the same side in both.
+        # Not at random: a file that two versions of Python share is nearly always in the same part in both.
         names.sort(key=lambda name: (zlib.crc32(name.as_posix().encode()), name))
         test = max(1, round(TEST_SHARE * len(names)))
         val = test + (max(1, round(self.val_share * len(names))) if self.val_share else 0)

@@ -10,13 +10,13 @@ def constant(optimizer: Optimizer, total_steps: int, *, warmup_steps: int | floa
     """Keep the learning rate, after a linear warm-up.
 
     Args:
-        optimizer: Whose learning rates to set.
+        optimizer: The optimizer whose learning rates are set.
         total_steps: Optimizer steps of the run.
-        warmup_steps: Optimizer steps, or the fraction of the run (float), from 1 / (`warmup_steps` + 1) of the
-            learning rate up to all of it.
+        warmup_steps: Optimizer steps of the warm-up (int), or its fraction of the run (float). It begins at
+            1 / (`warmup_steps` + 1) of the learning rate and ends at all of it.
 
     Returns:
-        The scheduler, to be stepped after every optimizer step.
+        The scheduler; step it after every optimizer step.
     """
     steps = _count(warmup_steps, total_steps)
     return _warmed_up(optimizer, ConstantLR(optimizer, factor=1.0), steps)
@@ -26,13 +26,13 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup_steps: int | float 
     """Anneal the learning rate to 0 along half a cosine, after a linear warm-up.
 
     Args:
-        optimizer: Whose learning rates to set.
+        optimizer: The optimizer whose learning rates are set.
         total_steps: Optimizer steps of the run.
-        warmup_steps: Optimizer steps, or the fraction of the run (float), from 1 / (`warmup_steps` + 1) of the
-            learning rate up to all of it.
+        warmup_steps: Optimizer steps of the warm-up (int), or its fraction of the run (float). It begins at
+            1 / (`warmup_steps` + 1) of the learning rate and ends at all of it.
 
     Returns:
-        The scheduler, to be stepped after every optimizer step.
+        The scheduler; step it after every optimizer step.
     """
     steps = _count(warmup_steps, total_steps)
     return _warmed_up(optimizer, CosineAnnealingLR(optimizer, T_max=max(1, total_steps - steps)), steps)

@@ -17,7 +17,7 @@ class BasicBlock(nn.Module):
     Args:
         channels: Input channels.
         width: Output channels, at least as many.
-        stride: Of the first convolution.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
@@ -72,7 +72,7 @@ def resnet20(
 
 
 def resnet32(input_shape: Shape = (3, 32, 32), num_classes: int = 10, width: int = 32) -> nn.Sequential:
-    """ResNet-32 of twice the width of He et al., 32, 64 and 128 channels: what N:M papers train on CIFAR-10.
+    """ResNet-32 with twice the width of He et al. (32, 64 and 128 channels), which N:M papers train on CIFAR-10.
 
     Args:
         input_shape: Channels, height and width of an image.

@@ -43,7 +43,7 @@ def vit(
         mlp_dim=4 * width,
         num_classes=num_classes,
     )
-    # torchvision's own takes three channels; initialised as it does.
+    # torchvision's own layer takes three channels; this one is initialised in the same way.
     network.conv_proj = nn.Conv2d(input_shape[0], width, patch, stride=patch)
     nn.init.trunc_normal_(network.conv_proj.weight, std=math.sqrt(1 / (input_shape[0] * patch**2)))
     nn.init.zeros_(network.conv_proj.bias)  # type: ignore[arg-type]

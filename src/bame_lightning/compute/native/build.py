@@ -20,25 +20,25 @@ from pathlib import Path
 import torch
 
 CACHE = "BAME_LIGHTNING_CACHE"
-"""Variable of the environment that names a folder for what is built."""
+"""Environment variable that names a folder for built kernels."""
 COMPILER = "CXX"
-"""Variable of the environment that names a compiler, as for torch's own extensions."""
+"""Environment variable that names a compiler, as for torch's own extensions."""
 ABI = 1
-"""What `nm_abi` of a library must answer: the version of its interface."""
+"""The version of the interface, which `nm_abi` of a library must return."""
 _SOURCES = ("vectors.h", "memory.h", "interface.h", "packing.h", "product.h", "gradient.h", "index.h", "kernels.cpp")
 _ALWAYS = ("-O3", "-std=c++17", "-fPIC", "-shared")
-# The first combination that a compiler takes: Apple's has no OpenMP, and some know processors by -mcpu only.
+# The first combination that a compiler accepts is taken: Apple's has no OpenMP, and some have only -mcpu for processors.
 _PROCESSORS, _THREADS = (("-march=native",), ("-mcpu=native",), ()), (("-fopenmp",), ())
 _PATIENCE = 300.0
-"""Seconds to wait for another process that builds."""
+"""Seconds to wait while another process builds."""
 
 
 class UnavailableError(Exception):
-    """The kernels cannot be had on this machine; the message says why, and what helps."""
+    """Something is not available on this machine; the message says why, and what helps."""
 
 
 def announce(line: str) -> None:
-    """Say one line to whoever watches the run."""
+    """Tell the user something in one line."""
     print(f"bame_lightning: {line}", file=sys.stderr, flush=True)
 
 
@@ -53,21 +53,21 @@ def kernels() -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Where built kernels lie: a folder of the user."""
+    """The user's folder for built kernels."""
     if named := os.environ.get(CACHE):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bame_lightning"
 
 
 def load(cache: Path, say: Callable[[str], None] = announce) -> ctypes.CDLL:
-    """Load the kernels from a cache, and build them first if they are not in there.
+    """Load the kernels from a cache; build them first if they are not there.
 
     Several processes may call this at once: one builds, the others wait. The lock is the system's own on an open file, so
-    that it goes with its owner, however that ends.
+    that it ends with its process, however that ends.
 
     Args:
         cache: Folder for what is built; made if need be.
-        say: Told in one line that something is built.
+        say: Called with a line of text when something is built.
 
     Returns:
         The library.
@@ -113,7 +113,7 @@ def _build(compiler: str, library: Path, say: Callable[[str], None]) -> None:
     source = Path(__file__).with_name("kernels.cpp")
     first_error = ""
     for threads, processor in itertools.product(_THREADS, _PROCESSORS):
-        # Built beside its place and then renamed: whoever looks sees a whole library or none.
+        # Built in another place, then renamed: nobody ever sees half a library.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / "made.so"
             command = [compiler, *_ALWAYS, *threads, *processor, str(source), "-o", str(made)]
@@ -143,7 +143,7 @@ def _forget(library: Path) -> None:
 
 
 def _key(compiler: str) -> str:
-    """What a build depends on."""
+    """A key of all that a build depends on."""
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
     sources = [Path(__file__).with_name(name).read_bytes() for name in _SOURCES]
     parts = [about.encode(), torch.__version__.encode(), _processor().encode(), *sources]
@@ -151,7 +151,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """Kind and abilities of the processor: a home folder may be shared by machines that differ."""
+    """Kind and abilities of the processor: different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -162,7 +162,7 @@ def _processor() -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; after some minutes go on without it, for builds do not harm each other."""
+    """Hold a lock between processes. After some minutes go on without it: two builds at once do no harm."""
     import fcntl  # not on Windows
 
     with path.open("w") as file:

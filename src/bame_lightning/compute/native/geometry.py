@@ -1,9 +1,10 @@
 """Where features go when activations are packed, and which of them an output position reads.
 
-Packed, the samples of a vector lie in its lanes, and a group of samples holds for every row of the image, channel and column
-one vector (y, channel, x): then neighbouring positions lie side by side, and channels never a power of two apart for long. A
-linear layer is a convolution of images of one pixel. Where there is one output position only, several vectors of samples take
-its place (`tiles`), so that each kept weight multiplies as many vectors in one go.
+The kernels multiply vectors: each lane of a vector holds the same feature of another sample. A group of samples is packed
+as one vector for each row of the image, channel and column, in the order (y, channel, x). So neighbouring positions lie
+side by side, and channels are rarely a power of two apart, which caches would not like. A linear layer is a convolution
+of images of one pixel. If there is only one output position, several vectors of samples stand side by side (`tiles`), so
+that each kept weight multiplies as many vectors in one go.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from bame_lightning.compute.native.structures import Packing
 from bame_lightning.compute.operation import Conv2d, Linear, Operation
 
 TILES = 8
-"""Vectors of samples side by side: as many sums as the kernels keep in registers."""
+"""Vectors of samples side by side: the number of sums that the kernels keep in registers."""
 CACHED = 256 * 1024
-"""Bytes of packed features that a section of a linear layer reads; a quarter of a common second-level cache."""
+"""Bytes of packed features that a section of a linear layer reads: a quarter of a usual second-level cache."""
 
 
 class Image(NamedTuple):
-    """What samples are, and how they lie in memory.
+    """The shape of a sample, and how it lies in memory.
 
     Args:
-        channels: Or features.
+        channels: Channels; features of a linear layer.
         height: Rows of pixels.
         width: Pixels of a row.
         last: Whether channels lie side by side.
@@ -65,7 +66,7 @@ class Place(NamedTuple):
     image: Image
 
     def packing(self, tiles: int) -> Packing:
-        """For the kernels; without source and samples, which change with each call."""
+        """Describe this to the kernels, without source and samples, which change with each call."""
         return Packing(
             features=self.image.features,
             map=self.map,
@@ -86,13 +87,13 @@ class Reading(NamedTuple):
     Args:
         place: The packed image that is read.
         tiles: Vectors of samples that lie side by side.
-        first: Kind of positions -> its first one; and their number.
+        first: Kind of positions -> the first of its positions; last, their number.
         unit: Position -> vector.
         offset: Position -> element of an output sample.
         row_stride: Elements between rows (channels) of an output sample.
-        table: Column, or row * taps + tap -> vector; None if it is the number itself.
+        table: Column, or row * taps + tap -> vector; None if both numbers are the same.
         group_units: Vectors between groups of channels, in `table`.
-        output: What comes out.
+        output: The shape of an output sample.
     """
 
     place: Place
@@ -107,7 +108,7 @@ class Reading(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """All that follows from the shapes of a call.
+    """Everything that follows from the shapes of a call.
 
     Args:
         forward: Of the output.
@@ -144,9 +145,9 @@ def geometry(
     Args:
         operation: What is computed.
         weight: Shape of the weight.
-        source: What an input sample is.
-        output: What an output sample is.
-        samples: How many there are.
+        source: The shape of an input sample.
+        output: The shape of an output sample.
+        samples: Number of samples.
         lanes: Samples of a vector.
     """
     conv = operation if isinstance(operation, Conv2d) else Conv2d()
@@ -218,7 +219,7 @@ def _backward(conv: Conv2d, kernel: tuple[int, ...], source: Image, output: Imag
 
 
 class _Axis(NamedTuple):
-    """One axis of a convolution, seen from the gradient of its input."""
+    """One axis of a convolution, for the gradient of its input."""
 
     stride: int
     padding: int
@@ -228,12 +229,12 @@ class _Axis(NamedTuple):
     outputs: int
 
     def shift(self, tap: int) -> int:
-        """Output that an input of the tap's kind reads, less the input's number within its kind."""
+        """The output that an input of the tap's kind reads, minus the input's number within its kind."""
         kind = (tap * self.dilation - self.padding) % self.stride
         return (kind + self.padding - tap * self.dilation) // self.stride
 
     def positions(self, kind: int) -> Tensor:
-        """How many inputs are of a kind."""
+        """Number of inputs of a kind."""
         return torch.arange(kind, self.inputs, self.stride)
 
     @property
@@ -259,7 +260,7 @@ def _positions(height: int, width: int, line: int, step: int) -> Tensor:
 
 
 def _written(image: Image, pixels: Tensor) -> tuple[int, Tensor]:
-    """How far channels lie apart in memory, and where pixels lie."""
+    """The distance between channels in memory, and the places of pixels."""
     if image.last or image.height * image.width == 1:
         return 1, pixels * image.channels
     return image.height * image.width, pixels

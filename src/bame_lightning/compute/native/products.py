@@ -17,12 +17,12 @@ from bame_lightning.compute.native.geometry import TILES, Geometry, Image, Readi
 from bame_lightning.compute.operation import Linear, Operation
 
 _GEOMETRIES = 8
-"""Shapes of calls that are remembered."""
+"""Number of shapes of calls that are remembered."""
 _TYPES = {torch.float32: 4, torch.float64: 8}
 
 
 class KernelProducts:
-    """A layer's products by the kernels, for weights that are zero where a mask prunes.
+    """Compute a layer's products by the kernels; the weight is zero where a mask prunes.
 
     Args:
         operation: What the layer computes.
@@ -31,8 +31,8 @@ class KernelProducts:
         dtype: Of weights and activations.
 
     Raises:
-        UnavailableError: If the kernels cannot be had on this machine.
-        ValueError: If a block keeps another number than N.
+        UnavailableError: If the kernels are not available on this machine.
+        ValueError: If a block does not keep exactly N weights.
     """
 
     name, device = "kernels", "cpu"
@@ -62,8 +62,8 @@ class KernelProducts:
         """Gather the kept weights.
 
         Returns:
-            Their values in the order of the index; None if a kept one is not finite, or a pruned one not zero: only dense
-            products are right then.
+            Their values in the order of the index. None if a kept one is not finite, or a pruned one not zero: then only
+            dense products are right.
         """
         index, strides = self.index, self._strides_of(weight)
         values = weight.new_empty(index.columns.shape)
@@ -82,7 +82,7 @@ class KernelProducts:
         return None if self.library.nm_gather(ctypes.byref(call)) else values
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The output; None if an input is not finite, for then it would differ from the dense one: 0 * inf = nan."""
+        """The output; None if an input is not finite, because the dense product has 0 * inf = nan there."""
         x = self._packable(x)
         output = self._empty(x, self._output_shape(x))
         key, laid = self._geometry(x, output)
@@ -120,14 +120,14 @@ class KernelProducts:
         Args:
             gradient: Of the output.
             x: The input.
-            weight: Says how the result lies in memory.
+            weight: The result lies in memory as this does.
             also: More positions, numbered by row, kernel position and input; row by row, in any order within a row.
 
         Returns:
             The gradient; None if `gradient` or `x` is not finite.
 
         Raises:
-            ValueError: If a position is none of the weight's, or rows are mixed.
+            ValueError: If a position lies outside the weight, or positions are not sorted by row.
         """
         gradient, x = self._packable(gradient), self._packable(x)
         key, laid = self._geometry(x, gradient)
@@ -217,7 +217,7 @@ class KernelProducts:
         return torch.Size((len(x), self.shape[0], height, width))
 
     def _geometry(self, x: Tensor, output: Tensor) -> tuple[Any, Geometry]:
-        """The geometry of a call with these shapes of input and output, and the key under which it is remembered."""
+        """The geometry of a call with these shapes, and the key under which it is remembered."""
         source, made = _image(x, self.operation), _image(output, self.operation)
         samples = x.numel() // source.features
         tiles = min(-(-samples // self.lanes), TILES)

@@ -11,12 +11,12 @@ _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
 def _fields(pointers: str, names: str) -> list[tuple[str, Any]]:
-    """Fields in the order of `names`; those in `pointers` are addresses, others integers."""
+    """Fields in the order of `names`; those in `pointers` are addresses, the others integers."""
     return [(name, _P if name in pointers.split() else _I) for name in names.split()]
 
 
 class Structure(ctypes.Structure):
-    """A structure that takes tensors for pointers. Who fills it keeps the tensors."""
+    """A structure that takes tensors for pointers. Whoever fills it must keep the tensors alive."""
 
     _fields_: ClassVar[Any]
 
@@ -29,7 +29,7 @@ class Structure(ctypes.Structure):
 
 
 def address(value: Any) -> Any:
-    """Where a tensor's data lie; all else as it is."""
+    """The address of a tensor's data; any other value as it is."""
     return value.data_ptr() if isinstance(value, Tensor) else value
 
 
@@ -98,7 +98,7 @@ class Gather(Structure):
 
 
 class Blocks(Structure):
-    """A mask and what is known of it."""
+    """A mask, and the lists that are derived from it."""
 
     _fields_ = _fields(
         "mask mask_offset columns tap_key row_key begin end where slot",
