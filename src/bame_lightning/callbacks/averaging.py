@@ -1,4 +1,4 @@
-"""Averages of weights, as Lightning's averaging callbacks hold them, under masks that change."""
+"""Keep the averages of weights that Lightning's callbacks hold sparse, under masks that change."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bame_lightning.weights.layers import SparseWeight
 class Averages:
     """Keep every average of the weights N:M sparse under the masks in force.
 
-    The average of weights whose masks changed on the way holds more than N non-zeros in a block. So whenever masks have
-    changed, it is zeroed where weights are pruned now; where a weight has been revived, its average starts anew at the weight.
-    Then the average of weights under the same masks stays sparse, whichever callback is called first.
+    If masks change while weights are averaged, the average holds more than N non-zeros in a block. So after each change of
+    masks it is zeroed where weights are pruned now. Where a weight was revived, its average starts anew at the weight. As long
+    as masks stay, the average then stays sparse, whichever callback is called first.
 
     Args:
-        trained_with: The Trainer's callbacks, of which those that average are looked at.
+        trained_with: The Trainer's callbacks; those that average are followed.
         weights: The sparse weights, under their first masks. Averages are made sparse at once.
     """
 
@@ -50,7 +50,7 @@ class Averages:
 
     @torch.no_grad()
     def put_back(self, sparse: SparseWeight, dense: Tensor) -> None:
-        """Undo what was done to the averages of a weight that is not to be sparse after all.
+        """Undo the changes to the averages of a weight that will not be sparse after all.
 
         Args:
             sparse: The weight.
@@ -68,7 +68,7 @@ class Averages:
 
     def _models(self) -> Iterator[nn.Module]:
         for callback in self._averaging:
-            # There is no public way to an average: the callbacks hold it until training ends.
+            # Nothing public leads to an average while the callbacks hold it, until training ends.
             average = callback._average_model
             if average is not None:
                 yield average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average

@@ -1,4 +1,4 @@
-"""`BAMECallback`: block-aware mask evolution in a Trainer."""
+"""`BAMECallback`: Block-Aware Mask Evolution in a Trainer."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class BAMECallback(SparseCallback):
     """Train N:M sparse from scratch by Block-Aware Mask Evolution.
 
     Forward pass, input gradient and the gradient that the optimizer sees stay N:M sparse in every step. Every few steps masks
-    adapt: a pruned weight takes the place of the weakest kept weight of its block if its evidence has outgrown that one. Steps
-    in between use the gradients of *contenders* only, the pruned weights that are closest to a swap. `docs/algorithm.md`
-    describes the method, and says what is the paper's and what is ours.
+    adapt: a pruned weight takes the place of the weakest kept weight of its block if its evidence is larger than that weight.
+    Most steps read the gradients of *contenders* only, the pruned weights that are closest to a swap. `docs/algorithm.md`
+    describes the method, and says which part is the paper's and which is ours.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
         layers: Rules that override the default choice of layers: module or parameter name, or a glob over such names ->
             a pattern or "dense". The last match wins.
         schedule: When to adapt; default: every 2 optimizer steps in the first 90 % of the run.
-        evidence: What is known of pruned weights: `Evidence`, gathered over many steps, or `OneBatch`, the literal
-            one-batch criterion.
+        evidence: The rule by which pruned weights come back: `Evidence` gathers gradients over many steps, `OneBatch` is
+            the literal reading of the paper, which looks at one batch.
         freeze_after: Oscillations that a block may make; one more freezes its mask for good. None never freezes.
-        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
-            weights that are N:M sparse already.
+        init: Which weights the masks keep at first: "magnitude" keeps the largest, "random" any, "nonzero" those that are
+            not zero in weights that are N:M sparse already.
         rescale: At a layer's first gradient, multiply what is kept by sqrt(M / N), unless a batch norm makes the scale
-            irrelevant (`weights.scale.alignment`). Right from scratch, wrong for a trained network.
+            irrelevant (`weights.scale.alignment`). This is right from scratch, wrong for a trained network.
         both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
-            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
-            pattern 1:M, or 2:M where 4 divides M.
+            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. The pattern
+            must be 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
-        compute: How products of sparse layers are computed: "dense" as ever, "auto" by what is measured to be fastest,
-            "sparse" by sparse products throughout, or an error (`docs/performance.md`).
+        compute: How products of sparse layers are computed: "dense" as without the callback, "auto" in the way that is measured
+            to be fastest, "sparse" by sparse products only; where that is not possible, it is an error (`docs/performance.md`).
 
     Raises:
         ValueError: If an argument is malformed.
@@ -51,9 +51,9 @@ class BAMECallback(SparseCallback):
     """
 
     method: BAME
-    evidence: Evidence | OneBatch = shown("method.evidence", "What is known of pruned weights.")
+    evidence: Evidence | OneBatch = shown("method.evidence", "The rule by which pruned weights come back.")
     freeze_after: int | None = shown("method.freeze_after", "Oscillations that a block may make.")
-    evolving: list[EvolvingLayer] = shown("method.layers", "What evolves in each weight.")
+    evolving: list[EvolvingLayer] = shown("method.layers", "The evolving state of each weight.")
     adaptations: int = shown("method.adaptations", "Adaptations so far.")
 
     def __init__(
@@ -87,5 +87,5 @@ class BAMECallback(SparseCallback):
 
     @property
     def adapts(self) -> bool:
-        """Whether masks adapt after the optimizer step of some optimizer that comes next."""
+        """Whether masks adapt after the next step of any optimizer."""
         return any(holder.window.adapts(holder.steps) for holder in self.training.run.holders)

@@ -18,7 +18,7 @@ from bame_lightning.weights.layers import parse_rules
 
 
 class MethodCallback(L.Callback):
-    """What every method shares with dense training: pattern and layers of the comparison, and the hooks that count.
+    """The common part of all methods and dense training: pattern, layers, and the hooks that count costs.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
@@ -35,7 +35,7 @@ class MethodCallback(L.Callback):
         self._home = Home()
         self.books = Bookkeeper({})
         self.restored: dict[str, Any] | None = None
-        """A state that was loaded and is not yet taken up; empty if it was saved before a first fit."""
+        """A state that was loaded and is not yet in use; empty if it was saved before a first fit."""
         self.steps = 0
 
     @property
@@ -49,10 +49,10 @@ class MethodCallback(L.Callback):
 
     @abstractmethod
     def take_home(self, told: dict[str, Any]) -> None:
-        """Take up what a child process has told of a fit that ran there."""
+        """Take over what a child process reports of a fit that ran there."""
 
     def come_home(self) -> None:
-        """Take up what a child process has learned in a fit that ran there, if it has not been taken up."""
+        """Take over the result of a fit that ran in a child process, once."""
         told = self._home.fetch()
         if told is not None:
             self.take_home(told)
@@ -60,12 +60,12 @@ class MethodCallback(L.Callback):
     def open_books(
         self, densities: Mapping[str, float], restored: Mapping[str, Any] | None, cost: Cost = SR_STE
     ) -> None:
-        """Count anew what a step costs, since layers may have been unfrozen and batches changed; what was booked stays.
+        """Count anew what a step costs, because layers and batches may have changed; what was booked stays.
 
         Args:
             densities: N / M of each weight that is kept sparse, by name.
             restored: The state of a checkpoint, if there is one.
-            cost: Of the method.
+            cost: Which products of the method are sparse.
         """
         booked = restored.get("flops") if restored else self.books.state_dict() if self.steps else None
         self.books = Bookkeeper(densities, transposed_share=cost.transposed_share, restored=booked)
@@ -81,7 +81,7 @@ class MethodCallback(L.Callback):
             )
         if stage == "fit":
             self.restored = (
-                None  # left by a fit that failed, or by a test of another checkpoint; its own is loaded later
+                None  # left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later
             )
             self.come_home()
             self._home.leave(trainer.strategy)
@@ -104,7 +104,7 @@ class MethodCallback(L.Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # No end of the batch came where `on_train_batch_start` of the module has returned -1.
+        # If `on_train_batch_start` of the module returns -1, the batch has no end.
         self.books.abort()
 
     @override

@@ -16,7 +16,7 @@ from bame_lightning.methods.method import Run
 
 
 class Bookkeeper:
-    """Owns the ledger of a run.
+    """Keep the ledger of a run.
 
     Args:
         densities: N / M of each weight that is kept sparse, by name.
@@ -39,7 +39,7 @@ class Bookkeeper:
         self._due, self._warned, self._told = True, False, False
         self._costs: tuple[dict[str, Macs], Macs] = ({}, Macs())
         self.computed: set[str] = set()
-        """Weights that the last batch counted did not multiply themselves, but what is computed from them."""
+        """Weights that the last counted batch did not multiply themselves: only values computed from them."""
         self._batches = 0
         self._running = False
 
@@ -65,7 +65,7 @@ class Bookkeeper:
         Args:
             densities: N / M of each weight that is kept sparse from now on, by name.
             idle: Weights that turned out not to be trained; no gradient is booked for them.
-            recount: Whether the next forward pass is to be counted, since this one may have left out the new ones.
+            recount: Whether to count the next forward pass, because this one may have left out the new weights.
         """
         self._densities, self._due = dict(densities), self._due or recount
         weights, other = self._costs
@@ -74,7 +74,7 @@ class Bookkeeper:
             self._open()
 
     def _warn(self, ledger: Ledger) -> None:
-        # Not before the first step, which shows what stays sparse.
+        # Not before the first step, which shows which weights stay sparse.
         if ledger.uncounted and not (self._warned or self._due):
             self._warned = True
             rank_zero_warn(
@@ -82,21 +82,21 @@ class Bookkeeper:
             )
 
     def _open(self) -> None:
-        """Open the ledger for what was counted, with what was booked so far."""
+        """Open the ledger for the counted costs, with what was booked so far."""
         booked = self.state_dict()
         self.ledger = Ledger(*self._costs, self._densities, transposed_share=self._transposed_share)
         if booked:
             self.ledger.load_state_dict(booked)
 
     def end_batch(self) -> None:
-        """Call after each training step; if it had no backward pass, the next one's forward pass is counted instead."""
+        """Call after each training step. If it had no backward pass, the forward pass of the next one is counted instead."""
         self._running = False
         if self._counting is not None:
             counting, self._counting = self._counting, None
             counting.end()
 
     def abort(self) -> None:
-        """Call when a batch may have begun without coming to its end; such a one costs nothing."""
+        """Call when a batch may have begun and not ended; such a batch costs nothing."""
         if self._running:
             self._batches = max(0, self._batches - 1)
         self.end_batch()
@@ -105,9 +105,9 @@ class Bookkeeper:
         """Book one optimizer step with all batches since the last one, those of skipped steps too.
 
         Args:
-            shares: What of the dense cost of each weight was moved, by name.
+            shares: Share of the dense cost that the step needed of each weight, by name.
             ranks: Processes that train.
-            executed: What was really computed of it.
+            executed: Share that it has really computed.
         """
         if self.ledger is not None:
             self.ledger.book(shares, executed=executed, batches=self._batches * ranks)
@@ -117,10 +117,10 @@ class Bookkeeper:
     def book_step(
         self, run: Run, holder: Holder, shares: Mapping[str, Shares], executed: Mapping[str, Shares], ranks: int
     ) -> None:
-        """Book the step that an optimizer has taken; where several hold sparse weights, of those that it holds."""
+        """Book the step of an optimizer; if several hold sparse weights, for the weights that this one holds."""
         if len(run.holders) > 1 and self.ledger is not None:
             self.ledger.book(shares, executed=executed, batches=holder.batches * ranks, only=shares.keys())
-            # What else the network computes is booked once for each batch.
+            # Everything else in the network is booked once for each batch.
             only = self.ledger.parts - {sparse.name for sparse in run.weights}
             self.ledger.book({}, batches=self._batches * ranks, only=only)
             self._warn(self.ledger)
@@ -130,7 +130,7 @@ class Bookkeeper:
         holder.batches = 0
 
     def warn_of_no_step(self, method: str) -> None:
-        """Tell the user, once, that batches go by and no optimizer step is seen."""
+        """Tell the user, once, that no optimizer step was seen in many batches."""
         if self._told:
             return
         self._told = True

@@ -13,9 +13,9 @@ from bame_lightning.ledger.flops import MacCounter
 class CountedStep:
     """Count the products of the next training step, up to its first backward pass.
 
-    Dispatch modes are a stack. Entered in one hook and left in another, ours would take a user's mode off the stack, or be
-    left inside a compiled step. So the strategy's `training_step` is replaced for one call, in which the mode is both
-    entered and left. The model itself is not touched.
+    Dispatch modes form a stack. If ours were entered in one hook and left in another, it would take a user's mode off the
+    stack, or be left inside a compiled step. So the strategy's `training_step` is replaced for one call, in which the mode is
+    both entered and left. The model itself is not touched.
 
     Args:
         strategy: The strategy that is about to call `training_step`.
@@ -31,17 +31,17 @@ class CountedStep:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self._removed:
-                return step(*args, **kwargs)  # called by somebody who has wrapped this wrapper since
+                return step(*args, **kwargs)  # somebody has wrapped this wrapper since, and calls it again
             self._remove()
             with self._counter:
                 return step(*args, **kwargs)
 
-        # The whole step runs inside of the optimizer's, which may be compiled.
+        # The whole step runs inside the optimizer's step, which may be compiled.
         self._counted: Any = torch.compiler.disable(counted)  # type: ignore[no-untyped-call]
         strategy.training_step = self._counted
 
     def end(self) -> MacCounter:
-        """Count nothing more, and leave the strategy as it was found; returns what was counted."""
+        """Count nothing more and leave the strategy as it was found; return the counts."""
         self._remove()
         self._counter.stop()
         return self._counter

@@ -1,4 +1,4 @@
-"""Dense training with the books kept: what the other methods are compared with."""
+"""Dense training whose costs are booked, as the comparison for all other methods."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bame_lightning.weights.sharding import reshard
 
 
 class Dense(MethodCallback):
-    """Change nothing, and book what training costs, beside SR-STE of the same pattern and layers.
+    """Change nothing, but book what training costs, beside SR-STE of the same pattern and layers.
 
     Args:
-        pattern: "N:M" or an `NMPattern`, that of the comparison.
+        pattern: "N:M" or an `NMPattern`: that of SR-STE.
         layers: Rules that override the default choice of layers, as in `BAMECallback`.
 
     Raises:
@@ -68,7 +68,7 @@ class Dense(MethodCallback):
         self.steps += 1
 
     def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Leave out of the comparison what SR-STE would leave dense, by an optimizer's first step."""
+        """At an optimizer's first step, take layers out of the comparison that SR-STE would leave dense."""
         held = held_by(optimizer)
         judged = [plan for plan in self._waiting if id(plan.weight) in held]
         if judged:

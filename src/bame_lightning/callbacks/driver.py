@@ -1,4 +1,4 @@
-"""The Lightning driver of all methods: which hook of a Trainer calls which verb of sparse training."""
+"""The Lightning driver of all methods: hooks of a Trainer call verbs of sparse training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from bame_lightning.weights.saved_state import check_version, saved_masks
 ON_THE_BAR = ("bame/flip_rate", "flops/train_vs_dense")
 """Metrics that the progress bar shows."""
 FEW = 4
-"""Batches with optimizer steps that Lightning does not see, after which the user is told."""
+"""Batches without a visible optimizer step, after which the user is told."""
 _FORWARD = "a step was computed from weights that were not sparse, and they have been zeroed since"
 
 
@@ -50,31 +50,31 @@ class Stage(Enum):
     """How far a fit has come."""
 
     OUTSIDE = auto()
-    """No fit is going on, or its masks are still to be made."""
+    """No fit is going on, or its masks are not made yet."""
     READY = auto()
     """Masks are made, or restored."""
     BROKEN = auto()
-    """Training has ended with weights that are not sparse, and the user was told."""
+    """Training has ended with weights that are not sparse, and the user has been told."""
 
 
 def shown(path: str, doc: str) -> Any:
-    """A property that shows what a part of a callback holds."""
+    """Make a property that shows an attribute of a part of a callback."""
     return property(attrgetter(path), doc=doc)
 
 
 class SparseCallback(MethodCallback):
-    """Drive a method from the hooks of a Trainer, so that weights are N:M sparse whenever anybody looks.
+    """Drive a method from the hooks of a Trainer, so that others only ever see N:M sparse weights.
 
-    The model is never renamed, wrapped or added to: its state dict keeps the plain keys, with exact zeros where weights
-    are pruned. Masks, and what a method evolves, live in this callback's own state.
+    The model is never renamed, wrapped or extended: its state dict keeps the plain keys, with exact zeros where weights
+    are pruned. Masks, and the evolving state of a method, are in this callback's own state.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
-        method: What is done at each step.
+        method: What happens in each step.
         layers: Rules that override the default choice of layers: module or parameter name, or a glob over such names ->
             a pattern or "dense". The last match wins.
-        init: Which weights the masks keep at first: of the largest "magnitude", at "random", or the "nonzero" ones of
-            weights that are N:M sparse already.
+        init: Which weights the masks keep at first: "magnitude" keeps the largest, "random" any, "nonzero" those that are
+            not zero in weights that are N:M sparse already.
         verify: Check all invariants after every step (slow, for debugging).
         compute: How products of sparse layers are computed: "dense", "auto" or "sparse" (`methods.execution.Execution`).
 
@@ -100,7 +100,7 @@ class SparseCallback(MethodCallback):
         self.training = SparseTraining(method, init, compute)
         method.run.verify = verify
         self._brought: dict[str, Any] | None = None
-        """What a fit in a child process has told, until the next one."""
+        """The report of a fit in a child process, until the next one."""
         super().__init__(pattern, layers)
         self._stage = Stage.OUTSIDE
         self.averages = Averages((), ())
@@ -116,7 +116,7 @@ class SparseCallback(MethodCallback):
         "method.schedule", "When masks change, for methods that change them now and then."
     )
     init: Init = shown("training.init", "Which weights the masks keep at first.")
-    rescale: bool = shown("method.rescale", "Whether what is kept is rescaled at the first gradient.")
+    rescale: bool = shown("method.rescale", "Whether kept weights are rescaled at the first gradient.")
     both_ways: bool = shown("method.both_ways", "Whether masks are 2:4 along the output dimension, too.")
     compute: Compute = shown("training.execution.compute", "How products of sparse layers are computed.")
 
@@ -166,7 +166,7 @@ class SparseCallback(MethodCallback):
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Somebody may have written to weights since the last look; what is saved shares their memory.
+        # Others may have written to weights since the last step, and a checkpoint shares their memory.
         if self.training.attached:
             self.method.enforce()
 
@@ -196,7 +196,7 @@ class SparseCallback(MethodCallback):
         if not trainer.ckpt_path:
             plan_windows(trainer, self.method)  # first of all, since it may refuse, and nothing has been changed yet
         self._stage = Stage.OUTSIDE
-        # Strategies that shard the model first load a checkpoint after this hook only.
+        # Strategies that shard the model first load a checkpoint only after this hook.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._make_sparse(trainer, pl_module)
 
@@ -208,7 +208,7 @@ class SparseCallback(MethodCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path:
-            # Not earlier: to tell the length of the run, Lightning sets up the data loader, whose place is not restored yet.
+            # Not earlier: to know the length of the run Lightning sets up the data loader, whose place is not restored yet.
             plan_windows(trainer, self.method)
         if self._stage is Stage.OUTSIDE or self.restored:
             self._make_sparse(trainer, pl_module)
@@ -297,7 +297,7 @@ class SparseCallback(MethodCallback):
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # As training has computed, by the masks of the last fit, or of the checkpoint that was loaded.
+        # As in training, by the masks of the last fit or of the checkpoint that was loaded.
         if self.restored:
             self.training.execution.load_state(self.restored.get("compute", {}))
         weights = saved_masks(self.restored["layers"], pl_module) if self.restored else self.weights
@@ -362,7 +362,7 @@ class SparseCallback(MethodCallback):
         self.members.report(trainer)
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See the steps of the optimizers; no hook of Lightning follows the update before somebody sees the weights."""
+        """Watch the steps of the optimizers: after an update no hook of Lightning comes before others see the weights."""
         self.training.run.clips = clip_writes(trainer)
         self.training.before_inner = partial(self._before_step, pl_module)
         self.training.on_step = partial(self._after_step, trainer)

@@ -1,4 +1,4 @@
-"""What some loggers take beside scalars: pictures, histograms, a run's configuration."""
+"""Log more than scalars to loggers that take it: pictures, histograms, a run's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bame_lightning.callbacks.packages import known
 from bame_lightning.weights.layers import LayerPlan
 
 CONFIG = "nm_sparsity"
-"""Where a run's configuration at W&B holds method, pattern and layers."""
+"""Key of a run's configuration at W&B that holds method, pattern and layers."""
 _BINS = 64
 
 
@@ -52,7 +52,7 @@ def log_pictures(
 
 
 def edges(largest: int) -> list[float]:
-    """Edges of at most 64 bins of equally many whole numbers each, from 0 up to a largest number.
+    """Make the edges of at most 64 bins, each for equally many whole numbers, from 0 to a largest number.
 
     Example:
         >>> edges(2), edges(100)[:3]
@@ -66,10 +66,10 @@ def record_config(loggers: Iterable[Any], method: str, pattern: str, plans: Sequ
     """Enter method, pattern and the table of layers into the configuration of a run at W&B.
 
     Args:
-        loggers: All loggers; others are told nothing.
+        loggers: All loggers; only those of W&B are used.
         method: Name of the method.
         pattern: Default pattern.
-        plans: What becomes of each weight.
+        plans: For each weight, whether it is sparse, and why.
     """
     layers = {
         plan.name: {

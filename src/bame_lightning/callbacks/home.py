@@ -18,7 +18,7 @@ class Home:
     """A file by which the first of the child processes tells the callback that stayed behind how training went.
 
     Strategies that spawn or fork (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) train copies of the callbacks. Lightning brings
-    the weights back, and nothing of a callback. No hook is called where `fit` was, so the file is read when somebody asks.
+    back the weights, but nothing of a callback. It calls no hook where `fit` was called, so the file is read when needed.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class Home:
         weakref.finalize(self, _remove, self._path, os.getpid())
 
     def leave(self, strategy: Any) -> None:
-        """Call when a fit begins, after `fetch`, with the Trainer's strategy."""
+        """Call when a fit begins, after `fetch`."""
         self._away = getattr(strategy.launcher, "_start_method", None) is not None
 
     def send(self, told: dict[str, Any], *, first: bool) -> None:
-        """Call in every process when a fit has ended; what is told are tensors and plain types. Does nothing at home."""
+        """Call in every process when a fit has ended, with tensors and plain types; does nothing at home."""
         if self._away and first:
             with replacing(self._path) as part:
                 torch.save(told, part)
 
     def fetch(self) -> dict[str, Any] | None:
-        """What a child process has told since the last call; None in the child itself."""
+        """Return what a child process has reported since the last call; None in the child itself."""
         if self._away or not self._path.exists():
             return None
         changed = self._path.stat().st_mtime_ns
@@ -49,11 +49,11 @@ class Home:
         return told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Home:
-        """Copies of a callback train on their own."""
+        """A copy of a callback trains on its own and has a home of its own."""
         return Home()
 
     def __reduce__(self) -> Any:
-        """A process that is started knows where home is."""
+        """A started process keeps the way home."""
         return _travelled, (str(self._path), self._seen)
 
 

@@ -1,4 +1,4 @@
-"""Show masks to loggers that take pictures, while training goes on."""
+"""Send pictures of masks to loggers that take them, while training goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bame_lightning.weights.layers import SparseWeight
 KEY = "bame/maps"
 """Pictures are called bame/maps/<layer>/mask, /oscillations and /frozen."""
 TRACES = "bame/restless_blocks"
-"""Picture of what the blocks that oscillate most have kept over time."""
+"""Picture of the positions that the most oscillating blocks kept over time."""
 HISTOGRAM = "bame/oscillations"
 """Histogram of the oscillations of all blocks."""
 
@@ -27,14 +27,13 @@ HISTOGRAM = "bame/oscillations"
 class MaskImages(MaskWatcher):
     """Log maps of every sparse layer, and a histogram of oscillations, to W&B and TensorBoard.
 
-    At the start of training, and after adaptations that are spaced evenly over the method's window. The map of a mask shows
-    filters and input positions, compared with the mask that training started with. Maps of the same blocks show how often
-    each oscillated and, once a block of the layer is frozen, which are. One picture follows the blocks that oscillate most.
-    Large layers are cut, as the titles say; of sharded weights, the rows of the first process are shown. Costs nothing without
-    such a logger.
+    It does so at the start of training, and after adaptations that are spaced evenly over the method's window. The map of a
+    mask shows filters and input positions, compared with the first mask. Maps of the same blocks show how often each
+    oscillated and, if any is frozen, which ones. One picture follows the blocks that oscillate most. Large layers are cut, as
+    the titles say. Of sharded weights the rows of the first process are shown. Without such a logger it costs nothing.
 
     Args:
-        at_most: Looks after the first one.
+        at_most: Number of looks at the masks after the first one.
 
     Raises:
         ValueError: If `at_most` is less than 1.
@@ -61,7 +60,7 @@ class MaskImages(MaskWatcher):
             pictures[TRACES] = trace_picture(traces)
         counts = [layer.oscillations.cpu() for layer in evolving.values()]
         histograms = {HISTOGRAM: torch.cat(counts)} if counts else {}
-        # What Lightning calls the step of the scalars that it logs now.
+        # The step under which Lightning logs scalars now.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in loggers:
             log_pictures(logger, pictures, histograms, step)
@@ -75,7 +74,7 @@ def draw(sparse: SparseWeight, maps: LayerMaps) -> dict[str, UInt8[Tensor, "heig
         maps: Its maps.
 
     Returns:
-        Pictures by name: mask, and as far as there are maps, oscillations and frozen.
+        Pictures by name: mask, and oscillations and frozen if there are such maps.
     """
     m, filters = sparse.pattern.m, len(sparse.kept)
     positions = sparse.kept.numel() // filters

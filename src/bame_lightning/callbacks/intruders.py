@@ -1,4 +1,4 @@
-"""Non-zeros where weights are pruned: somebody else has changed weights in the middle of training."""
+"""Find non-zeros where weights are pruned: something else has changed weights in the middle of training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bame_lightning.weights.layers import SparseWeight
 
 
 class Intruders:
-    """Note, without waiting for the device, which weights were not zero where they are pruned; tell now and then.
+    """Note, without waiting for the device, which weights are not zero where they are pruned; warn at intervals.
 
     Args:
         ranks: The processes of the run, each of which may hold some rows only.
-        training: The run, whose weights are made sparse again when somebody was told.
+        training: The run; its weights are made sparse again after a warning.
     """
 
     def __init__(self, ranks: Ranks, training: SparseTraining) -> None:
@@ -40,10 +40,10 @@ class Intruders:
         self._seen[labels] = flags if before is None else flags | before
 
     def tell(self, what: str) -> None:
-        """Warn of what was seen since the last time, and while training goes on zero it; waits for the device.
+        """Warn of what was seen since the last time, and zero it while training goes on; waits for the device.
 
         Args:
-            what: What saw these weights, and what becomes of them.
+            what: What happened with these weights, for the message.
         """
         seen, self._seen = self._seen, {}
         if not seen:

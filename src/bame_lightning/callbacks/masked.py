@@ -1,4 +1,4 @@
-"""Masks that stay: `StaticMask`, and `OneShotMagnitude` on a trained network."""
+"""Masks that never change: `StaticMask`, and `OneShotMagnitude` for a trained network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bame_lightning.weights.saved_state import VERSION_KEY
 class StaticMask(SparseCallback):
     """Train under the masks made at the start; they never change.
 
-    No method trains for fewer FLOPs, and no method is worth more FLOPs unless it is more accurate.
+    No method trains with fewer FLOPs. A method that needs more must be more accurate to be worth them.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
@@ -29,7 +29,7 @@ class StaticMask(SparseCallback):
         init: Which weights the masks keep, as in `BAMECallback`.
         rescale: Whether to rescale what is kept at first, as in `BAMECallback`.
         both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
-            with the transposed weight, too. The first mask is repaired. Needs 1:M, or 2:M where 4 divides M.
+            with the transposed weight, too. The first mask is repaired. The pattern must be 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
         compute: How products of sparse layers are computed, as in `BAMECallback`.
 
@@ -66,8 +66,8 @@ class OneShotMagnitude(SparseCallback):
     """Load a trained dense network, keep the largest weights of every block, and fine-tune them.
 
     The recipe of NVIDIA's ASP (Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021): prune once by magnitude,
-    then train again under the fixed mask. The weights are loaded before those of `fit(ckpt_path=...)`, which win. What the
-    dense run cost is reported apart, if its checkpoint says so (`Dense` writes it).
+    then train again under the fixed mask. `fit(ckpt_path=...)` replaces these weights by
+    those of the interrupted run. The cost of the dense run is reported apart, if its checkpoint holds it (`Dense` saves it).
 
     Args:
         pattern: "N:M" or an `NMPattern`.

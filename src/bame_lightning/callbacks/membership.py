@@ -1,4 +1,4 @@
-"""Which weights are under masks: masks are on trial until the first backward pass; what is trained later joins later."""
+"""Which weights are under masks: the first backward pass decides; weights that are trained later join later."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 class Membership:
     """Decide which weights a method keeps sparse, from what training shows.
 
-    Masks are made at the start, so that training is sparse from its first step, but nobody knows yet which weights the loss
-    reaches (a teacher under `no_grad` or an average of the model may be among those that an optimizer holds), nor whether what
-    a layer multiplies is its parameter. So the dense values are kept until the first backward pass has shown both, and put
-    back bit for bit where a weight is not trained, or is not what is multiplied. A weight that is trained only later, because
-    it is unfrozen, handed to an optimizer or reached by the loss for the first time, is pruned just before its first update.
+    Masks are made at the start, so that training is sparse from its first step. But at the start nobody knows which weights
+    the loss reaches: an optimizer may hold a teacher under `no_grad`, or an average of the model. Nor is it known whether a
+    layer multiplies its parameter itself. So masks are on trial, and the dense values are kept, until the first backward pass
+    has shown both. Where a weight is not trained, or not multiplied itself, they are put back bit for bit. A weight may be
+    trained only later, because it is unfrozen, handed to an optimizer, or reached by the loss for the first time. It is pruned
+    just before its first update.
 
     Args:
-        callback: Whose weights these are.
+        callback: The callback that holds these weights.
     """
 
     def __init__(self, callback: SparseCallback) -> None:
@@ -48,10 +49,10 @@ class Membership:
         self._optimizers: list[Optimizer] = []
 
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule, masked: Iterable[int]) -> list[LayerPlan]:
-        """Plan all layers by what is known now.
+        """Decide for all layers by what is known now.
 
         Args:
-            trainer: Its optimizers hold what may be trained.
+            trainer: Its optimizers hold the weights that may be trained.
             pl_module: The model.
             masked: `id`s of the weights whose masks are not on trial.
         """
@@ -70,13 +71,13 @@ class Membership:
         restored: Mapping[str, Any] | None,
         brought: Mapping[str, Any] | None,
     ) -> None:
-        """Put weights under masks, which are on trial unless they are known; they stay dense for now.
+        """Put weights under masks, on trial unless they are restored; the weights stay dense for now.
 
         Args:
             trainer: The Trainer.
             pl_module: The model.
             restored: The state of a checkpoint, if there is one. Otherwise a second fit of the same model keeps its masks.
-            brought: What a fit in a child process has told.
+            brought: What a fit in a child process has reported.
         """
         run, method = self._callback.training.run, type(self._callback).__name__
         weights = [*run.weights, *(saved_masks(brought["state"]["layers"], pl_module) if brought else ())]
@@ -100,19 +101,19 @@ class Membership:
         holders = find_holders(trainer, pl_module, {id(sparse.weight) for sparse in run.weights})
         self._callback.training.follow(holders, clocks if run.steps else [])
         self._optimizers = list(trainer.optimizers)
-        # Of dense weights, too, it matters whether they are trained: one of them may pass for the classifier.
+        # It matters of dense weights, too, whether they are trained: one of them may be taken for the classifier.
         self._open = [] if restored and not trial else [plan for plan in self._plans if not plan.untrained]
 
     def settle(
         self, trainer: L.Trainer, pl_module: L.LightningModule, stepping: Optimizer | None = None, *, last: bool = False
     ) -> None:
-        """Judge the masks on trial by the gradients there are; costs one host synchronisation, then nothing.
+        """Decide about the masks on trial by the gradients; waits for the device once, then costs nothing.
 
         Args:
             trainer: The Trainer.
             pl_module: The model.
             stepping: The optimizer that is about to step; others wait until a gradient reaches some weight of theirs.
-            last: Whether to wait no longer.
+            last: Whether to decide now even about weights without a gradient.
         """
         if not self._open:
             return
@@ -128,15 +129,15 @@ class Membership:
         self._trial = {sparse: dense for sparse, dense in self._trial.items() if id(sparse.weight) in waiting}
 
     def before_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Call before each step of an optimizer: judge masks on trial, and follow what training has changed."""
+        """Call before each step of an optimizer: decide about masks on trial, and follow what training has changed."""
         self.settle(trainer, pl_module, optimizer)
         self._join(trainer, pl_module, optimizer)
         if self._optimizers != list(trainer.optimizers):
             refuse_replaced(trainer, optimizer)
-            self._refollow(trainer)  # somebody has made new optimizers in the middle of training
+            self._refollow(trainer)  # new optimizers were made in the middle of training
 
     def _join(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Put weights under masks that are trained for the first time, as an optimizer is about to step."""
+        """Put weights under masks that an optimizer is about to train for the first time."""
         if self._held != held_by(*trainer.optimizers):
             self._replan(trainer, pl_module)
         settled = {id(sparse.weight) for sparse in self._callback.weights}
@@ -160,7 +161,7 @@ class Membership:
             self.report(trainer, f": {len(fresh)} weights have joined.")
 
     def _replan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Follow somebody who has handed other parameters to the optimizers, perhaps of layers that replace others."""
+        """Follow a change of the parameters that optimizers hold, perhaps because layers were replaced."""
         weights = self._callback.weights
         here = {id(plan.weight) for plan in self.plan(trainer, pl_module, {id(sparse.weight) for sparse in weights})}
         staying = [sparse for sparse in weights if id(sparse.weight) in here]
@@ -170,10 +171,10 @@ class Membership:
             self._regroup(trainer, staying)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the masks: why weights are not sparse; values whose masks are on trial."""
+        """What a checkpoint needs beside the masks: why weights are not sparse, and dense values of masks on trial."""
         shown = {plan.name: plan.reason for plan in self._plans if plan.untrained or plan.name in self._found}
         trial = {sparse.name: sparse.rows.gather(dense).cpu().clone() for sparse, dense in self._trial.items()}
-        # Whatever kept a weight from being trained, it joins when it is.
+        # A weight that was not trained joins when it is, whatever the reason was.
         return {
             "dense": {name: COMPUTED if why == COMPUTED else UNREACHED for name, why in shown.items()},
             "trial": trial,
@@ -182,14 +183,14 @@ class Membership:
     def _verdicts(
         self, optimizers: list[Optimizer], stepping: Optimizer | None, last: bool
     ) -> list[tuple[LayerPlan, str]]:
-        """Why a weight cannot be sparse, empty if it can; nothing of those that are still to be seen."""
+        """Say why a weight cannot be sparse, empty if it can; weights that are undecided are left out."""
         plans, computed = self._open, self._callback.books.computed
         params = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
         owner = {id(p): place for place, held in enumerate(params) for p in held}
         begun = [last or each is stepping for each in optimizers]
         begun = [sure or any(p.grad is not None for p in held) for sure, held in zip(begun, params, strict=True)]
         flags = [plan.weight.grad is not None for plan in plans] + [plan.name in computed for plan in plans] + begun
-        # What one process reaches, all do.
+        # A weight that one process reaches counts as reached in all.
         found = iter(self._callback.ranks.any(torch.tensor(flags, device=plans[0].weight.device)).tolist())
         reached, computing, begun = ([next(found) for _ in group] for group in (plans, plans, optimizers))
         verdicts = []
@@ -205,7 +206,7 @@ class Membership:
     def _leave(self, trainer: L.Trainer, gone: list[SparseWeight]) -> None:
         callback = self._callback
         for sparse in gone:
-            # What is kept may have been averaged in the meantime.
+            # Kept weights may have been averaged in the meantime.
             sparse.values.copy_(torch.where(sparse.kept, sparse.values, self._trial[sparse]))
             callback.averages.put_back(sparse, self._trial[sparse])
         self._regroup(trainer, [sparse for sparse in callback.weights if sparse not in gone])
@@ -220,7 +221,7 @@ class Membership:
             )
 
     def _regroup(self, trainer: L.Trainer, weights: list[SparseWeight]) -> None:
-        """Go on with other sparse weights, of which those that are new are still dense."""
+        """Go on with other sparse weights; the new ones among them are still dense."""
         callback = self._callback
         joined, idle = set(weights) - set(callback.weights), {plan.name for plan in self._plans if plan.untrained}
         callback.training.run.weights = weights
@@ -230,7 +231,7 @@ class Membership:
         callback.books.follow({s.name: s.pattern.density for s in weights}, idle, recount=bool(joined))
 
     def _refollow(self, trainer: L.Trainer) -> None:
-        """Follow the optimizers that hold the weights now: other weights may be sparse, or others may hold them."""
+        """Follow the optimizers that hold the sparse weights now; weights and optimizers may have changed."""
         training = self._callback.training
         # Steps are booked even if nothing is sparse any more.
         holders = [holder.optimizer for holder in training.run.holders]

@@ -1,4 +1,4 @@
-"""Lightning's classes under both names that it is published by: `lightning` and `pytorch_lightning`."""
+"""Lightning's classes under both names of the package: `lightning` and `pytorch_lightning`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def known(module: str, *names: str) -> tuple[Any, ...]:
-    """Classes of these names, of every package that is imported and has them.
+    """Find classes of these names in every package that is imported and has them.
 
-    Asked for when it matters: whoever uses `pytorch_lightning` may import it after this.
+    Call this late: `pytorch_lightning` may be imported after this module.
 
     Example:
         >>> [found.__module__.partition(".")[0] for found in known("callbacks", "StochasticWeightAveraging")][0]

@@ -17,21 +17,22 @@ from typing_extensions import override
 from bame_lightning.callbacks.bame import BAMECallback
 
 RECENT = 100
-"""Adaptations that the rank correlation is of."""
+"""Number of adaptations over which the rank correlation is taken."""
 _FEWEST = 3
 
 
 class PredictionCheck(L.Callback):
     """Log what adaptations of `BAMECallback` really gain, and how well their predictions rank them.
 
-    At every `every`-th adaptation the batches of the step are evaluated once more just before and just after the masks change:
-    the difference of their losses is the realised reduction. Training is not changed: the model keeps its mode, random numbers
-    are drawn alike in both evaluations and put back, as are the model's buffers. Logs `bame/realised_loss_reduction` of the
-    last such adaptation, and `bame/prediction_rank_correlation`, Spearman's, over the last 100 in which masks changed.
+    At every `every`-th adaptation the batches of the step are evaluated just before and just after the masks change. The
+    difference of their losses is the realised reduction. Training is not changed: the model keeps its mode, both evaluations
+    draw the same random numbers, and the random state and the model's buffers are put back. It logs
+    `bame/realised_loss_reduction` of the last such adaptation, and `bame/prediction_rank_correlation`, which is Spearman's over
+    the last 100 adaptations in which masks changed.
 
     Args:
-        loss: Maps the LightningModule and a batch to the loss that training minimises; it should log nothing. In double
-            precision, since the difference of two losses is small.
+        loss: Maps the LightningModule and a batch to the loss that training minimises; it should log nothing, and return
+            double precision, because the difference of two losses is small.
         every: Adaptations between two checks, each of which costs two forward passes.
 
     Raises:
@@ -51,7 +52,7 @@ class PredictionCheck(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.global_step:
-            self.predicted, self.realised = [], []  # of another run; this one's own are loaded later
+            self.predicted, self.realised = [], []  # those of another run; this run's own are loaded later
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,7 +66,7 @@ class PredictionCheck(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._step != trainer.global_step:
-            # Batches of a step that a loss scaler skipped are nobody's.
+            # Batches of a step that a loss scaler skipped belong to no adaptation.
             self._step, self._batches = trainer.global_step, []
         if self._method is not None and self._method.adapts and self._method.adaptations % self.every == 0:
             self._batches.append(batch)
@@ -129,7 +130,7 @@ class PredictionCheck(L.Callback):
 
 @contextmanager
 def unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Put back what forward passes write into buffers, such as a batch norm's running statistics."""
+    """Put back the buffers that forward passes change, such as a batch norm's running statistics."""
     saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

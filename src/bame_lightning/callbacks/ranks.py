@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on, and a comparison that names who differs."""
+"""What the processes of a run must agree on, and a comparison that names the one that differs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bame_lightning.weights.invariants import InvariantError
 from bame_lightning.weights.layers import SparseWeight
 
 COMPARE_EVERY = 50
-"""Optimizer steps between two comparisons of ranks, the first after step 1; each costs a host synchronisation."""
+"""Optimizer steps between two comparisons of ranks, the first after step 1; each waits for the device."""
 
 
 class Ranks:
     """The processes of a run.
 
     Args:
-        count: How many there are.
+        count: Their number.
         weights: The sparse weights.
     """
 
@@ -32,11 +32,11 @@ class Ranks:
         self.count = count
         parted = [sparse for sparse in weights if not sparse.rows.whole]
         self.sharded = bool(parted)
-        """Whether each process holds rows of its own of some weight."""
+        """Whether each process holds its own rows of some weight."""
         self._device = parted[0].kept.device if parted else None
 
     def all(self, flag: Tensor) -> Tensor:
-        """Whether a boolean scalar is true on all ranks; asks them only where they hold different rows."""
+        """Whether a boolean scalar is true on all ranks; asks other ranks only if they hold other rows."""
         if not self.sharded:
             return flag
         everywhere = flag.int()
@@ -44,7 +44,7 @@ class Ranks:
         return everywhere.bool()
 
     def any(self, flags: Tensor) -> Tensor:
-        """Whether each of some booleans is true on any rank; the same number of them on every rank."""
+        """For each of some booleans, whether it is true on any rank; every rank passes the same number."""
         if self.count == 1 or not dist.is_initialized():
             return flags
         anywhere = flags.int()
@@ -52,7 +52,7 @@ class Ranks:
         return anywhere.bool()
 
     def mean(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Mean of each metric over ranks; as they are where all ranks hold the same rows.
+        """Take the mean of each metric over ranks; if all ranks hold the same rows, return the metrics as they are.
 
         Args:
             metrics: Numbers or scalars; the same names on every rank.
@@ -68,7 +68,7 @@ class Ranks:
         return dict(zip(metrics, (mean / dist.get_world_size()).unbind(), strict=True))
 
     def compare(self, copies: Iterable[Replica], step: int, *, every: int = COMPARE_EVERY) -> None:
-        """Compare what ranks hold copies of, by checksums: one all-reduce of 8 bytes per rank and tensor.
+        """Compare the copies that ranks hold, by checksums: one all-reduce of 8 bytes per rank and tensor.
 
         Args:
             copies: The copies; the same number in the same order on every rank.
@@ -84,7 +84,7 @@ class Ranks:
         if not held:
             return
         own = torch.stack([checksum(copy.value) for copy in held])
-        # A sum of tables with one row filled in: not every backend gathers on every device.
+        # A sum of tables in which each rank fills in its row: not every backend gathers on every device.
         table = own.new_zeros(dist.get_world_size(), len(own))
         table[dist.get_rank()] = own
         dist.all_reduce(table)
@@ -96,7 +96,7 @@ class Ranks:
 
 
 def on_the_first(trainer: L.Trainer, function: Callable[[], Any]) -> Any:
-    """Call a function in the first process; all of them return what it returned there."""
+    """Call a function in the first process, and return its result in all processes."""
     return trainer.strategy.broadcast(function() if trainer.is_global_zero else None)
 
 

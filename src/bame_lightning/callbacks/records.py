@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def state_of(callback: SparseCallback) -> dict[str, Any]:
-    """All that evolves, in tensors and plain types."""
+    """The evolving state, in tensors and plain types."""
     flops = callback.ranks.mean(callback.books.state_dict())
     return {
         VERSION_KEY: STATE_VERSION,

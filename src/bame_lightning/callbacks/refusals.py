@@ -1,4 +1,4 @@
-"""What cannot be right, refused before training starts: strategies and optimizers under which masks could not hold."""
+"""Refuse, before training starts, strategies and optimizers under which masks could not hold."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def refuse_strategy(trainer: L.Trainer) -> None:
 
 
 def find_holders(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[int]) -> list[Optimizer]:
-    """The optimizers that hold weights with these `id`s.
+    """Find the optimizers that hold weights with these `id`s.
 
     Raises:
-        ValueError: If one of them cannot be right.
+        ValueError: If masks could not hold under one of them.
     """
     holders = [optimizer for optimizer in trainer.optimizers if sparse & held_by(optimizer)]
     for optimizer in holders:
@@ -77,7 +77,7 @@ def find_holders(trainer: L.Trainer, pl_module: L.LightningModule, sparse: set[i
 
 
 def refuse_replaced(trainer: L.Trainer, stepping: Optimizer) -> None:
-    """Refuse a step of an optimizer whose place in the Trainer's list another one has taken: Lightning steps the first."""
+    """Refuse a step of an optimizer that was replaced in the Trainer's list: Lightning still steps the old one."""
     if all(stepping is not optimizer for optimizer in trainer.optimizers):
         raise ValueError(
             f"`trainer.optimizers` no longer holds the {type(stepping).__name__} that steps: an entry of the list was "

@@ -12,7 +12,7 @@ from bame_lightning.show.mask_file import Trace
 from bame_lightning.weights.layers import SparseWeight
 
 FOLLOWED = 8
-"""Blocks that a look adds at most."""
+"""The most blocks that one look adds."""
 
 _Places = tuple[Tensor, ...]
 
@@ -20,8 +20,8 @@ _Places = tuple[Tensor, ...]
 class RestlessBlocks:
     """Keep traces of the blocks that lead in oscillations.
 
-    A look, which waits for the device, chooses the leaders of that moment. From then on each adaptation copies their masks on
-    the device, without waiting for it. Of sharded weights the rows of the first process are followed.
+    A look chooses the leaders of that moment; it waits for the device. From then on each adaptation copies their masks, on the
+    device and without waiting for it. Of sharded weights the rows of the first process are followed.
 
     Attributes:
         traces: All blocks that have ever led.
@@ -33,7 +33,7 @@ class RestlessBlocks:
         self._followed: list[tuple[SparseWeight, list[Trace], _Places]] = []
 
     def begin(self, method: BAMECallback, traces: Sequence[Trace] = ()) -> None:
-        """Follow what an earlier part of the run has followed, up to the adaptations that are done."""
+        """Go on following the blocks of an earlier part of the run; drop what came after the adaptations that are done."""
         self._copies = []
         self.traces = [trace for trace in traces if trace.since <= method.adaptations]
         for trace in self.traces:
@@ -41,12 +41,12 @@ class RestlessBlocks:
         self._arrange(method)
 
     def record(self) -> None:
-        """Copy the masks of the blocks that are followed, after an adaptation; nothing waits for the device."""
+        """After an adaptation, copy the masks of the followed blocks; does not wait for the device."""
         if self._followed:
             self._copies.append([_kept(sparse, places) for sparse, _, places in self._followed])
 
     def look(self, method: BAMECallback) -> None:
-        """Bring home what was copied, and follow the leaders of this moment, too."""
+        """Fetch what was copied, and follow the leaders of this moment, too."""
         for layer, (_, traces, _) in enumerate(self._followed):
             if self._copies:
                 copied = torch.stack([copies[layer] for copies in self._copies], dim=1).cpu()
@@ -72,7 +72,7 @@ class RestlessBlocks:
 
 
 def _leaders(method: BAMECallback) -> list[Trace]:
-    """The blocks of the whole network that have oscillated most, as traces that begin now."""
+    """Find the blocks of the whole network that have oscillated most, as traces that begin now."""
     found = []
     for layer in method.evolving:
         sparse, each = layer.sparse, _blocks_of_a_filter(layer.sparse)
@@ -89,7 +89,7 @@ def _blocks_of_a_filter(sparse: SparseWeight) -> int:
 
 
 def _places(sparse: SparseWeight, blocks: Tensor) -> _Places:
-    """Where blocks, numbered as in `to_blocks`, lie in the view that `_kept` makes."""
+    """Find where blocks, numbered as in `to_blocks`, lie in the view that `_kept` makes."""
     shape = _view(sparse).shape[:-1]
     return torch.unravel_index(blocks.to(sparse.kept.device), shape)
 

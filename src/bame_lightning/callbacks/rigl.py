@@ -13,11 +13,11 @@ from bame_lightning.methods.training import Init
 
 
 class RigL(SparseCallback):
-    r"""Drop the smallest kept weights and grow the pruned ones of the largest gradient, inside blocks.
+    r"""Drop the smallest kept weights and grow the pruned weights of the largest gradient, inside blocks.
 
-    After every `schedule.every` optimizer steps, in a share of each layer's blocks that falls along a cosine from rho to 0,
-    $\frac{\rho}{2}(1 + \cos(\pi\,\text{progress}))$. Grown weights start at zero, without optimizer state. The dense gradient
-    is that of the same step; if it is not finite, nothing changes.
+    Weights swap after every `schedule.every` optimizer steps, in a share of each layer's blocks that falls along a cosine
+    from rho to 0: $\frac{\rho}{2}(1 + \cos(\pi\,\text{progress}))$. Grown weights start at zero, without optimizer state.
+    The dense gradient is that of the same step; if it is not finite, nothing changes.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
@@ -27,8 +27,8 @@ class RigL(SparseCallback):
         init: Which weights the masks keep at first, as in `BAMECallback`.
         rescale: Whether to rescale what is kept at first, as in `BAMECallback`.
         both_ways: Keep at most two weights of any four consecutive outputs of an input, so that sparse tensor cores multiply
-            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. Needs a
-            pattern 1:M, or 2:M where 4 divides M.
+            with the transposed weight, too. The first mask is repaired, and swaps that do not fit are refused. The pattern
+            must be 1:M, or 2:M where 4 divides M.
         verify: Check all invariants after every step (slow, for debugging).
         compute: How products of sparse layers are computed, as in `BAMECallback`.
 

@@ -1,4 +1,4 @@
-"""How many steps a run has: as the Trainer tells, and as the steps so far show under manual optimization."""
+"""How many steps a run has: from the Trainer, or under manual optimization from the steps so far."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_windows(trainer: L.Trainer, method: Method) -> None:
 
 
 def keep_pace(trainer: L.Trainer, method: Method, holder: Holder) -> None:
-    """Resolve it anew for an optimizer that steps at a pace of its own."""
+    """Resolve the schedule anew for an optimizer that steps at a pace of its own."""
     # Under automatic optimization the Trainer knows how many steps there will be.
     if method.schedule is not None and not trainer.lightning_module.automatic_optimization:
         holder.window = _window_at_pace(trainer, method.schedule, holder.pace) or method.run.window
@@ -38,9 +38,9 @@ def clip_writes(trainer: L.Trainer) -> int:
 
 
 def _window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
-    """The window of a schedule in optimizer steps; says what will `never` happen where it is too short."""
+    """The window of a schedule in optimizer steps; if it is too short, warn of what will `never` happen."""
     if trainer.limit_train_batches == 0:
-        return Window(0, 0, schedule.every)  # nothing will be trained, so nothing can be too short
+        return Window(0, 0, schedule.every)  # nothing will be trained, so no window is too short
     window = schedule.window(total_steps(trainer, schedule))
     if not window.adaptations:
         rank_zero_warn(
@@ -51,9 +51,9 @@ def _window(trainer: L.Trainer, schedule: Schedule, never: str) -> Window:
 
 
 def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
-    """Optimizer steps of the run, infinite if nobody knows or the schedule does not ask."""
+    """Optimizer steps of the run; infinite if unknown, or if the schedule does not need them."""
     if not _asks(schedule):
-        return math.inf  # nobody asks, and counting may need the data
+        return math.inf  # not needed, and counting may need the data
     steps = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches
     for callback in accumulation_schedulers(trainer):
@@ -66,7 +66,7 @@ def total_steps(trainer: L.Trainer, schedule: Schedule) -> float | int:
 
 
 def _window_at_pace(trainer: L.Trainer, schedule: Schedule, pace: Pace) -> Window | None:
-    """The window of a schedule for an optimizer that steps at a pace of its own; None if it is that of a step a batch."""
+    """The window of a schedule for an optimizer with its own pace; None if that is one step a batch."""
     if not _asks(schedule) or not pace.known:
         return None
     epochs, batches = trainer.max_epochs, trainer.num_training_batches

@@ -1,4 +1,4 @@
-"""Record how masks look now and then, for pictures after the run."""
+"""Record masks at intervals, for pictures after the run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bame_lightning.show.mask_file import FILE, Snapshots, Trace, layer_of, writ
 class MaskSnapshots(MaskWatcher):
     """Save bounded maps of every sparse layer at a bounded number of adaptations, for `bame-report`.
 
-    The masks at the start, and then those after adaptations that are spaced evenly over the method's window; a method without
-    a schedule is looked at in steps spaced evenly over the run. The blocks that oscillate most are followed through every
-    adaptation after the first look at which they lead. All go to one small file, `snapshots.npz`, which is written
-    anew each time; and into checkpoints, so that a resumed run has those from before. Of sharded weights, the rows of
-    the first process are recorded. Does nothing where no method of this package trains a sparse network.
+    It saves the masks at the start, and those after adaptations that are spaced evenly over the method's window; for a method
+    without a schedule, after steps that are spaced evenly over the run. The blocks that oscillate most are followed through
+    every adaptation, from the first look at which they lead. Everything goes to one small file, `snapshots.npz`, which is
+    written anew each time. Checkpoints hold it, too, so that a resumed run has the earlier snapshots. Of sharded weights the
+    rows of the first process are recorded. Without a method of this package it does nothing.
 
     Args:
-        folder: Where the file goes: the run's folder.
-        at_most: Snapshots after the first one.
+        folder: The run's folder, where the file goes.
+        at_most: Number of snapshots after the first one.
 
     Raises:
         ValueError: If `at_most` is less than 1.
@@ -74,7 +74,7 @@ class MaskSnapshots(MaskWatcher):
     @override
     def state_dict(self) -> dict[str, Any]:
         if isinstance(self.method, BAMECallback):
-            # What was copied since the last look would be missing in a run that is resumed from here.
+            # A run that is resumed from here would lack what was copied since the last look.
             self.restless.look(self.method)
             self._pack()
         # A copy: a checkpoint may be written while training goes on.

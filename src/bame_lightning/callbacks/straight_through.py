@@ -10,15 +10,15 @@ from bame_lightning.methods.straight_through import StraightThrough, Transposabl
 
 
 class SRSTE(SparseCallback):
-    r"""Sparse-refined straight-through estimator: in every step a mask of the N largest latent weights of each block.
+    r"""Sparse-refined straight-through estimator: every step keeps the N largest latent weights of each block.
 
     Forward and backward run on $b \odot w$ with the mask b of the latent weight w; the gradient g with respect to $b \odot w$
     goes straight to all of w, and pruned weights decay: $w \leftarrow w - \gamma (g + \lambda (1 - b) \odot w)$ (Zhou et al.,
     "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021).
 
-    Latent weights are in the parameters only between `on_before_optimizer_step` and the end of the update. Whoever looks at
-    any other time (validation, a checkpoint) sees the sparse network; latent values of pruned weights are saved in this
-    callback's state. The decay is added after a loss scaler has unscaled the gradients, and before they are clipped (under
+    Latent weights are in the parameters only between `on_before_optimizer_step` and the end of the update. At any other time,
+    as in validation or a checkpoint, the network is sparse. This callback's state holds the latent values of pruned weights.
+    The decay is added after a loss scaler has unscaled the gradients, and before they are clipped (under
     manual optimization after `training_step` has clipped them).
 
     Args:

@@ -16,7 +16,7 @@ def layer_table(plans: Sequence[LayerPlan]) -> str:
     """Render one row per weight matrix: its pattern and blocks, or why it stays dense.
 
     Args:
-        plans: What becomes of each weight.
+        plans: For each weight, whether it is sparse, and why.
 
     Returns:
         The table as text as wide as the terminal, 80 columns where there is none, with a line of totals below.
@@ -33,7 +33,7 @@ def layer_table(plans: Sequence[LayerPlan]) -> str:
 
 
 def products_table(layers: Sequence[Computed]) -> str:
-    """Render what computes the products of the sparse layers, and why; layers that are computed alike share a row.
+    """Render a table of what computes the products of the sparse layers, and why; layers computed alike share a row.
 
     Args:
         layers: The modules that hold sparse weights.

@@ -12,15 +12,15 @@ from bame_lightning.methods.top_kast import TopKast
 class TopKAST(SparseCallback):
     r"""Keep the N largest latent weights of each block, and compute gradients for the C largest.
 
-    Weights that are not in the network are trained too, as long as they are among the C largest of their block; all others
-    hold still. In every step the mask is made anew (Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020;
+    A weight that is not in the network is trained, too, as long as it is among the C largest of its block; all others do not
+    move. In every step the mask is made anew (Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020;
     choosing within blocks is ours). Latent weights are in the parameters during the optimizer's update only, as in `SRSTE`.
 
     Args:
         pattern: "N:M" or an `NMPattern`.
         layers: Rules that override the default choice of layers, as in `BAMECallback`.
-        penalty: Exploration penalty, lambda: decay of the weights in the network, and of those that only get a gradient
-            M / N times as much.
+        penalty: Exploration penalty, lambda: the decay of weights in the network. Weights outside it that get a gradient
+            decay M / N times as much.
         widen: C = min(M, widen N).
         verify: Check all invariants after every step (slow, for debugging).
 

@@ -21,13 +21,13 @@ from bame_lightning.weights.layers import SparseWeight
 
 
 class MaskWatcher(L.Callback):
-    """Looks at the masks of the method in the same Trainer, on the first rank, at a bounded number of adaptations.
+    """Look at the masks of the method in the same Trainer, on the first rank, at a bounded number of adaptations.
 
-    At the start of training, and after adaptations that are spaced evenly over the method's window; a method without a schedule
-    is looked at in steps spaced evenly over the run.
+    It looks at the start of training, and after adaptations that are spaced evenly over the method's window; at a method
+    without a schedule, after steps that are spaced evenly over the run.
 
     Args:
-        at_most: Looks after the first one.
+        at_most: Number of looks after the first one.
 
     Raises:
         ValueError: If `at_most` is less than 1.
@@ -53,7 +53,7 @@ class MaskWatcher(L.Callback):
         """Look at the masks as they are."""
 
     def traces(self) -> Sequence[Trace]:
-        """What an earlier part of the run has seen of restless blocks."""
+        """Traces of restless blocks from an earlier part of the run."""
         return ()
 
     @override
@@ -81,7 +81,7 @@ class MaskWatcher(L.Callback):
         if isinstance(self.method, BAMECallback) and self.method.adaptations > self._adaptations:
             self._adaptations = self.method.adaptations
             self.restless.record()
-            # Masks move most at first: after 1, 2, 4, 8, ... adaptations somebody new may lead.
+            # Masks move most at first: after 1, 2, 4, 8, ... adaptations other blocks may lead.
             if self._adaptations.bit_count() == 1:
                 self.restless.look(self.method)
         if self.method is None or not self._moments or self.method.steps < self._moments[0]:
@@ -93,7 +93,7 @@ class MaskWatcher(L.Callback):
 
 
 def evolving_layers(callback: SparseCallback) -> dict[str, EvolvingLayer]:
-    """What evolves beside the masks, by the name of the weight; empty for methods that have nothing of the kind."""
+    """The evolving state beside the masks, by the name of the weight; empty for methods without any."""
     return {layer.sparse.name: layer for layer in callback.evolving} if isinstance(callback, BAMECallback) else {}
 
 
@@ -112,7 +112,7 @@ def moments(window: Window, at_most: int) -> list[int]:
         at_most: How many to choose.
 
     Returns:
-        For each the optimizer steps done when it is over.
+        For each of them the number of optimizer steps done when it is over.
 
     Example:
         >>> moments(Window(start=10, stop=100, every=10), at_most=3)
