@@ -52,7 +52,7 @@ _ELSEWHERE = {
     "Schedule": "bame.schedule",
 }
 
-# Lightning takes seconds to import, and nothing of the core, nor commands such as bame-audit, needs it.
+# Lightning takes seconds to import. Neither the core nor commands such as bame-audit need it.
 __getattr__ = on_demand(__name__, {name: _ELSEWHERE.get(name, "callbacks") for name in __all__})
 
 

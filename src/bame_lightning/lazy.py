@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are asked for."""
+"""Import names of a package only when they are used."""
 
 from __future__ import annotations
 

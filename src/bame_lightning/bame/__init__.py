@@ -1,1 +1,1 @@
-"""The algorithm, block-aware mask evolution: pure functions of tensors, and the state of one weight."""
+"""The algorithm, Block-Aware Mask Evolution: pure functions of tensors, and the evolving state of weights."""

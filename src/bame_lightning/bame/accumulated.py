@@ -1,4 +1,4 @@
-"""What readings add up to: evidence and mean gradient of pruned positions."""
+"""What readings add up to: the evidence and the mean gradient of pruned positions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Near(NamedTuple):
 
 
 class Move(NamedTuple):
-    """How a reading moves what is known; one number each, or one for each block or contender.
+    """How a reading moves evidence and means. Each is one number, or one for each block or contender.
 
     Args:
         rate: How far evidence moves against a gradient.
-        keep: What remains of older evidence.
+        keep: Share of the older evidence that remains.
         weight: Weight of a new gradient in the running mean.
     """
 
@@ -39,7 +39,7 @@ class Move(NamedTuple):
     weight: Tensor
 
     def only(self, moves: Bool[Tensor, " some"] | None) -> Move:
-        """Move some only; None moves all."""
+        """Restrict the move to some; None moves all."""
         if moves is None:
             return self
         return Move(self.rate * moves, torch.where(moves, self.keep, 1), self.weight * moves)
@@ -48,8 +48,8 @@ class Move(NamedTuple):
 class Accumulated:
     """Evidence and mean gradients of all positions of some blocks, zero where weights are kept.
 
-    While only contenders are read, theirs lie in short vectors, so that a step gathers nothing and puts nothing back. They
-    return to the tables as soon as somebody asks for these.
+    While only contenders are read, their values lie in short vectors, so that a step need not gather them from the tables and
+    put them back. They return to the tables as soon as the tables are asked for.
 
     Args:
         table: Where evidence is kept; shape (blocks, m).
@@ -69,12 +69,12 @@ class Accumulated:
 
     @property
     def mean(self) -> Float[Tensor, "blocks m"] | None:
-        """The table of means, likewise; None if none are kept."""
+        """The table of means, to be read or changed in place; None if none are kept."""
         self._put_back()
         return self._mean
 
     def near(self, positions: Int[Tensor, " contenders"]) -> Near:
-        """Take those of the contenders out of the tables, to be changed in place; they stay out as long as these contend."""
+        """Take the contenders' values out of the tables, to be changed in place, for as long as these positions contend."""
         if self._near is None or self._near.positions is not positions:
             self._put_back()
             mean = None if self._mean is None else self._mean.view(-1).index_select(0, positions)
@@ -82,7 +82,7 @@ class Accumulated:
         return self._near
 
     def move_all(self, gradient: Float[Tensor, "blocks m"], move: Move) -> None:
-        """Follow the gradients of all positions, in pieces; the gradients are used up."""
+        """Follow the gradients of all positions, in pieces; overwrites the gradients."""
         rate, keep, weight = (value.view(-1, 1).expand(len(gradient), 1) for value in move)
         averaged = gradient if self.mean is None else self.mean
         for evidence, mean, seen, by, kept, how in pieces(self.evidence, averaged, gradient, rate, keep, weight):
@@ -98,7 +98,7 @@ class Accumulated:
         near.evidence.mul_(move.keep).addcmul_(move.rate, change, value=-1)
 
     def clear(self, positions: Int[Tensor, " some"]) -> None:
-        """Forget what the tables hold at positions that contend, or did so until now."""
+        """Forget the tables' values at positions that contend, or did so until now."""
         self._evidence.view(-1).index_fill_(0, positions, 0)
         if self._mean is not None:
             self._mean.view(-1).index_fill_(0, positions, 0)

@@ -16,7 +16,7 @@ from bame_lightning.blocks.masks import as_integers
 def closeness(
     evidence: Float[Tensor, "blocks m"], weakest: Float[Tensor, "blocks 1"], kept: Int16[Tensor, "blocks n"]
 ) -> Float[Tensor, "blocks m"]:
-    r"""How close every pruned position is to a swap: $|v_j| / \min_{i\,\text{kept}} |w_i|$ of its block (ours).
+    r"""Measure how close every pruned position is to a swap: $|v_j| / \min_{i\,\text{kept}} |w_i|$ of its block (ours).
 
     Args:
         evidence: The evidence, v.
@@ -24,18 +24,18 @@ def closeness(
         kept: Places of the kept weights in their blocks.
 
     Returns:
-        One ratio per position: above 1 evidence outgrew the block's weakest kept weight, and -1 where kept.
+        One ratio per position: above 1 if evidence is larger than the block's weakest kept weight; -1 where kept.
     """
-    # Never quite zero, so that one can divide by it.
+    # Never zero, because it is divided by.
     ratios = evidence.abs().div_(weakest.clamp_min(torch.finfo(evidence.dtype).tiny))
     return ratios.scatter_(1, kept.long(), -1)
 
 
 def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
-    """Choose the contenders of every output row: as many in each, so that rows need not know of each other.
+    """Choose the contenders of every output row: the same number in each, so that rows need nothing of each other.
 
     Args:
-        closeness: How close the positions of a row are to a swap.
+        closeness: How close the positions of each row are to a swap.
         count: Contenders of a row.
 
     Returns:
@@ -53,26 +53,26 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     lower = torch.arange(places, device=closeness.device)
     found = []
     for part in torch.split(closeness, some):
-        # Bits of positive numbers are in their order, NaN is last, all that is negative before. Lower places break ties.
+        # The bits of positive numbers are in their order; NaN comes last, negative numbers first. Lower places break ties.
         order = as_integers(part.float()).long().mul_(2**32).sub_(lower)
         found.append(order.topk(count, sorted=False).indices.sort().values)
     return torch.cat(found)
 
 
 TOGETHER = 2**21
-"""Positions among which contenders are chosen at once, at most, unless a single weight has more."""
+"""The most positions among which contenders are chosen at once, unless a single weight has more."""
 PIECE = 2**20
-"""Of these, what is in order at one time on a CPU: larger blocks of memory are asked of the system each time."""
+"""The most of these that are sorted at once on a CPU: larger memory is requested from the system each time."""
 
 
 def alike(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
-    """Put weights together whose rows are chosen from in the same way.
+    """Group the weights whose rows have as many positions and contenders.
 
     Args:
         shapes: Of each weight its rows, the positions of a row, and how many of those are chosen.
 
     Returns:
-        Places of weights of as many positions and chosen ones a row, `TOGETHER` positions at most.
+        Groups of places of weights; those of a group have the same numbers, and `TOGETHER` positions at most in all.
 
     Example:
         >>> alike([(8, 64, 3), (4, 16, 1), (2, 64, 3)])
@@ -94,7 +94,7 @@ class First(NamedTuple):
     """The contender that swaps first in each of some groups: output rows, or blocks.
 
     Args:
-        slot: Which contender, as a place among all of them; the first of all for a group without any.
+        slot: The contender, as a place among all contenders; any one for a group without contenders.
         may_swap: Whether it may.
     """
 
@@ -125,7 +125,7 @@ def first(closeness: Float[Tensor, " contenders"], group: Int[Tensor, " contende
 
 
 def count_in_share(share: float, total: int) -> int:
-    """Number in a share of a total, rounded up, whatever floating point makes of the product.
+    """Compute a share of a total, rounded up, without errors of floating point.
 
     Example:
         >>> count_in_share(0.07, 100), math.ceil(0.07 * 100)

@@ -1,4 +1,4 @@
-"""Which pruned positions contend: as many in each output row, weight by weight, and where they lie in memory."""
+"""Which pruned positions contend, the same number in each output row of a weight, and where they lie in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bame_lightning.weights.positions import Positions
 
 
 class Contenders:
-    """The pruned positions that steps between two readings of all read.
+    """The contenders: the pruned positions that a step reads when it does not read everything.
 
     Args:
         weights: The weights, of one pattern.
@@ -22,9 +22,9 @@ class Contenders:
 
     Attributes:
         m: Positions in a block.
-        positions: The contenders, as many in each row of a weight, weight by weight and row by row; shape (contenders,).
+        positions: The contenders, weight by weight and row by row, equally many in each row of a weight; shape (contenders,).
         counts: How many are in each weight, on the device; shape (weights,).
-        split: The same in plain numbers.
+        split: The same as plain numbers.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
@@ -40,14 +40,14 @@ class Contenders:
         self.choose([torch.zeros(rows, 0, dtype=torch.int64, device=device) for rows in self.rows])
 
     def choose(self, chosen: Sequence[Tensor]) -> None:
-        """Let others contend: of each weight, for each row, places in the row; shape (rows, count)."""
+        """Choose new contenders, for each weight given as places in each row; shape (rows, count)."""
         self._places = None
         split = [own.numel() for own in chosen]
         if split != self.split:
             self.split = split
             device = self._row_starts.device
             self.counts = torch.tensor(split, device=device)
-            # Rows without a contender, of a weight that has just joined, challenge nobody.
+            # Rows without a contender, as in a weight that has just joined, challenge no kept weight.
             self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
             rows, layers = (torch.tensor(v, device=device) for v in (self._row_split, range(len(chosen))))
             per_row = torch.tensor([own.shape[1] for own in chosen], device=device)
@@ -57,20 +57,20 @@ class Contenders:
         self.positions = places.add_(self._row_starts.repeat_interleave(self._counts_of_rows, output_size=len(places)))
 
     def replace(self, slots: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> None:
-        """Let other positions take slots."""
+        """Put other positions into slots."""
         self.positions.index_copy_(0, slots, positions)
 
     @property
     def blocks(self) -> Int[Tensor, " contenders"]:
-        """The block of each."""
+        """The block of each contender."""
         return self._numbering.blocks(self.positions)
 
     def by_weight(self) -> list[Tensor]:
-        """Those of each weight."""
+        """The contenders of each weight."""
         return list(torch.split(self.positions, self.split))
 
     def within(self) -> list[Tensor]:
-        """Those of each weight, numbered within it."""
+        """The contenders of each weight, numbered within it."""
         starts = torch.tensor(self._numbering.starts[:-1], device=self.positions.device)
         return list(torch.split(self.positions - self.spread(starts), self.split))
 
@@ -79,7 +79,7 @@ class Contenders:
         return values.repeat_interleave(self.counts, output_size=len(self.positions))
 
     def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "places contenders"]:
-        """Where each lies in the memory of its weight, and the weights that its block keeps; remembered until `forget`."""
+        """The place of each contender, and of its block's kept weights, in the memory of its weight; kept until `forget`."""
         if self._places is None:
             block, numbering = self.blocks, self._numbering
             kept = kept_places.index_select(0, block).t().long()
@@ -88,13 +88,13 @@ class Contenders:
         return self._places
 
     def forget(self) -> None:
-        """Call when what blocks keep has changed."""
+        """Call when blocks keep other positions."""
         self._places = None
 
     def first_of_rows(
         self, near: Float[Tensor, " contenders"]
     ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"], Int[Tensor, " rows"], list[int]]:
-        """Of each row the contender closest to a swap: its slot, whether it may, its weight; and rows of each weight."""
+        """For each row the contender closest to a swap (slot, may it swap, its weight), and the rows of each weight."""
         rows = len(self._row_layer)
         group = torch.arange(rows, device=near.device).repeat_interleave(self._per_row, output_size=len(near))
         return *first(near, group, rows), self._row_layer, self._row_split
@@ -102,7 +102,7 @@ class Contenders:
     def first_of_blocks(
         self, near: Float[Tensor, " contenders"]
     ) -> tuple[Int[Tensor, " blocks"], Bool[Tensor, " blocks"], Int[Tensor, " blocks"], list[int]]:
-        """The same of each block, where there is one that may; waits for the device."""
+        """The same for each block that has a contender which may swap; waits for the device."""
         starts = self._numbering.starts
         slot, may = first(near, self.blocks, starts[-1] // self.m)
         slot, may = slot[may], may[may]
@@ -110,13 +110,13 @@ class Contenders:
         return slot, may, of, of.bincount(minlength=len(self._weights)).tolist()
 
     def saved(self, layer: int) -> Int[Tensor, "rows count"]:
-        """Those of a weight, as places in their rows, which may be spread over processes."""
+        """The contenders of a weight, as places in its rows, of all processes."""
         first = sum(self.rows[:layer])
         own = self.by_weight()[layer].view(self.rows[layer], -1)
         return own - self._row_starts[first : first + self.rows[layer], None]
 
     def restore(self, layer: int, saved: Int[Tensor, "rows count"]) -> None:
-        """Go on with what `saved` returned of a weight."""
+        """Restore the contenders of a weight from what `saved` returned."""
         own = [self.saved(place) for place in range(len(self._weights))]
         own[layer] = saved.to(self.positions.device).long()
         self.choose(own)

@@ -1,8 +1,7 @@
 """What a weight is worth, and which swaps follow from it.
 
-Of every block the weights in force and the evidence of the pruned ones together form the *latent* weights: `w` where
-the mask keeps, `v` where it prunes. A criterion says how much it matters that a latent weight is kept. Pruning a kept weight
-costs its worth, reviving a pruned one gains its worth.
+The *latent* weights of a block are its kept weights `w` and the evidence `v` of its pruned weights. A criterion says how much
+each latent weight is worth: pruning a kept weight costs its worth, reviving a pruned one gains its worth.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor
 def first_order_worth(
     latent: Float[Tensor, "blocks m"], gradient: Float[Tensor, "blocks m"]
 ) -> Float[Tensor, "blocks m"]:
-    r"""Value latent weights by one batch's first-order loss change, $|g_i x_i|$; the literal criterion.
+    r"""Value latent weights by the first-order loss change in one batch, $|g_i x_i|$: the literal criterion.
 
-    A kept weight costs $|g_i w_i|$, a pruned one, whose evidence is one step $v_j = -\eta g_j$, gains $\eta g_j^2$ (our
-    literal reading of the abstract's "expected loss reduction", not the authors' formula).
+    Pruning a kept weight costs $|g_i w_i|$. The evidence of a pruned weight is one step, $v_j = -\eta g_j$, so reviving it
+    gains $\eta g_j^2$. This is our literal reading of the abstract's "expected loss reduction", not the authors' formula.
 
     Args:
         latent: Weights where kept, evidence where pruned.
@@ -39,9 +38,9 @@ def select_mask(
 ) -> Bool[Tensor, "blocks m"]:
     """Swap in every block while the best pruned weight is worth more than the worst kept one.
 
-    Each swap prunes the kept weight of the least worth and revives the pruned one of the greatest; at most
-    min(n, m - n) swaps can gain. The n weights of the greatest worth are kept. On a tie the mask stays as
-    it is, and between equals the lower index swaps first.
+    Each swap prunes the kept weight of the least worth and revives the pruned weight of the greatest. In the end the n weights
+    of the greatest worth are kept, after at most min(n, m - n) swaps. On a tie the mask stays as it is; between equals the
+    lower index swaps first.
 
     Args:
         worth: Value of each latent weight, at least 0, never NaN.
@@ -59,7 +58,7 @@ def select_mask(
         swap = gain > cost
         if adaptable is not None:
             swap &= adaptable[:, None]
-        # Where nothing is swapped an index may mean nothing: infinite values are as large as what stands for masked ones.
+        # Where nothing is swapped an index may have no meaning: infinite values equal the value for masked places.
         mask.scatter_(-1, weakest, mask.gather(-1, weakest) & ~swap)
         mask.scatter_(-1, strongest, mask.gather(-1, strongest) | swap)
     return mask

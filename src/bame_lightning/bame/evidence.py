@@ -1,9 +1,8 @@
 """What pruned weights would have become, from the dense gradients that are read.
 
-A pruned weight holds no value in the network, but something must be known of it before it can be revived. The evidence
-$v$ is that knowledge: the value the weight would have had, had descent moved it by the dense gradients that were read.
-It is ours, not the paper's (see `docs/algorithm.md`); the paper's abstract speaks of the expected loss reduction
-only.
+A pruned weight has no value in the network. Its evidence $v$ is the value that it would have if descent had moved it along the
+dense gradients that were read. Evidence decides which weights come back. It is ours, not the paper's (see `docs/algorithm.md`);
+the paper's abstract only speaks of the expected loss reduction.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ class Evidence:
 
     Every `read_every` steps all unfrozen blocks are read. Each output row (a filter) then chooses its *contenders*, the pruned
     positions that are closest to a swap, and the steps in between read only these. A reading of all blocks stands for
-    $r = \sqrt{\text{read\_every}}$ steps, rounded. It must make up for the steps without a reading, but standing for all of
-    them would multiply the noise of one batch.
+    $r = \sqrt{\text{read\_every}}$ steps, rounded: more than one step, because most steps do not read these positions, but not
+    for all steps, because that would multiply the noise of one batch.
 
-    How far evidence moves follows from the length of the window, the weights and the gradients (`noise_step`). Neither the
-    optimizer nor the scale of a layer matters. The step shrinks along a cosine to 0 at the end of the window. A reading also
-    forgets a share of the older evidence: 1 / n at first, n being the steps of the window, and less along the same cosine.
-    Evidence of contenders follows a running mean of their gradients, which starts anew when a weight is pruned.
+    The length of the window, the weights and the gradients decide how far evidence moves (`noise_step`). Neither the optimizer
+    nor the scale of a layer matters. The step shrinks along a cosine to 0 at the end of the window. A reading also forgets a
+    share of the older evidence: at first 1 / n, where n are the steps of the window, then less along the same cosine. Evidence
+    follows a running mean of the gradients of its position, which starts anew when a weight is pruned.
 
     Args:
         read_every: Optimizer steps between two readings of all unfrozen blocks.
-        contenders: Share of an output row's pruned positions that is read at every step in between, in (0, 1]; rounded up.
+        contenders: Share of an output row's pruned positions that the steps in between read, in (0, 1]; rounded up.
         step_size: Multiplies the step that evidence takes, k.
-        momentum: Weight of the past in the running mean of a contender's gradients, beta, in [0, 1); 0 holds no mean.
+        momentum: Weight of the past in the running mean of gradients, beta, in [0, 1); 0 needs no memory for a mean.
         init: Where the evidence of a pruned weight starts: at "zero", or at its initial value ("weights").
-        margin: By how much evidence must exceed the weight that it replaces, as a share of it.
-        one_per_row: Let an adaptation swap in one block of each output row only, the most urgent: the blocks of a row make up
-            for the same error of its output, and all of them at once overshoot.
-        share: Not in use any more; whoever sets it is told what took its place.
+        margin: Share of a kept weight by which evidence must exceed it to replace it.
+        one_per_row: Let an adaptation swap in only one block of each output row, the most urgent one. All blocks of a row
+            correct the same error of its output, so that together they would overshoot.
+        share: Not in use any more; setting it is an error that names the new argument.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -89,7 +88,7 @@ class Evidence:
             raise ValueError(f"`evidence.margin` must be a share of a weight, at least 0; got {self.margin}.")
 
     def reading(self, step: int, window: Window) -> Reading | None:
-        """What to read of the dense gradient of `step`."""
+        """Decide what to read of the dense gradient of `step`."""
         if step not in window:
             return None
         rest = window.annealed(1.0, step)
@@ -103,7 +102,7 @@ class Evidence:
         return 1.0
 
     def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
-        """Make what evolves in the blocks of some weights of one pattern and type, which are still dense."""
+        """Make the evolving blocks of some weights of one pattern and type, which are still dense."""
         return ContendingBlocks(weights, self, freeze_after)
 
 
@@ -111,8 +110,8 @@ class Evidence:
 class OneBatch:
     r"""Evidence of a single batch, forgotten after every adaptation: the literal reading of the paper's abstract.
 
-    All unfrozen blocks are read at adaptation steps only, and swaps are confined to the blocks of a layer that promise
-    the largest loss reduction: a share of them, annealed by a cosine from `share` at the window's start to 0 at its end.
+    Only steps before an adaptation read, and they read all unfrozen blocks. Only those blocks of a layer swap that promise the
+    largest loss reduction: a share of them that falls along a cosine, from `share` at the window's start to 0 at its end.
 
     Args:
         share: Share of a layer's blocks that may adapt at the start, rho.
@@ -130,7 +129,7 @@ class OneBatch:
             )
 
     def reading(self, step: int, window: Window) -> Reading | None:
-        """What to read of the dense gradient of `step`."""
+        """Decide what to read of the dense gradient of `step`."""
         return Reading(everywhere=True, steps=1) if window.adapts(step) else None
 
     def adaptable_share(self, step: int, window: Window) -> float:
@@ -138,5 +137,5 @@ class OneBatch:
         return window.annealed(self.share, step)
 
     def begin(self, weights: Sequence[SparseWeight], freeze_after: int | None) -> EvolvingBlocks:
-        """Make what evolves in the blocks of some weights of one pattern and type."""
+        """Make the evolving blocks of some weights of one pattern and type."""
         return OneBatchBlocks(weights, freeze_after)

@@ -1,4 +1,4 @@
-"""Block-aware mask evolution by contenders: readings -> evidence -> swaps, for all blocks of many weights at once."""
+"""Block-Aware Mask Evolution by contenders: readings -> evidence -> swaps, for all blocks of many weights at once."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class DenseGradient(NamedTuple):
     """What a step has read of dense gradients.
 
     Args:
-        everywhere: Of all blocks, shape (blocks, m); None if only contenders were read.
-        contenders: Of the contenders, shape (contenders,); None if all blocks were read.
-        kept: If masks adapt after the step, of the kept weights: in all blocks, shape (blocks, n), or in those of the
-            contenders, shape (contenders, n). They are computed anyway, and kept aside since clipping changes them.
+        everywhere: Gradients of all blocks, shape (blocks, m); None if only contenders were read.
+        contenders: Gradients of the contenders, shape (contenders,); None if all blocks were read.
+        kept: If masks adapt after the step, gradients of the kept weights: in all blocks, shape (blocks, n), or in those of
+            the contenders, shape (contenders, n). Backward has computed them anyway; they are copied because clipping
+            changes them.
         present: Whether each weight has a gradient.
     """
 
@@ -48,7 +49,7 @@ class DenseGradient(NamedTuple):
 
 
 class ContendingBlocks(EvolvingBlocks):
-    """Blocks that evolve by accumulated evidence, of which few positions are read at most steps: the rule `Evidence`.
+    """Blocks that evolve by accumulated evidence; most steps read only a few positions: the rule `Evidence`.
 
     Args:
         weights: The weights. With `init="weights"` evidence starts at their values, so make this object before they are pruned.
@@ -56,11 +57,11 @@ class ContendingBlocks(EvolvingBlocks):
         freeze_after: Oscillations that a block may make; one more freezes its mask. None never freezes.
 
     Attributes:
-        kept: What each block keeps.
-        contenders: The pruned positions that steps between two readings of all read.
+        kept: The positions and weights that each block keeps.
+        contenders: The pruned positions that a step reads when it does not read everything.
         sizes: Sizes of gradients and weights, by readings everywhere.
-        reading: Dense gradients that this step has read; None if it has not.
-        room: What refuses swaps, so that masks stay 2:4 along the output dimension, too; None refuses none.
+        reading: Dense gradients that this step has read; None if it has read none.
+        room: Refuses swaps so that masks stay 2:4 along the output dimension, too; None refuses none.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], config: Evidence, freeze_after: int | None) -> None:
@@ -123,7 +124,7 @@ class ContendingBlocks(EvolvingBlocks):
             has = spread(torch.tensor(read.present, device=table.device))
             moves = has if moves is None else moves & has
         rate = reading.steps * noise_step(window, self.pattern.m) * self.sizes.unit
-        # The unit may be poisoned by what the optimizer did to the weights.
+        # The unit is not finite if the optimizer has made weights that are not.
         rate = torch.where(finite & (rate - rate == 0), rate, 0)
         seen = finite.to(table.dtype)
         keep, weight = 1 - seen * (reading.forgets / max(1, window)), (1 - self.config.momentum) * seen
@@ -140,7 +141,7 @@ class ContendingBlocks(EvolvingBlocks):
         """Choose the contenders, to be read until the next reading of all.
 
         Args:
-            share: Share of a row's pruned positions, rounded up; that of the rule unless given.
+            share: Share of a row's pruned positions, rounded up; the rule's own unless given.
         """
         share = self.config.contenders if share is None else share
         n, m, rows = self.pattern.n, self.pattern.m, self.contenders.rows
@@ -163,7 +164,7 @@ class ContendingBlocks(EvolvingBlocks):
 
     @override
     def adapt(self, share: float = 1.0) -> list[Tensor] | None:
-        """Swap a contender of each output row with the weakest kept weight of its block, if it outgrew that by the margin."""
+        """Swap a contender of each output row with the weakest kept weight of its block, if it exceeds that by the margin."""
         table = self.table
         table.predicted = torch.zeros_like(table.predicted)
         if not self.contenders.positions.numel():
@@ -184,7 +185,7 @@ class ContendingBlocks(EvolvingBlocks):
         self._hand_over(found, swapped, dropped, left)
         table.masks.swap(entered, pruned, swapped, found.of)
         table.history.record_swaps(found.block, position, dropped, swapped)
-        # Where nothing was swapped, what was pruned before stands for what is pruned now.
+        # Where nothing was swapped, the position that was pruned before stands for the one that is pruned now.
         pruned = torch.where(swapped, pruned, entered)
         values = torch.where(swapped, revived, 0).to(self.weights[0].weight.dtype)
         both = torch.stack((values, torch.zeros_like(values)), dim=1).flatten()
@@ -195,36 +196,36 @@ class ContendingBlocks(EvolvingBlocks):
     def starts(
         self, found: Challenge, size: Float[Tensor, " rows"]
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Where revived weights start, as large as the margin demands; and the evidence of what is pruned, its value."""
+        """Where revived weights start: as large as the margin demands. And the evidence of pruned weights: their value."""
         return size.copysign(found.evidence), found.weakest
 
     def _challenge(self) -> Challenge:
-        """Find who challenges whom: not before anything is known of pruned weights, and not in what is frozen."""
+        """Find who challenges whom; nobody does before anything is known of pruned weights, nor in frozen blocks."""
         contenders, table = self.contenders, self.table
         places = contenders.contested(self.kept.places)[1:]
         kept = take(table.positions.memory(), torch.split(places, contenders.split, dim=1)).to(table.dtype)
         evidence = table.accumulated.near(contenders.positions).evidence
         trained = self.sizes.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
-            # Somebody has frozen a layer since: a weight that moved would be no frozen one.
+            # A layer that was frozen since must not move.
             trained = trained & torch.tensor([s.weight.requires_grad for s in self.weights], device=table.device)
         may = contenders.spread(trained)
         if table.freeze_after is not None:
             may = may & table.unfrozen(contenders.positions)
         if self.room is not None:
-            # Where there is none, the next contender challenges in its row.
+            # Where there is no room, the next contender of the row challenges.
             of = contenders.spread(torch.arange(len(self.weights), device=table.device))
             wants = ratio(evidence, kept.abs().amin(0)) > 1 + self.config.margin
             may = may & self.room.has(contenders.positions, of, may & wants)
         return challenge(contenders, evidence, kept, may, one_per_row=self.config.one_per_row)
 
     def _hand_over(self, found: Challenge, swapped: Tensor, dropped: Tensor, left: Tensor) -> None:
-        """Move evidence, means, places and contenders: what is pruned takes the slot of what is revived."""
+        """Move evidence, means, places and contenders: the pruned position takes the slot of the revived one."""
         accumulated, position = self.table.accumulated, found.position
         near = accumulated.near(self.contenders.positions)
         near.evidence.index_copy_(0, found.slot, torch.where(swapped, left, found.evidence))
         if near.mean is not None:
-            # What is revived starts without a past, and so does what is pruned.
+            # Revived and pruned positions both start without a past.
             near.mean.index_copy_(0, found.slot, near.mean[found.slot].masked_fill_(swapped, 0))
         accumulated.clear(position)
         self.kept.replace(found.block, found.place, torch.where(swapped, position, dropped))
@@ -287,7 +288,7 @@ def shares_read(table: BlockTable, contenders: Contenders, *, everywhere: bool) 
 def predicted_gain(
     read: DenseGradient | None, found: Challenge, revived: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"] | None:
-    """Loss reduction of each swap to first order, -<g, change of w>; None where this step has not read g."""
+    """Loss reduction of each swap to first order, -<g, change of w>; None if this step has not read g."""
     if read is None or read.kept is None:
         return None
     if read.everywhere is not None:
@@ -301,7 +302,7 @@ def predicted_gain(
 def closeness_now(
     blocks: ContendingBlocks, layers: Sequence[int], weakest: Float[Tensor, "blocks 1"]
 ) -> Float[Tensor, "some m"]:
-    """How close the positions of some weights are to a swap; what may not swap now comes last.
+    """Measure how close the positions of some weights are to a swap; positions that may not swap now come last.
 
     Args:
         blocks: The blocks of all weights.
@@ -319,6 +320,6 @@ def closeness_now(
     closed = torch.cat([table.frozen_of(layer) for layer in layers])[:, None]
     if room is not None:
         closed = closed | torch.cat([room.full(layer) for layer in layers])
-    # Not even what is closed comes after what is kept, which never contends.
+    # Positions that may not swap still come before kept ones, which never contend.
     least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
     return torch.where(ratios < 0, ratios, least)

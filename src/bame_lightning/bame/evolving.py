@@ -1,4 +1,4 @@
-"""The interface of a rule of evolution: what it does with the blocks of many weights in a step."""
+"""The interface of a rule of evolution, which says what happens to the blocks of many weights in a step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class EvolvingBlocks(ABC):
     """Blocks of some weights of one pattern and type, under a rule.
 
     Args:
-        weights: The weights, still dense if evidence starts at their values.
+        weights: The weights; they must still be dense if evidence starts at their values.
         freeze_after: Oscillations that a block may make; one more freezes its mask. None never freezes.
 
     Attributes:
-        table: The blocks, and what is known of them.
+        table: The blocks, and what all rules keep of them.
         weights: The weights.
-        extremes: Least and largest value of what this step has read; NaN if there is one among them.
+        extremes: Least and largest gradient that this step has read; NaN if any is.
         read_shares: Share of each weight's pruned positions whose gradient the last step read.
     """
 
@@ -36,7 +36,7 @@ class EvolvingBlocks(ABC):
         self.read_shares = [0.0] * len(weights)
 
     def keep_both_ways(self) -> None:
-        """Refuse swaps that put a third kept weight into four consecutive rows of a column, from now on.
+        """From now on refuse swaps that put a third kept weight into four consecutive rows of a column.
 
         Raises:
             ValueError: If the rule cannot.
@@ -50,64 +50,64 @@ class EvolvingBlocks(ABC):
 
     @abstractmethod
     def read(self, gradients: Sequence[Tensor | None], *, everywhere: bool, adapts: bool) -> None:
-        """Copy of the dense gradients what this step reads, before they are masked.
+        """Copy the part of the dense gradients that this step reads, before they are masked.
 
         Args:
-            gradients: One of each weight, as it lies in memory; None where there is none.
-            everywhere: Of all unfrozen blocks; otherwise of the positions that the rule has chosen.
+            gradients: The gradient of each weight, as it lies in memory; None if there is none.
+            everywhere: Whether to read all unfrozen blocks; otherwise only positions that the rule has chosen.
             adapts: Whether masks adapt after this step.
         """
 
     @abstractmethod
     def accumulate(self, optimizer: Optimizer, reading: Any, finite: Bool[Tensor, ""], window: int) -> None:
-        """Move the evidence by what was read.
+        """Move the evidence by the gradients that were read.
 
         Args:
             optimizer: The optimizer that has just stepped.
-            reading: What the reading is, a `Reading`.
-            finite: False discards it, on the device.
+            reading: Which gradients the step read, and for how many steps they stand.
+            finite: Boolean on the device; False discards the reading.
             window: Steps of the window.
         """
 
     def contend(self) -> None:  # noqa: B027 many rules choose nothing
-        """Choose what the steps up to the next reading of all read, after one."""
+        """After a reading of all blocks, choose the positions that steps read until the next one."""
 
     @abstractmethod
     def adapt(self, share: float = 1.0) -> list[Tensor] | None:
         """Swap weights, masks and evidence in place, in a share of each weight's blocks.
 
         Returns:
-            Of each weight, the places in its memory that were pruned, for those who keep one value per weight; where a pair
-            was not swapped, one that was pruned before. None if they must look at the masks.
+            For each weight, the places in its memory that were pruned, so that optimizer state there can be zeroed. For a pair
+            that was not swapped it is a place that was pruned before. None if only the masks tell.
         """
 
     def end_step(self) -> None:  # noqa: B027 some keep nothing
         """Forget what this step has read."""
 
-    # What others see.
+    # For others to see.
 
     def contended(self) -> list[Int[Tensor, " contenders"]]:
-        """Positions of each weight that steps between two readings of all read, numbered within it, row by row."""
+        """The contenders of each weight: positions numbered within it, row by row."""
         return [torch.empty(0, dtype=torch.int64, device=self.table.device)] * len(self.weights)
 
     @property
     def designated(self) -> Bool[Tensor, " blocks"]:
-        """Blocks of which steps between two readings of all read something."""
+        """Blocks that hold a contender."""
         chosen = torch.zeros(self.table.firsts[-1], dtype=torch.bool, device=self.table.device)
         for layer, positions in enumerate(self.contended()):
             self.table.of(layer, chosen).index_fill_(0, positions // self.pattern.m, True)
         return chosen & ~self.table.frozen
 
     def layer(self, layer: int) -> EvolvingLayer:
-        """What evolves in a weight."""
+        """The evolving state of a weight."""
         return self.table.layer(layer)
 
     def layers(self) -> list[EvolvingLayer]:
-        """What evolves in each weight."""
+        """The evolving state of each weight."""
         return [self.layer(layer) for layer in range(len(self.weights))]
 
     def copies(self, layer: int) -> dict[str, Tensor]:
-        """What every process must hold the same of where it holds all rows, by what it is."""
+        """The tensors, by name, that must be the same in all processes that hold all rows."""
         mean = self.table.mean_of(layer)
         return {
             "evidence": self.table.of(layer, self.table.evidence),
@@ -117,7 +117,7 @@ class EvolvingBlocks(ABC):
         }
 
     def state(self, layer: int) -> dict[str, Any]:
-        """All that evolves in a weight beside its mask, of all rows."""
+        """The evolving state of a weight without its mask, for all rows."""
         return self.table.state(layer)
 
     def load_state(self, layer: int, state: Mapping[str, Any]) -> None:

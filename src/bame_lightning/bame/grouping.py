@@ -15,13 +15,13 @@ def regrouped(
     held: Sequence[Sequence[SparseWeight]],
     begin: Callable[[Sequence[SparseWeight]], EvolvingBlocks],
 ) -> list[EvolvingBlocks]:
-    """Put weights together that evolve together: of one optimizer, pattern, type and device.
+    """Group the weights that evolve together: those of one optimizer, pattern, type and device.
 
     Args:
-        groups: Those so far; what is known of a weight goes along.
-        weights: The weights. Those that are new are dense.
+        groups: The groups so far; a weight keeps its evolving state.
+        weights: The weights; new ones are still dense.
         held: The weights of each optimizer.
-        begin: Makes what evolves in weights that were not together before.
+        begin: Makes the evolving blocks of weights that were not together before.
     """
     wanted: dict[Any, list[SparseWeight]] = {}
     holder = {id(sparse): place for place, each in enumerate(held) for sparse in each}

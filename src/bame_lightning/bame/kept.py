@@ -1,4 +1,4 @@
-"""What each block keeps: where, and the weights there."""
+"""The positions that each block keeps, and the weights there."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from bame_lightning.weights.positions import take
 
 
 class KeptWeights:
-    """Follow what the blocks of a table keep; nothing here waits for the device, but to start.
+    """Follow the positions that the blocks of a table keep; only the start waits for the device.
 
     Args:
         table: The blocks.
 
     Attributes:
-        places: Places in its block of the positions that each block keeps, ascending; shape (blocks, n).
+        places: The places that each block keeps, ascending; shape (blocks, n).
     """
 
     def __init__(self, table: BlockTable) -> None:
         self._table, n = table, table.pattern.n
         self.places: Int16[Tensor, "blocks n"] = torch.cat([kept_places(s.mask(), n) for s in table.weights])
         self._split = table.counts.tolist()
-        # Of the step that is going on.
+        # Of the current step.
         self._weights: Tensor | None = None
 
     def weights(self) -> Float[Tensor, "blocks n"]:
-        """Weights where they are kept, remembered until `forget`. An optimizer may have moved the others."""
+        """The kept weights, remembered until `forget`. Others may not be zero: an optimizer may have moved them."""
         if self._weights is None:
             table = self._table
             blocks = torch.arange(table.firsts[-1], device=table.device)
@@ -48,17 +48,17 @@ class KeptWeights:
     def replace(
         self, blocks: Int[Tensor, " some"], place: Int[Tensor, " some"], position: Int[Tensor, " some"]
     ) -> None:
-        """Let each of some blocks keep another position in place of one of those that it keeps."""
+        """Let each of some blocks keep another position in place of one that it keeps."""
         entered = (position % self._table.pattern.m).to(self.places.dtype)
         kept = self.places[blocks].scatter_(1, place[:, None], entered[:, None])
         self.places.index_copy_(0, blocks, kept.sort(-1).values)
         self.forget()
 
     def restore(self, layer: int) -> None:
-        """Look at the mask of a weight anew; waits for the device."""
+        """Read the mask of a weight again; waits for the device."""
         self._table.of(layer, self.places).copy_(kept_places(self._table.weights[layer].mask(), self._table.pattern.n))
         self.forget()
 
     def forget(self) -> None:
-        """Call when a step ends: weights move."""
+        """Call when a step ends, because weights move."""
         self._weights = None

@@ -57,7 +57,7 @@ class OneBatchBlocks(EvolvingBlocks):
             rule = update_rule(optimizer, sparse.weight)
             moment = None if rule.second_moment is None else self.table.blocks(local(rule.second_moment), layer)
             rate = reading.steps * block_rates(rule, moment, gradient, mask, self.pattern.n)
-            # The optimizer's second moment may be poisoned as well.
+            # The optimizer's second moment may not be finite either.
             rate = torch.where(finite, rate, 0).expand(len(gradient), 1)
             may = ~mask & ~self.table.frozen_of(layer)[:, None]
             self.table.of(layer, self.table.evidence).addcmul_(zeroed(gradient, may), rate, value=-1)
@@ -77,7 +77,7 @@ class OneBatchBlocks(EvolvingBlocks):
             self.table.masks.change(layer, sparse.kept.clone())
             self.table.predicted[layer] = 0
             return mask
-        # The optimizer may have moved pruned weights, which are zeroed only later.
+        # The optimizer may have moved pruned weights; they are zeroed only later.
         old = zeroed(to_blocks(sparse.values, self.pattern.m).to(self.table.dtype), mask)
         evidence = self.table.of(layer, self.table.evidence)
         new = choose_masks(
@@ -109,15 +109,15 @@ def choose_masks(
     share: float = 1.0,
     rows: Rows = ALL_ROWS,
 ) -> Bool[Tensor, "blocks m"]:
-    """Swap where it is worth most, in a share of one weight's blocks.
+    """Swap in those blocks of one weight that gain most: a share of them.
 
     Args:
-        worth: How much it matters that each latent weight is kept; the worthiest are.
+        worth: What each latent weight is worth; those of the greatest worth are kept.
         mask: The mask in force, exactly `n` kept per block.
         adaptable: Blocks that may change; None for all.
         n: Weights kept per block.
         share: Confine the swaps to this share of all blocks (rounded up), those that gain most.
-        rows: Which rows the blocks are of; a share is one of the blocks of all rows.
+        rows: The rows of the blocks; the share refers to the blocks of all rows.
 
     Returns:
         The new mask.
@@ -125,7 +125,7 @@ def choose_masks(
     proposed = select_mask(worth, mask, n, adaptable=adaptable)
     if share >= 1:
         return proposed
-    # Summed over a block: the worth of what is revived less that of what is pruned.
+    # Summed over a block: the worth of revived weights minus that of pruned ones.
     gain = (worth * (proposed.to(worth.dtype) - mask.to(worth.dtype))).sum(-1)
     ranked = rows.gather(gain).argsort(descending=True, stable=True)
     best = rows.own_index(ranked[: count_in_share(share, len(ranked))], len(mask))

@@ -10,9 +10,9 @@ class Reading(NamedTuple):
     """Which dense gradients a step reads.
 
     Args:
-        everywhere: Read all unfrozen blocks; otherwise the contenders only.
-        steps: How far evidence moves by it, in steps of its kind: `Evidence`'s at the start of the window, or the
-            optimizer's (`OneBatch`).
+        everywhere: Whether it reads all unfrozen blocks; otherwise it reads the contenders only.
+        steps: How far evidence moves by it, in steps: those of `Evidence` at the start of the window, or those of the
+            optimizer (`OneBatch`).
         forgets: How much evidence shrinks by it, as a multiple of 1 / steps of the window.
         share: Share of the pruned positions that it reads.
     """
@@ -26,10 +26,10 @@ class Reading(NamedTuple):
 def noise_step(steps: int, m: int) -> float:
     r"""Step of evidence at which noise alone does not swap weights, relative to the weights, tau (ours).
 
-    Moved along n gradients that are nothing but noise, by steps of tau times the root mean square of the weights each,
-    evidence is a random walk of deviation $\tau \sqrt{n}$, in weights; the largest of M such values is about
-    $\tau \sqrt{n} \sqrt{2 \ln M}$. It just reaches a typical weight by the end of the window if
-    $\tau = 1 / \sqrt{2 n \ln M}$. Where gradients persist, evidence gets there in $1 / \tau$ steps.
+    Suppose that n gradients are pure noise, and each moves evidence by tau times the root mean square of the weights. Then
+    evidence is a random walk with standard deviation $\tau \sqrt{n}$, in units of that root mean square. The largest of M such
+    walks is about $\tau \sqrt{n} \sqrt{2 \ln M}$. With $\tau = 1 / \sqrt{2 n \ln M}$ it just reaches a typical weight at the
+    end of the window. A gradient that persists gets there in $1 / \tau$ steps.
 
     Args:
         steps: Steps of the window, n.

@@ -1,4 +1,4 @@
-"""Room in the columns of weights: which swaps leave every mask 2:4 along the output dimension, too (`both_ways`)."""
+"""Room in the columns of weights: which swaps keep every mask 2:4 along the output dimension, too (`both_ways`)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def admitted(
     urgency: Float[Tensor, " swaps"],
     wanted: Bool[Tensor, " swaps"],
 ) -> Bool[Tensor, " swaps"]:
-    """Admit those swaps of a step that put at most two kept weights into a group; the most urgent ones come first.
+    """Admit swaps of a step as long as each group keeps at most two weights; the most urgent swaps come first.
 
-    What other swaps of the step take out of a group makes no room before the next step.
+    A weight that another swap takes out of a group makes room only in the next step.
 
     Args:
         group: Group that each swap enters: a column of four consecutive rows.
         kept: Weights that the group keeps.
         urgency: How urgent the swap is, at least 0; a tie admits the one that stands first.
-        wanted: Whether anybody wants the swap; the others take no room.
+        wanted: Whether the swap is wanted; other swaps take no room.
 
     Returns:
         Which swaps are wanted and fit.
@@ -48,7 +48,7 @@ def admitted(
 
 
 def group_of(position: Int[Tensor, " some"], columns: int | Tensor) -> Int[Tensor, " some"]:
-    """Number of the group that a position of a weight is in, counted as `column_counts` lays them out.
+    """Number of the group of a position, in the order of `column_counts`.
 
     Args:
         position: Positions within the weight, numbered in the order of `to_blocks`.
@@ -62,7 +62,7 @@ def group_of(position: Int[Tensor, " some"], columns: int | Tensor) -> Int[Tenso
 
 
 class Room:
-    """Know how many weights every group keeps: four consecutive rows of a column, numbered through weight by weight.
+    """Count the weights that every group keeps. A group are four consecutive rows of a column, numbered weight after weight.
 
     Nothing here waits for the device.
 
@@ -90,12 +90,12 @@ class Room:
             self.recount(layer)
 
     def recount(self, layer: int) -> None:
-        """Count anew what the mask of a weight keeps."""
+        """Count anew for one weight."""
         sparse = self.weights[layer]
         self.of(layer).copy_(column_counts(sparse.mask(), len(sparse.kept)))
 
     def of(self, layer: int) -> Int8[Tensor, "groups columns"]:
-        """What the groups of a weight keep."""
+        """The counts of the groups of a weight."""
         counts = self.kept[self._firsts[layer] : self._firsts[layer + 1]]
         return counts.view(-1, self.weights[layer].kept[0].numel())
 
@@ -108,10 +108,10 @@ class Room:
     def has(
         self, positions: Int[Tensor, " some"], layer: Int[Tensor, " some"], wanted: Bool[Tensor, " some"]
     ) -> Bool[Tensor, " some"]:
-        """Whether the groups of positions have room; what is wanted and has none counts as refused.
+        """Whether the groups of positions have room; a wanted swap without room counts as refused.
 
         Args:
-            positions: Pruned positions, numbered through as in `Positions`.
+            positions: Pruned positions, numbered as in `Positions`.
             layer: Place of the weight of each.
             wanted: Whether it would swap.
         """

@@ -43,7 +43,7 @@ class Schedule:
         """Resolve fractions against the length of a run.
 
         Args:
-            total_steps: Optimizer steps of the run; infinite if nobody knows.
+            total_steps: Optimizer steps of the run; infinite if unknown.
 
         Returns:
             The window in optimizer steps.
@@ -95,7 +95,7 @@ class Window:
         return self.start <= step < self.stop
 
     def adapts(self, step: int) -> bool:
-        """Whether the masks adapt after this step: after every `every`-th step inside, so that evidence comes first.
+        """Whether the masks adapt after this step: after every `every`-th step of the window, so that evidence comes first.
 
         Example:
             >>> [step for step in range(40) if Window(5, 30, every=10).adapts(step)]

@@ -1,4 +1,4 @@
-"""How large gradients of pruned weights are beside the weights: what makes evidence independent of the scale of a layer."""
+"""The size of pruned weights' gradients beside that of the weights: with it evidence does not depend on a layer's scale."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from bame_lightning.bame.table import BlockTable
 from bame_lightning.blocks.masks import zero_pruned_
 
 MEMORY = 0.9
-"""Weight of the past in the running mean of squared gradients, at a reading everywhere."""
+"""Weight of the past in the running mean of squared gradients, at each reading of all blocks."""
 
 
 class Sizes:
-    """Sizes of gradients and weights, as readings everywhere find them.
+    """Sizes of gradients and weights, from readings of all blocks.
 
     Args:
         table: Blocks of the weights.
 
     Attributes:
         noise: Running mean of squared gradients of pruned weights; shape (weights,).
-        unit: Root mean square of kept weights over that of pruned weights' gradients: the step by which a typical gradient
-            moves evidence as far as a typical weight; shape (weights,).
+        unit: Root mean square of kept weights over that of pruned weights' gradients. With this step a typical gradient moves
+            evidence by a typical weight; shape (weights,).
     """
 
     def __init__(self, table: BlockTable) -> None:
@@ -41,7 +41,7 @@ class Sizes:
         finite: Bool[Tensor, ""],
         present: list[bool],
     ) -> None:
-        """Follow both sizes, over all rows of each weight; gradients of frozen blocks count for nothing, and are zeroed.
+        """Follow both sizes, over all rows of each weight. Gradients of frozen blocks do not count and are zeroed.
 
         Args:
             gradient: Dense gradients, zero where weights are kept.
@@ -65,7 +65,7 @@ class Sizes:
         if not all(present):
             seen = seen & torch.tensor(present, device=seen.device)
         self.noise = torch.where(seen, running, self.noise)
-        # As many weights are kept in each block of all rows.
+        # Every block keeps the same number of weights.
         parts = torch.tensor([sparse.rows.parts * n for sparse in self._weights], device=weights.device)
         self.unit = torch.where(self.noise > 0, (weights / (self._blocks * parts) / self.noise).sqrt(), 0)
 
@@ -73,7 +73,7 @@ class Sizes:
         return torch.stack(torch._foreach_norm(torch.split(values, self._split))).square()
 
     def _total(self, values: Float[Tensor, "kinds weights"]) -> Iterable[Float[Tensor, " weights"]]:
-        """Sums over all rows of each weight."""
+        """Sum over all rows of each weight."""
         if all(sparse.rows.whole for sparse in self._weights):
             return values.unbind()
         own = zip(self._weights, values.unbind(1), strict=True)

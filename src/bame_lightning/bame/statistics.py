@@ -1,4 +1,4 @@
-"""What masks do, in numbers: metrics of a step, and the summary of a run."""
+"""Numbers about masks: metrics of a step, and the summary of a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bame_lightning.blocks.statistics import percentiles, pooled_mean
 
 
 def metrics_of(layers: Sequence[EvolvingLayer], adaptations: int) -> dict[str, Tensor]:
-    """How blocks oscillate and freeze, of all weights and layer by layer.
+    """Tell how blocks oscillate and freeze, over all weights and layer by layer.
 
     Args:
-        layers: What evolves in each weight.
+        layers: The evolving state of each weight.
         adaptations: Adaptations so far.
     """
     frequencies = [oscillation_frequency(layer.oscillations, adaptations) for layer in layers]
@@ -39,7 +39,7 @@ def metrics_of(layers: Sequence[EvolvingLayer], adaptations: int) -> dict[str, T
         found[f"{key}/oscillation_frequency"] = frequency.mean()
         found[f"{key}/frozen_fraction"] = layer.frozen.float().mean()
     closest = [layer.closeness().amax(-1).clamp_min(0) for layer in layers]
-    # Over all rows: a mean of percentiles is none.
+    # Over all rows: a mean of percentiles is not a percentile.
     for name, values, percents in (
         ("oscillation_frequency", frequencies, (50, 90, 99)),
         ("evidence_to_weight", closest, (50, 90)),
@@ -51,11 +51,11 @@ def metrics_of(layers: Sequence[EvolvingLayer], adaptations: int) -> dict[str, T
 
 
 def contention(groups: Sequence[EvolvingBlocks], inside: Sequence[bool]) -> dict[str, Tensor]:
-    """Shares of blocks and of pruned positions of which steps between two readings of all read something.
+    """Share of blocks that hold a contender, and share of pruned positions that are contenders.
 
     Args:
         groups: Weights that evolve together.
-        inside: Whether each group is in the window of its optimizer; nothing contends any more once that is over.
+        inside: Whether each group is in the window of its optimizer; after that nothing contends.
     """
     designated = [group.designated.float() * within for group, within in zip(groups, inside, strict=True)]
     contenders = sum(sum(map(len, group.contended())) for group, within in zip(groups, inside, strict=True) if within)
@@ -69,14 +69,14 @@ def contention(groups: Sequence[EvolvingBlocks], inside: Sequence[bool]) -> dict
 def summary_of(
     layers: Sequence[EvolvingLayer], adaptations: int, mean: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """How often blocks oscillated, and how many are frozen, in plain numbers.
+    """Count, in plain numbers, how often blocks oscillated, and how many are frozen.
 
     Args:
-        layers: What evolves in each weight.
+        layers: The evolving state of each weight.
         adaptations: Adaptations so far.
         mean: Takes the mean over processes.
     """
-    # Nothing that looks at the weights: Lightning has moved them to the CPU by now.
+    # Nothing here may look at the weights: Lightning has moved them to the CPU by now.
     frequencies = [oscillation_frequency(layer.oscillations, adaptations) for layer in layers]
     means = {
         "oscillation_frequency": pooled_mean(frequencies),
@@ -100,6 +100,6 @@ def summary_of(
 
 
 def _total(layers: Sequence[EvolvingLayer], values: Callable[[EvolvingLayer], Tensor]) -> Tensor:
-    """Sum over all rows of all layers, written so that its mean over ranks is right."""
+    """Sum over all rows of all layers, so that the mean over ranks is right."""
     totals = [values(layer).sum().double() * layer.sparse.rows.parts for layer in layers]
     return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)

@@ -19,11 +19,11 @@ class Challenge(NamedTuple):
         position: Its position.
         evidence: Its evidence.
         block: Its block.
-        place: Which of the block's kept positions it challenges, in the order of `KeptWeights.places`.
+        place: The kept position of the block that it challenges, as a column of `KeptWeights.places`.
         weakest: The weight there, the smallest that the block keeps.
-        may_swap: Whether it may take its place.
+        may_swap: Whether it may take the place of that weight.
         of: Its weight.
-        counts: How many there are of each weight.
+        counts: Number of challenges in each weight.
     """
 
     slot: Int[Tensor, " rows"]
@@ -50,9 +50,9 @@ def challenge(
     Args:
         contenders: The contenders.
         evidence: Their evidence.
-        kept: Weights that the blocks of each keep.
-        may: Who may challenge at all.
-        one_per_row: One of each row, rather than of each block.
+        kept: Weights that their blocks keep.
+        may: Which contenders may challenge.
+        one_per_row: Whether one contender of each row challenges, or one of each block.
     """
     sizes, place = kept.abs().min(0)
     near = ratio(evidence, sizes)
@@ -66,5 +66,5 @@ def challenge(
 
 
 def ratio(evidence: Float[Tensor, " some"], sizes: Float[Tensor, " some"]) -> Float[Tensor, " some"]:
-    """How close contenders are to a swap with weights of some sizes; never divided by zero."""
+    """Measure how close contenders are to a swap with weights of some sizes; never divides by zero."""
     return evidence.abs() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The blocks of some weights, numbered through, with what all rules of evolution keep of them."""
+"""The blocks of some weights, numbered weight after weight, with what all rules of evolution keep of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bame_lightning.weights.positions import Positions, flat_memory
 
 @dataclass(frozen=True)
 class EvolvingLayer:
-    """What evolves in one weight: views into the tensors of all.
+    """The evolving state of one weight: views into the tensors of all weights.
 
     Args:
         sparse: The weight.
@@ -65,9 +65,9 @@ class EvolvingLayer:
 
 
 class BlockTable:
-    """All blocks of some weights of one pattern and type, numbered through weight by weight, with what is known of them.
+    """All blocks of some weights of one pattern and type, numbered weight after weight, with what is known of them.
 
-    Positions are numbered through in the order of blocks: block * m + place in the block.
+    Positions are numbered in the order of blocks: block * m + place in the block.
 
     Args:
         weights: The weights.
@@ -76,10 +76,10 @@ class BlockTable:
     Attributes:
         positions: Where positions lie in the memory of their weights.
         masks: The masks.
-        firsts: Number of the first block of each weight, and of all blocks at the end.
-        pruned_positions: How many positions are pruned, the same at all times.
+        firsts: Number of the first block of each weight; last, the number of all blocks.
+        pruned_positions: The number of pruned positions, which never changes.
         history: Oscillations, positions pruned before, how long blocks have been quiet.
-        accumulated: What readings add up to.
+        accumulated: Evidence and mean gradients.
         predicted: Loss reduction that the last adaptation predicted for each weight, to first order, in units of the loss;
             shape (weights,).
     """
@@ -111,7 +111,7 @@ class BlockTable:
         return frozen_blocks(self.history.oscillations, self.freeze_after)
 
     def frozen_of(self, layer: int) -> Bool[Tensor, " blocks"]:
-        """Frozen blocks of one weight, without a look at the others."""
+        """Frozen blocks of one weight."""
         return frozen_blocks(self.of(layer, self.history.oscillations), self.freeze_after)
 
     def unfrozen(self, positions: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
@@ -119,7 +119,7 @@ class BlockTable:
         return ~self.frozen[self.positions.blocks(positions)]
 
     def of(self, layer: int, values: Tensor) -> Tensor:
-        """Cut the part of one weight out of something that is kept per block."""
+        """Cut the part of one weight out of a tensor with a value for each block."""
         return values[self.firsts[layer] : self.firsts[layer + 1]]
 
     def spread(self, values: Shaped[Tensor, " weights"]) -> Shaped[Tensor, " blocks"]:
@@ -127,11 +127,11 @@ class BlockTable:
         return values.repeat_interleave(self.counts, output_size=self.firsts[-1])
 
     def blocks(self, tensor: Tensor, layer: int) -> Tensor:
-        """Something that lies in memory as a weight does, in blocks."""
+        """View or copy a tensor that lies in memory as a weight does, in blocks."""
         return to_blocks(self.weights[layer].oriented(tensor), self.pattern.m)
 
     def in_order(self, tensor: Tensor, layer: int) -> Shaped[Tensor, " positions"]:
-        """Something that lies in memory as a weight does, as its positions are numbered."""
+        """View or copy a tensor that lies in memory as a weight does, in the order of positions."""
         straight = self.positions.straight[layer]
         return flat_memory(tensor) if straight else self.blocks(tensor, layer).reshape(-1)
 
@@ -148,7 +148,7 @@ class BlockTable:
             )
 
     def layer(self, layer: int) -> EvolvingLayer:
-        """What evolves in a weight under all rules."""
+        """The part of a weight's evolving state that all rules have."""
         return EvolvingLayer(
             self.weights[layer],
             evidence=self.of(layer, self.evidence),
@@ -166,7 +166,7 @@ class BlockTable:
         """All that evolves in a weight beside its mask, of all rows: evidence of pruned positions only, packed bits."""
         rows, pruned = self.weights[layer].rows, ~self.weights[layer].mask()
         state = {
-            # Every row has as many pruned positions as any other.
+            # Every row has the same number of pruned positions.
             "evidence": rows.gather(self.of(layer, self.evidence)[pruned]),
             "oscillations": rows.gather(self.of(layer, self.history.oscillations)),
             "quiet": rows.gather(self.of(layer, self.history.quiet)),
@@ -193,11 +193,11 @@ class BlockTable:
         self.masks.load_state(layer, state)
 
     def laid_out(self, layer: int, pruned: Bool[Tensor, "blocks m"], values: Tensor) -> Float[Tensor, "blocks m"]:
-        """Lay out what was saved of the pruned positions of a weight."""
+        """Put saved values of a weight's pruned positions back into blocks."""
         own = self.weights[layer].rows.own(values).to(self.evidence)
         return torch.zeros_like(pruned, dtype=self.dtype).masked_scatter(pruned, own)
 
 
 def saved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in main memory: a checkpoint may be written while training goes on."""
+    """Copy into main memory: a checkpoint may be written while training goes on."""
     return {key: value.detach().cpu().clone() for key, value in state.items()}

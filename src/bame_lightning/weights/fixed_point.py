@@ -21,20 +21,22 @@ KNOWN = frozenset(
         torch.optim.Rprop,
     }
 )
-"""Optimizers whose update of a weight is zero if weight, gradient and state are; `tests/weights/test_fixed_point.py` shows it.
+"""Optimizers whose update is zero where weight, gradient and state are zero; `tests/weights/test_fixed_point.py` shows it.
 
-Not their subclasses, which may update otherwise; nor ASGD, which keeps an average, nor Adamax, whose state becomes `eps`.
+Their subclasses are not among them, because they may update otherwise. Nor is ASGD, which keeps an average, nor Adamax, whose
+state becomes `eps`.
 """
 
 
 def keeps_zeros(optimizer: Any) -> bool:
-    """Whether an optimizer leaves a weight at zero whose gradient and state are zero, with momentum and weight decay, too.
+    """Whether a weight at zero stays there if its gradient and state are zero, with momentum and weight decay, too.
 
     Args:
         optimizer: The optimizer.
 
     Returns:
-        False if nobody knows: for optimizers of others, those with others inside, and those that would divide zero by zero.
+        False also if that is unknown: for optimizers that are not torch's, for those with others inside, and for those that
+        would divide zero by zero.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))

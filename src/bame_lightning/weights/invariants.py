@@ -1,4 +1,4 @@
-"""The promises of N:M sparse training as checks that name what is broken; `verify=True` runs them at every step."""
+"""Checks of the promises of N:M sparse training; a failed check names what is broken. `verify=True` runs them every step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_optimizer_state(weights: Iterable[SparseWeight], state: WeightState, s
 
     Args:
         weights: Weights under masks.
-        state: Of the optimizer that holds them.
+        state: State of the optimizer that holds them.
         step: Optimizer steps done, for the message.
 
     Raises:
@@ -71,7 +71,7 @@ def check_counts(weights: Iterable[SparseWeight], step: int) -> None:
         step: Optimizer steps done, for the message.
 
     Raises:
-        InvariantError: If one keeps more or fewer.
+        InvariantError: If a block keeps more or fewer.
     """
     for sparse in weights:
         kept = sparse.mask().sum(-1)

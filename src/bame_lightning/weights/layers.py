@@ -38,7 +38,7 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one weight.
+    """Whether one weight becomes sparse, and why not.
 
     Args:
         name: Its key in the model's state dict.
@@ -63,7 +63,7 @@ class LayerPlan:
 
     @property
     def untrained(self) -> bool:
-        """Whether the weight stays dense only as long as it is not trained."""
+        """Whether the weight is dense only because it is not trained."""
         return self.reason in UNTRAINED
 
     @property
@@ -79,7 +79,7 @@ class LayerPlan:
 
 @dataclass(eq=False)
 class SparseWeight:
-    """A weight under an N:M mask, seen as (out, in, *kernel) even where the parameter is (in, out).
+    """A weight under an N:M mask, seen as (out, in, *kernel) even if the parameter is (in, out).
 
     Args:
         name: Its key in the model's state dict.
@@ -90,7 +90,7 @@ class SparseWeight:
         transposed: Whether the parameter's shape is (in, out).
 
     Attributes:
-        packed_initial: The mask that training started with, a bit a weight; shaped like `values` when unpacked.
+        packed_initial: The mask that training started with, one bit for each weight; shaped like `values` when unpacked.
     """
 
     name: str
@@ -106,7 +106,7 @@ class SparseWeight:
 
     @classmethod
     def of(cls, plan: LayerPlan, mask: Bool[Tensor, "blocks m"]) -> SparseWeight:
-        """Put a planned weight under a mask, given in blocks (those of all rows), true where kept."""
+        """Put a planned weight under a mask. The mask is given in blocks of all rows, true where kept."""
         assert plan.pattern is not None
         rows = plan.rows
         # Laid out like the weight (it may be channels-last), so that zeroing runs over both in one order.
@@ -121,12 +121,12 @@ class SparseWeight:
 
     @property
     def gradient(self) -> Float[Tensor, "out inp *kernel"] | None:
-        """Their gradient, in the memory of the parameter's; None if it has none."""
+        """The gradient of `values`, in the memory of the parameter's gradient; None if there is none."""
         return None if self.weight.grad is None else self.oriented(local(self.weight.grad.detach()))
 
     @property
     def has_graph(self) -> bool:
-        """Whether somebody may differentiate the gradient, made by `backward(create_graph=True)`."""
+        """Whether the gradient may be differentiated, because `backward(create_graph=True)` made it."""
         return self.weight.grad is not None and self.weight.grad.requires_grad
 
     @property
@@ -140,7 +140,7 @@ class SparseWeight:
         return not int(self.rows.total(self.values[self.pruned].count_nonzero()))
 
     def oriented(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*oriented"]:
-        """View what is shaped like the parameter, its optimizer state for example, as `values` are seen."""
+        """View a tensor shaped like the parameter, such as optimizer state, in the way of `values`."""
         return oriented(values, self.transposed)
 
     def mask(self) -> Bool[Tensor, "blocks m"]:
@@ -157,7 +157,7 @@ class SparseWeight:
         self.packed_initial = pack_mask(mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """Pattern, shape, whether that is (in, out), and masks packed to bits, row-major in it: in force, and initial."""
+        """Pattern, shape, whether that is (in, out), and two masks as bits in row-major order: the current and the first one."""
         masks = {"mask": self.kept, "initial": self.initial}
         packed = {name: pack_mask(self.oriented(self.rows.gather(mask))).cpu() for name, mask in masks.items()}
         shape = list(self.weight.shape)
@@ -180,10 +180,11 @@ def plan_layers(
 ) -> list[LayerPlan]:
     """Decide for every weight matrix of a model whether it becomes sparse.
 
-    Sparse by default: weights of `nn.Linear`, `nn.Conv1d/2d/3d`, transformers' `Conv1D` and their subclasses, and the input
-    projections of `nn.MultiheadAttention`, unless M does not divide their input dimension (the stem), they belong to an adapter
-    (LoRA), or to the last `nn.Linear` in `named_modules()` order that is trained (the classifier). A rule with a pattern
-    overrides the latter two. A tied weight is planned once, under its first name; a rule may use any of its names.
+    By default the weights of `nn.Linear`, `nn.Conv1d/2d/3d`, transformers' `Conv1D` and their subclasses become sparse, and the
+    input projections of `nn.MultiheadAttention`. There are three exceptions: M does not divide the input dimension (the stem);
+    the weight belongs to an adapter (LoRA); or to the last `nn.Linear` in `named_modules()` order that is trained (the
+    classifier). A rule with a pattern overrides the last two. A tied weight is planned once, under its first name; a rule may
+    use any of its names.
 
     Args:
         model: The model.
@@ -197,8 +198,8 @@ def plan_layers(
         One plan per weight of two or more dimensions, in `named_modules()` order.
 
     Raises:
-        ValueError: If a rule matches nothing or asks for what cannot be, or no weight becomes sparse before training has shown
-            anything.
+        ValueError: If a rule matches nothing, or asks for a pattern that a weight cannot have; or if no weight becomes
+            sparse, and training has shown nothing yet.
     """
     parsed = parse_rules(rules or {})
     candidates = list(_weights(model))
@@ -210,7 +211,7 @@ def plan_layers(
         else _why_untrained(held.weight, trained, shown[id(held.weight)])
         for held in candidates
     }
-    # What is not trained, a teacher or an average for example, holds no classifier of this network.
+    # Modules that are not trained, such as a teacher or an average, do not hold the classifier of this network.
     linears = [
         h.weight for h in candidates if isinstance(h.module, nn.Linear) and not (h.adapter or untrained[id(h.weight)])
     ]
@@ -265,10 +266,10 @@ class _Held(NamedTuple):
 
     Args:
         name: Its key in the state dict.
-        module: What multiplies with it, as far as the structure of the model tells.
+        module: The module that multiplies with it, as far as the structure of the model shows.
         weight: The parameter.
-        modules: Names of modules that it goes by in rules.
-        adapter: Whether it adds to a weight beside it, as LoRA's factors do.
+        modules: Names of modules by which rules may mean it.
+        adapter: Whether it is added to another weight, as LoRA's factors are.
     """
 
     name: str
@@ -289,11 +290,11 @@ class _Held(NamedTuple):
 
 def _weights(model: nn.Module) -> Iterator[_Held]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    # As the layers of PEFT tell it; those that people write themselves have the names of the paper.
+    # PEFT's layers say so; layers that users write themselves have the names of the paper.
     told = [f"{prefix}.{name}." for prefix, m in modules.items() for name in getattr(m, "adapter_layer_names", ())]
     for prefix, module in model.named_modules():
         parent = prefix.rpartition(".")[0]
-        # The output projection of attention is a module of its own, but nobody knows its name.
+        # The output projection of attention is a module of its own, but users do not know its name.
         above = (parent,) if isinstance(modules.get(parent), nn.MultiheadAttention) else ()
         owner = (
             modules[prefix.rpartition(".parametrizations.")[0]] if isinstance(module, ParametrizationList) else module
@@ -337,7 +338,7 @@ def _refuse(pattern: NMPattern, plans: list[LayerPlan]) -> NoReturn:
 
 def _is_transposed(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight is (in, out), as in GPT-2."""
-    # A model can only hold one if somebody has imported the class.
+    # A model can only hold one if the class has been imported.
     transformers = sys.modules.get("transformers.pytorch_utils")
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
@@ -351,7 +352,7 @@ def _why_dense(held: _Held, wanted: NMPattern | None) -> str:
     if linear and module._parameters.get("weight") is None:
         return COMPUTED
     if not ((linear and short == "weight") or attention):
-        # Experts of a mixture, for example; torch's own modules hold none.
+        # Experts of a mixture, for example; torch's own modules have no such weights.
         several = weight.dim() == 3 and min(weight.shape) > 1 and not type(module).__module__.startswith("torch.")
         fused = f" ({FUSED})" if several else ""
         return f"{NO_VIEW} {type(module).__name__}.{short}{fused}"
@@ -366,7 +367,7 @@ def _why_dense(held: _Held, wanted: NMPattern | None) -> str:
 
 
 def _why_untrained(weight: nn.Parameter, trained: Container[int] | None, shown: str) -> str:
-    """Why a weight is not trained; empty if it is, as far as is known."""
+    """Why a weight is not trained; empty if it is trained as far as known."""
     if not weight.requires_grad:
         return FROZEN
     if trained is not None and id(weight) not in trained:

@@ -1,4 +1,4 @@
-"""The masks of some weights: the one place where they change, and where changes are counted."""
+"""The masks of some weights. They change only here, and the changes are counted here."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class MaskSet:
     """Change masks, and count the positions that change; a swap changes two.
 
     Args:
-        weights: The weights. Their masks move into one tensor, each laid out as its weight, so that masks of all of them
-            change in one operation, and a position of a weight and of its mask is the same.
+        weights: The weights. Their masks move into one tensor, so that one operation changes the masks of all. Each mask lies in
+            memory as its weight does, so that a position means the same in both.
 
     Attributes:
         flips: Mask positions changed so far, by weight; shape (weights,).
-        last_flips: Those that the last change of each mask has changed; shape (weights,).
+        last_flips: Positions changed by the last change of each mask; shape (weights,).
     """
 
     def __init__(self, weights: Sequence[SparseWeight]) -> None:
@@ -37,7 +37,7 @@ class MaskSet:
         self._starts = torch.tensor(starts, device=device)
         self._kept = torch.zeros(starts[-1], dtype=torch.bool, device=device)
         for sparse, value, start in zip(self.weights, values, starts, strict=False):
-            # Just as its weight lies in memory.
+            # In the memory layout of its weight.
             kept = self._kept.as_strided(value.shape, value.stride(), start)
             sparse.kept = kept.copy_(sparse.kept)
 
@@ -52,7 +52,7 @@ class MaskSet:
         return masks
 
     def change(self, place: int, kept: Bool[Tensor, "out inp *kernel"]) -> None:
-        """Put another mask in force for a weight, given by its place in the set."""
+        """Replace the mask of a weight, which is given by its place in the set."""
         sparse = self.weights[place]
         self.last_flips[place] = flipped_positions(sparse.kept, kept)
         self.flips[place] += self.last_flips[place]
@@ -65,13 +65,13 @@ class MaskSet:
         swapped: Bool[Tensor, " swaps"],
         of: Int[Tensor, " swaps"],
     ) -> None:
-        """Keep a position in place of another one, which no other swap touches.
+        """Swap positions: keep one and prune another. No position is in two swaps.
 
         Args:
-            revived: Where in the memory of its weight the position lies that is kept from now on.
-            pruned: Where the one lies that is pruned.
-            swapped: Whether to swap; otherwise the first is pruned already, and the second kept.
-            of: Place of the weight of each swap in the set.
+            revived: Place in the memory of its weight of the position to keep from now on.
+            pruned: Place of the position to prune.
+            swapped: Whether to swap. If not, the first must be pruned already and the second kept.
+            of: Place in the set of each swap's weight.
         """
         starts = self._starts[of]
         places = torch.cat((revived + starts, pruned + starts))
@@ -84,7 +84,7 @@ class MaskSet:
         self.last_flips = torch.zeros_like(self.flips)
 
     def state(self, place: int) -> dict[str, Tensor]:
-        """A copy of what was counted for a weight, over all rows, in main memory."""
+        """Copy the counts of a weight, over all rows, into main memory."""
         rows, counts = self.weights[place].rows, {"flips": self.flips, "last_flips": self.last_flips}
         return {name: rows.total(values[place]).cpu().clone() for name, values in counts.items()}
 
@@ -95,21 +95,21 @@ class MaskSet:
             counts[place] = rows.part_of(state[name].to(counts.device))
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """What `state` tells of each weight, by name."""
+        """The `state` of each weight, by name."""
         return {sparse.name: self.state(place) for place, sparse in enumerate(self.weights)}
 
     def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on counting from what `states` returned; more may stand in it."""
+        """Go on counting from what `states` returned; other keys in it are ignored."""
         for place, sparse in enumerate(self.weights):
             self.load_state(place, states[sparse.name])
 
     def total(self) -> int:
-        """Mask positions changed so far, of all weights and rows; waits for the device."""
+        """Mask positions changed so far, in all weights and rows; waits for the device."""
         return sum(int(sparse.rows.total(flips)) for sparse, flips in zip(self.weights, self.flips, strict=True))
 
 
 def flip_rates(sets: Iterable[MaskSet]) -> dict[str, Tensor]:
-    """Share of mask positions that the last change has changed: of all weights, and layer by layer.
+    """Share of mask positions that the last change has changed, over all weights and layer by layer.
 
     Returns:
         Metrics, on the device of the masks; none without weights.
@@ -123,7 +123,7 @@ def flip_rates(sets: Iterable[MaskSet]) -> dict[str, Tensor]:
 
 
 def mask_statistics(weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
-    """Share of non-zeros, and of what the first masks kept and these keep still; one of a network without sparse weights."""
+    """Share of non-zeros, and share of the positions kept at first that are kept now; 1 without sparse weights."""
     if not weights:
         return {"bame/density": torch.ones(()), "bame/survival": torch.ones(())}
     return {

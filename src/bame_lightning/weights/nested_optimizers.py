@@ -1,4 +1,4 @@
-"""Optimizers inside of optimizers: wrapped or chained ones."""
+"""Optimizers inside other optimizers, which wrap or chain them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 _NO_OPTIMIZERS = ("state", "param_groups", "defaults")
-"""Attributes in which nobody looks for optimizers: as large as the model, or without any."""
+"""Attributes that are not searched for optimizers: they are as large as the model, or hold none."""
 
 
 def held_by(*optimizers: Any) -> set[int]:
@@ -16,7 +16,7 @@ def held_by(*optimizers: Any) -> set[int]:
 
 
 def nested_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers inside an optimizer: those that it wraps or chains, and those inside of them."""
+    """The optimizers inside an optimizer: those that it wraps or chains, and those inside these."""
     found: list[Any] = [optimizer]
     for outer in found:
         attributes = [value for name, value in vars(outer).items() if name not in _NO_OPTIMIZERS]

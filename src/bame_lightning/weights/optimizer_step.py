@@ -17,8 +17,8 @@ class UpdateRule(NamedTuple):
     r"""The step that an optimizer would take for a gradient g: $u = \text{rate} \cdot g$.
 
     Args:
-        learning_rate: $\eta = lr / (1 - \text{momentum})$, what a lasting gradient moves a weight per step (SGD), or lr
-            (adaptive optimizers).
+        learning_rate: For SGD $\eta = lr / (1 - \text{momentum})$, by which a lasting gradient of 1 moves a weight per step; for
+            adaptive optimizers lr.
         second_moment: s, the running mean of squared gradients, shaped like the weight; None for SGD.
         correction: Divides s for its bias, $1 - \beta_2^t$.
         eps: Keeps the denominator positive.
@@ -34,8 +34,8 @@ def update_rule(optimizer: Optimizer, weight: nn.Parameter) -> UpdateRule:
     """Read off the optimizer how far it moves `weight` for a gradient.
 
     Optimizers with a `momentum` step like SGD; Adam, AdamW, NAdam, RAdam, RMSprop and Adagrad divide by the root of their
-    second moment (RAdam's first, unrectified steps, amsgrad and Adagrad's `lr_decay` are not followed). The step of any
-    other is not known: it is taken to be that of SGD without momentum, with a warning.
+    second moment. RAdam's first, unrectified steps, amsgrad and Adagrad's `lr_decay` are not followed. The step of any
+    other optimizer is unknown: with a warning it is taken to be that of SGD without momentum.
 
     Args:
         optimizer: An optimizer that holds `weight`.

@@ -16,18 +16,18 @@ from bame_lightning.weights.views import Views
 
 
 class Positions:
-    """Positions of some weights, numbered through weight by weight, in the order of `to_blocks`.
+    """Positions of some weights, numbered weight after weight, in the order of `to_blocks`.
 
-    Few values of each weight are found by their place in memory, so that no weight is laid out anew.
+    A few values of each weight are found by their place in memory, so that no weight needs to be copied in blocks.
 
     Args:
         weights: The weights, at least one, of one pattern, all on one device.
 
     Attributes:
         m: Positions in a block.
-        starts: Number of the first position of each weight, and of all together at the end.
-        straight: Whether positions of each weight lie in memory as they are numbered: in linear layers, pointwise and
-            channels-last convolutions.
+        starts: Number of the first position of each weight; last, the number of all positions.
+        straight: For each weight, whether its positions lie in memory as they are numbered. They do in linear layers, and in
+            pointwise and channels-last convolutions.
 
     Raises:
         ValueError: If the kernel dimensions of a convolution are not side by side in memory.
@@ -40,21 +40,21 @@ class Positions:
         device = values[0].device
         self.starts = [0, *accumulate(value.numel() for value in values)]
         grids = [_grid(value, sparse.name) for value, sparse in zip(values, weights, strict=True)]
-        # Strides of dimensions of one element mean nothing.
+        # The stride of a dimension with one element has no meaning.
         self.straight = [(o, i) == (size * across, 1) and (size == 1 or k == across) for size, across, o, k, i in grids]
         self._starts = torch.tensor(self.starts[:-1], device=device)
         self._inputs = torch.tensor([grid.by_input for grid in grids], device=device)
-        # Where each block begins: looked up, since dividing takes as long as all else.
+        # Where each block begins, in a table: divisions would take as long as everything else.
         found = [_bases(grid, len(value), self.m, device) for grid, value in zip(grids, values, strict=True)]
         self._bases = None if all(self.straight) else torch.cat(found)
         self._memory = Views(flat_memory)
 
     def blocks(self, positions: Int[Tensor, *some]) -> Int[Tensor, *some]:
-        """Their blocks."""
+        """The blocks of positions."""
         return positions // self.m if self.m & (self.m - 1) else positions >> (self.m.bit_length() - 1)
 
     def within(self, positions: Int[Tensor, *some]) -> Int[Tensor, *some]:
-        """Their places in their blocks."""
+        """The places of positions in their blocks."""
         return positions % self.m if self.m & (self.m - 1) else positions & (self.m - 1)
 
     def offsets(
@@ -63,12 +63,12 @@ class Positions:
         """Find places of blocks in the memory of their weights.
 
         Args:
-            blocks: Blocks, numbered through, those of the first weight first.
+            blocks: Numbers of blocks, those of the first weight first.
             places: Some places in each.
-            counts: How many of the blocks are of each weight.
+            counts: How many of the blocks belong to each weight.
 
         Returns:
-            Distance from the first value of its weight, in values.
+            Distance of each place from the first value of its weight, in values.
         """
         by_weight = self._starts if self._bases is None else self._inputs
         spread = by_weight.repeat_interleave(counts, output_size=len(blocks))
@@ -78,18 +78,18 @@ class Positions:
         return self._bases.index_select(0, blocks) + places * spread
 
     def weight(self, layer: int) -> Shaped[Tensor, " memory"]:
-        """View the values of a weight that this process holds as they lie in memory; remembered until they move."""
+        """View the values of a weight that this process holds as a stretch of memory; the view is kept until they move."""
         weight = self.weights[layer].weight
         if isinstance(weight, DTensor):
             return flat_memory(self.weights[layer].values)
         return self._memory.of(layer, weight)
 
     def memory(self) -> list[Tensor]:
-        """`weight` of each."""
+        """`weight` of each layer."""
         return [self.weight(layer) for layer in range(len(self.weights))]
 
     def put(self, places: Int[Tensor, " chosen"], values: Shaped[Tensor, " chosen"], counts: list[int]) -> None:
-        """Write values at places in the memory of their weights, those of the first weight first, `counts` of each."""
+        """Write values at places in the memory of their weights: those of the first weight first, `counts` for each weight."""
         parts = zip(torch.split(places, counts), torch.split(values, counts), strict=True)
         for layer, (where, what) in enumerate(parts):
             if len(where):
@@ -97,7 +97,7 @@ class Positions:
 
 
 class Grid(NamedTuple):
-    """Positions of a kernel, input channels, and how far outputs, positions and channels lie apart in memory."""
+    """Numbers of kernel positions and input channels, and the distances of outputs, positions and channels in memory."""
 
     kernel: int
     inputs: int
@@ -120,7 +120,7 @@ def _grid(value: Tensor, name: str) -> Grid:
 
 
 def _bases(grid: Grid, outputs: int, m: int, device: torch.device) -> Int[Tensor, " blocks"]:
-    """Where each block of a weight begins in its memory."""
+    """Find where each block of a weight begins in memory."""
 
     def along(count: int, stride: int) -> Tensor:
         return torch.arange(count, device=device) * stride
@@ -142,7 +142,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def take(tensors: Iterable[Tensor], offsets: Iterable[Tensor]) -> Tensor:
-    """Values at places in memory, of several tensors one after the other, along the last dimension of the places."""
+    """Take values at places in the memory of several tensors, one tensor after the other along the last dimension of places."""
     found = [
         tensor.take(places) if tensor.is_contiguous() else flat_memory(tensor)[places]
         for tensor, places in zip(tensors, offsets, strict=True)

@@ -1,4 +1,4 @@
-"""Why weights stay dense, in the words of the table, and what a user can do about each reason."""
+"""Why weights stay dense, in the words of the table of layers, and what a user can do about each reason."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ FROZEN = "not trained (requires_grad=False)"
 UNHELD = "not trained (in no optimizer)"
 UNREACHED = "not trained (the loss does not reach it)"
 UNTRAINED = frozenset({FROZEN, UNHELD, UNREACHED})
-"""Reasons that training may overtake: a weight may be unfrozen, handed to an optimizer or reached later."""
+"""Reasons that may end during training: a weight may be unfrozen, handed to an optimizer, or reached by the loss later."""
 COMPUTED = "not multiplied itself, but what is computed from it"
-"""Weight norm, weight standardisation, fake quantisation: zeros of the parameter need not be zeros of the product."""
+"""For weight norm, weight standardisation or fake quantisation: zeros of the parameter may not be zeros in the product."""
 CLASSIFIER = "classifier (last linear layer)"
 ADAPTER = "adapter (merged, it would fill the zeros of its base)"
 ADAPTER_NAME = re.compile(r"(^|[._])(lora|loha|lokr|hada|ia3|oft|boft|vera|dora)_")
-"""Finds what is part of an adapter in names of weights."""
+"""Finds the part of a weight's name that shows an adapter."""
 NO_VIEW = "no N:M view for"
 FUSED = "several matrices fused into one weight"
 INDIVISIBLE = "is not divisible by"
@@ -41,7 +41,7 @@ _ADVICE = {
 
 
 def advice(reasons: Iterable[str]) -> str:
-    """What helps against these reasons, as one sentence; empty if nothing is known to.
+    """Say in one sentence what helps against these reasons; empty if nothing is known to help.
 
     Example:
         >>> advice(["input dimension 3 is not divisible by 4", FROZEN])

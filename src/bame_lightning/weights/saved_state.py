@@ -13,11 +13,11 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.weights.layers import LayerPlan, SparseWeight
 
 VERSION_KEY = "nm_sparsity_version"
-"""Key in a callback's state that marks it as one of sparse weights."""
+"""Key that marks a callback's state as one of sparse weights."""
 STATE_VERSION = 6
 """Version of that state: for each name in `layers` what `SparseWeight.state_dict` returns, and a method's own keys."""
 AUDITABLE = range(1, STATE_VERSION + 1)
-"""Versions that name layers, patterns and masks as this one does; what evolves beside them has changed."""
+"""Versions whose layers, patterns and masks have the same form as now; the rest of the state has changed."""
 
 
 def check_version(state: Mapping[str, Any], method: str) -> None:
@@ -25,10 +25,10 @@ def check_version(state: Mapping[str, Any], method: str) -> None:
 
     Args:
         state: What a callback has saved.
-        method: What messages call it.
+        method: Name of the method in messages.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If this release cannot read it.
     """
     version = state.get(VERSION_KEY)
     if version != STATE_VERSION:
@@ -43,19 +43,19 @@ def restore_masks(saved: Mapping[str, Any], plans: Sequence[LayerPlan], method: 
 
     Args:
         saved: What `SparseWeight.state_dict` has returned, by name.
-        plans: What becomes of each weight of the model.
-        method: What messages call the method.
+        plans: For each weight of the model, whether it becomes sparse.
+        method: Name of the method in messages.
 
     Returns:
         The sparse weights, in the order of the plans.
 
     Raises:
-        ValueError: If other layers are sparse, or of other shape or pattern.
+        ValueError: If other layers are sparse, or layers have another shape or pattern.
     """
     wanted = {
         plan.name: (str(plan.pattern), list(plan.weight.shape), plan.transposed) for plan in plans if plan.pattern
     }
-    # States of earlier releases do not know transposed weights.
+    # States of earlier releases have no transposed weights.
     found = {
         name: (layer["pattern"], list(layer["shape"]), layer.get("transposed", False)) for name, layer in saved.items()
     }
@@ -71,7 +71,7 @@ def restore_masks(saved: Mapping[str, Any], plans: Sequence[LayerPlan], method: 
 
 
 def saved_masks(saved: Mapping[str, Mapping[str, Any]], model: nn.Module) -> list[SparseWeight]:
-    """Find the weights of a model that a saved state has masks of; others are left out.
+    """Find the weights of a model for which a saved state holds masks; leave out the others.
 
     Args:
         saved: What `SparseWeight.state_dict` has returned, by name.

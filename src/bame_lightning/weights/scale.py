@@ -8,15 +8,15 @@ from torch import Tensor
 from bame_lightning.weights.layers import SparseWeight
 
 CHANCE = 0.1
-"""`alignment` below which a layer's scale is taken not to matter; a batch norm gives 1e-5 to 5e-3 (bfloat16)."""
+"""If `alignment` is below this, a layer's scale is taken not to matter. Before a batch norm it is 1e-5 to 5e-3 (bfloat16)."""
 
 
 def alignment(
     weight: Float[Tensor, "out inp *kernel"], gradient: Float[Tensor, "out inp *kernel"]
 ) -> Float[Tensor, ""]:
-    r"""How far filters are aligned with their gradients, relative to chance (ours).
+    r"""Measure how far filters are aligned with their gradients, relative to chance (ours).
 
-    Behind a batch norm the scale of a filter does not matter: $L(a w_r) = L(w_r)$ for every filter r and a > 0, and so
+    If a batch norm follows, the scale of a filter does not matter: $L(a w_r) = L(w_r)$ for every filter r and a > 0, and so
     $\langle w_r, g_r \rangle = 0$ (Euler's theorem on homogeneous functions). Elsewhere the cosine of the two is at least
     that of random directions, about $1 / \sqrt{k}$ for k kept weights.
 
@@ -36,10 +36,10 @@ def alignment(
 
 
 def rescale_(sparse: SparseWeight) -> float | None:
-    """Multiply what is kept of a weight by sqrt(M / N), in place, if its first gradient says that its scale matters.
+    """Multiply kept weights by sqrt(M / N), in place, if their first gradient shows that their scale matters.
 
     Args:
-        sparse: The weight, with its gradient. The decision is one for all rows, wherever they lie.
+        sparse: The weight, with its gradient. All processes decide the same for all rows.
 
     Returns:
         The factor, 1 if the scale does not matter; None if nothing is known yet.

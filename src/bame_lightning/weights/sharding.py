@@ -1,7 +1,7 @@
-"""Weights of which every process holds some rows only, as `DTensor`s of FSDP2.
+"""Weights of which each process holds only some rows, as `DTensor`s of FSDP2.
 
-A block lies within one row of the output dimension, so a process that holds whole rows holds whole blocks, and what happens
-inside a block needs no other process. What looks at a whole layer (a mean, a ranking of blocks) asks them, through `Rows`.
+A block lies within one row of the output dimension, so a process that holds whole rows holds whole blocks, and changes inside
+a block need no other process. A mean or a ranking over a whole layer asks the other processes, through `Rows`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the parameters that optimizers hold back into modules of FSDP2, each with its own rows.
+    """Put the parameters that optimizers hold back into modules of FSDP2; each process's parameters hold its own rows.
 
-    A module that ran forward without a backward pass, as a teacher does, keeps the gathered ones in their place. They are
-    other objects, and the next forward pass would not see what was changed in the rows.
+    A module that ran forward without a backward pass, as a teacher does, keeps the gathered parameters instead. They are
+    other objects, and the next forward pass would not see changes of the rows.
 
     Args:
         model: Any model.
     """
-    # A model can only be sharded so if somebody has imported the class.
+    # A model can only be sharded so if the class has been imported.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
@@ -44,8 +44,8 @@ def reshard(model: nn.Module) -> None:
 class Rows:
     """The rows of a weight that this process holds: all of them, or an even part.
 
-    Methods that ask other processes must be called by all of them. Of a weight that is not sharded they ask nobody, and
-    return what they are given.
+    All processes must call a method that asks the others. For a weight that is not sharded these methods ask nobody, and
+    return their argument.
 
     Args:
         part: Which part this process holds, counting from 0.
@@ -70,7 +70,7 @@ class Rows:
             The rows.
 
         Raises:
-            ValueError: If processes do not hold whole rows, all as many.
+            ValueError: If processes do not hold whole rows, or not equally many.
         """
         if not isinstance(weight, DTensor):
             return cls()
@@ -100,7 +100,7 @@ class Rows:
         return self.parts == 1
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over processes; shaped like `values`."""
+        """Sum values over processes; shaped like `values`."""
         if self.whole:
             return values
         total = values.clone()
@@ -108,17 +108,17 @@ class Rows:
         return total
 
     def part_of(self, total: Tensor) -> Tensor:
-        """Divide a sum among processes again: the first one gets all of it, the others 0."""
+        """Divide a sum among processes again: the first one gets everything, the others get 0."""
         return total if self.part == 0 else torch.zeros_like(total)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values of all rows, from those of one's own.
+        """Gather the values of all rows from those of the own rows.
 
         Args:
-            values: As many for each row, along the first dimension in the order of rows; shape (own, ...).
+            values: Equally many for each row, along the first dimension in the order of rows; shape (own, ...).
 
         Returns:
-            Those of all processes; shape (all, ...).
+            The values of all processes; shape (all, ...).
         """
         if self.whole:
             return values
@@ -129,12 +129,12 @@ class Rows:
         return torch.cat(parts).view(values.dtype)
 
     def own(self, values: Tensor) -> Tensor:
-        """Undo `gather`: a view of the values of one's own rows."""
+        """Undo `gather`: view the values of the own rows."""
         size = len(values) // self.parts
         return values if self.whole else values.narrow(0, self.part * size, size)
 
     def own_index(self, index: Int[Tensor, " chosen"], size: int) -> Int[Tensor, " own"]:
-        """Turn places among what `gather` returns into places among one's own values, of which there are `size`."""
+        """Turn places in the result of `gather` into places among the own values, of which there are `size`."""
         if self.whole:
             return index
         index = index - self.part * size

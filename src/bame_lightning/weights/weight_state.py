@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each weight, wherever it keeps it, and which of it follows a mask."""
+"""The state that an optimizer keeps of each weight, wherever it keeps it, and which part of it follows a mask."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ ELEMENTWISE = set(
         "sum",  # Adagrad
     }
 )
-# One value per weight as well, but zero would stop it for good.
+# One value per weight as well, but a zero would stop the weight for good.
 STEP_SIZES = frozenset({"step_size"})  # Rprop
 COPIES = frozenset({"ax"})
-"""Copies and averages of the weights that may be zero at first: ASGD's."""
+"""Copies and averages of the weights that may start at zero: ASGD's."""
 _NEAR = 0.25
-"""A copy of the weights is off by less than this share of their square: no step of training is as long."""
+"""A copy differs from the weights by less than this share of their square: no training step is that long."""
 
 
 class WeightState:
     """The state that an optimizer, and the optimizers inside it, keep for the weights that they hold.
 
-    Three kinds are told apart. One value per weight follows the mask. So does a copy of the weights, as Lookahead's slow
-    weights, which starts anew where a weight is revived. State in another basis or layout is left alone: a matrix
-    factor, a list with one or a projector beside it gives it away, whatever it is called (SOAP, Shampoo, GaLore).
+    There are three kinds of state. One value per weight follows the mask. A copy of the weights, such as Lookahead's slow
+    weights, follows it, too; where a weight is revived, its copy starts anew. State in another basis or layout is left alone.
+    A matrix factor, a list that holds one, or a projector beside the state shows that, whatever its name is (SOAP, Shampoo,
+    GaLore).
 
-    Values rest at zero where weights are pruned, or at another constant if that is what the first step leaves there (the
-    accumulators of D-Adaptation, by whose root it divides): so a revived weight starts as at the first step.
+    Where weights are pruned, values rest at zero, or at the constant that the first step leaves there. (D-Adaptation divides
+    by the root of such accumulators.) So a revived weight starts as at the first step.
 
     Args:
-        optimizer: An optimizer; others may be nested in it. What is known of its state is remembered, so keep this object.
+        optimizer: An optimizer; others may be nested in it. This object remembers what it learns of the state, so keep it.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -65,7 +66,7 @@ class WeightState:
         self._told: set[str] = set()
 
     def found(self, weight: nn.Parameter) -> dict[str, Any]:
-        """All that is kept for a weight, by a path of keys: tensors, and objects that are no plain values."""
+        """Find all state of a weight, by a path of keys: tensors, and objects that are not plain values."""
         found: dict[str, Any] = {}
         for holder in self._holders:
             for path, value in _kept_by(holder, weight):
@@ -74,16 +75,16 @@ class WeightState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What the first steps have shown of the state, in plain types: later ones no longer show it."""
+        """What the first steps have shown of the state, in plain types; later steps do not show it any more."""
         return {"optimizer": self._name, "kinds": dict(self._kinds), "rests": dict(self._rests)}
 
     def take_over(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` has returned, if it was of an optimizer of the same name."""
+        """Go on from what `state_dict` returned, if that was of an optimizer of the same name."""
         if saved.get("optimizer") == self._name:
             self._kinds, self._rests = dict(saved["kinds"]), dict(saved["rests"])
 
     def rest(self, key: str) -> float:
-        """What state holds where weights are pruned, by its key: 0, or the constant that it started with."""
+        """The value of state where weights are pruned, by its key: 0, or the constant that it started with."""
         return self._rests.get(key, 0.0)
 
     def elementwise(self, weight: nn.Parameter, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +92,7 @@ class WeightState:
 
         Args:
             weight: A parameter that the optimizer holds.
-            name: What to call it in messages.
+            name: Its name in messages.
 
         Yields:
             Key and tensor, shaped like the weight, or like the part of it that this process holds.
@@ -107,13 +108,13 @@ class WeightState:
         return [local(value) for key, value in self._of_its_shape(weight, name) if self._kinds.get(key) == "copy"]
 
     def check_shown(self, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Check after a step that the state of sparse weights can be seen where other parameters have some.
+        """Check after a step that the state of sparse weights is visible if other parameters have state.
 
         Args:
             weights: Names and parameters.
 
         Raises:
-            ValueError: If one had a gradient and shows no state, although the optimizer keeps state.
+            ValueError: If a weight had a gradient but shows no state, although the optimizer keeps state.
         """
         for name, weight in weights:
             if id(weight) in self._shown or weight.grad is None:
@@ -155,7 +156,7 @@ class WeightState:
 
     @torch.no_grad()
     def _kind(self, key: str) -> Kind:
-        """What the state under a key is, decided by all matrices when it is first seen."""
+        """Decide which kind of state a key holds, from all matrices, when it is first seen."""
         if _last(key) in COPIES:
             self._kinds[key] = "copy"
         elif _last(key) in ELEMENTWISE:
@@ -189,11 +190,11 @@ class WeightState:
     def _has_factor(self, weight: nn.Parameter, found: Mapping[str, Any], shaped: Mapping[str, Tensor]) -> bool:
         for key in found.keys() - shaped.keys():
             known = (id(weight), key)
-            if known not in self._factors:  # a look at values makes the host wait
+            if known not in self._factors:  # looking at values waits for the device
                 self._factors[known] = _is_factor(found[key], weight)
             if self._factors[known]:
                 return True
-        # In a square weight a factor has the shape of the weight; elsewhere it has not.
+        # A factor has the shape of its weight only if the weight is square.
         return _square(weight) and any(
             not _square(other) and _is_factor(value, other)
             for key in shaped
@@ -221,7 +222,7 @@ class WeightState:
 
 @torch.no_grad()
 def restart_(copy: Tensor, weight: Tensor, revived: Bool[Tensor, "*shape"]) -> None:
-    """Start a copy of a weight anew where the weight was revived, in place."""
+    """Set a copy of a weight to the weight where it was revived, in place."""
     copy.copy_(torch.where(revived, weight.to(copy.dtype), copy))
 
 
@@ -236,7 +237,7 @@ def _check_type(optimizer: Any, key: str, value: Tensor, name: str) -> None:
 
 
 def _keeps_none(optimizers: Iterable[Any], weight: nn.Parameter) -> bool:
-    """Whether the settings of a weight say that nothing is kept for it: gradient descent without momentum."""
+    """Whether an optimizer keeps nothing for a weight by its settings: gradient descent without momentum."""
     groups = (group for holder in optimizers for group in holder.param_groups)
     held = [group for group in groups if any(weight is parameter for parameter in group["params"])]
     return any("momentum" in group and not group["momentum"] for group in held)
@@ -262,7 +263,7 @@ def _kept_by(holder: Any, weight: nn.Parameter) -> Iterator[tuple[str, Any]]:
 
 def _entry(table: Mapping[Any, Any], weight: nn.Parameter) -> Any:
     """Look a weight up in a table whose keys are parameters, or their `id`s."""
-    # Not just `in`: a parameter and its `id` have the same hash, and comparing them makes a tensor.
+    # `in` would not do: a parameter and its `id` have the same hash, and comparing them makes a tensor.
     first = next(iter(table), None)
     if isinstance(first, Tensor):
         return table.get(weight)
@@ -284,7 +285,7 @@ def _beside(holder: Any, weight: nn.Parameter, values: Sequence[Any]) -> Iterato
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Tensors and objects in nested containers, with the path of keys that leads to each."""
+    """Yield tensors and objects in nested containers, each with the path of keys that leads to it."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(f"{path}.{key}" if path else str(key), part)
@@ -305,7 +306,7 @@ def _sized(values: Iterable[Any]) -> bool:
 
 
 def _is_view(value: Any, weight: Tensor) -> bool:
-    """Whether something is the weight itself: its memory in another object."""
+    """Whether a value is the weight itself: another object with the same memory."""
     return isinstance(value, Tensor) and value.numel() > 0 and local(value).data_ptr() == local(weight).data_ptr()
 
 
@@ -314,10 +315,10 @@ def _square(tensor: Tensor) -> bool:
 
 
 def _is_factor(value: Any, weight: Tensor) -> bool:
-    """Whether something beside a weight's state mixes weights.
+    """Whether a tensor beside a weight's state mixes weights.
 
-    A projector does; a symmetric, orthogonal or triangular matrix, which mixes inputs or outputs; and a factor of low rank,
-    which mixes all weights.
+    A projector does. So does a symmetric, orthogonal or triangular matrix, which mixes inputs or outputs; and a factor of
+    low rank, which mixes all weights.
     """
     if not isinstance(value, Tensor):
         kept = getattr(value, "__dict__", {})
