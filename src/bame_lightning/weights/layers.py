@@ -157,7 +157,7 @@ class SparseWeight:
         self.packed_initial = pack_mask(mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """Pattern, shape, whether that is (in, out), and two masks as bits in row-major order: the current and the first one."""
+        """Pattern, shape, whether that is (in, out), and the current and first masks as bits in row-major order."""
         masks = {"mask": self.kept, "initial": self.initial}
         packed = {name: pack_mask(self.oriented(self.rows.gather(mask))).cpu() for name, mask in masks.items()}
         shape = list(self.weight.shape)

@@ -19,8 +19,8 @@ class MaskSet:
     """Change masks, and count the positions that change; a swap changes two.
 
     Args:
-        weights: The weights. Their masks move into one tensor, so that one operation changes the masks of all. Each mask lies in
-            memory as its weight does, so that a position means the same in both.
+        weights: The weights. Their masks move into one tensor, so that one operation changes the masks of all. Each mask
+            lies in memory as its weight does, so that a position means the same in both.
 
     Attributes:
         flips: Mask positions changed so far, by weight; shape (weights,).

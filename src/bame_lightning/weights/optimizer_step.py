@@ -17,8 +17,8 @@ class UpdateRule(NamedTuple):
     r"""The step that an optimizer would take for a gradient g: $u = \text{rate} \cdot g$.
 
     Args:
-        learning_rate: For SGD $\eta = lr / (1 - \text{momentum})$, by which a lasting gradient of 1 moves a weight per step; for
-            adaptive optimizers lr.
+        learning_rate: For SGD $\eta = lr / (1 - \text{momentum})$, by which a lasting gradient of 1 moves a weight per
+            step; for adaptive optimizers lr.
         second_moment: s, the running mean of squared gradients, shaped like the weight; None for SGD.
         correction: Divides s for its bias, $1 - \beta_2^t$.
         eps: Keeps the denominator positive.
