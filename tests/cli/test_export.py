@@ -1,5 +1,7 @@
 """`bame-export` from the command line to the files it leaves."""
 
+import os
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -129,6 +131,14 @@ def test_wrong_arguments_get_one_line_and_leave_nothing(
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
+def test_what_is_no_file_is_not_replaced(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    assert "`--output` must be a file; pipe is none" in error_of(
+        capsys, checkpoint, "--format", "dense", "--output", "pipe"
+    )
+    assert Path("pipe").is_fifo()
+
+
 @pytest.mark.parametrize("kind", ["dense", "packed", "semi_structured", "onnx"])
 def test_a_model_that_is_not_sparse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     torch.save({"fc.weight": torch.ones(32, 64)}, tmp_path / "last.ckpt")
@@ -146,19 +156,22 @@ def test_values_that_are_not_finite_are_said(tmp_path: Path, capsys: pytest.Capt
     assert "Values that are not finite are in b.weight\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_a_failing_write_leaves_the_old_file(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize("kind", ["dense", "packed", "onnx"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    def full(path: Path, *rest: object) -> None:
-        path.write_text("the first by")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(command, "write_safetensors", full)
+    Path("export_models_for_a_full_disk.py").write_text(MODULE)
     Path("old").write_text("old")
-    assert "No space left on device" in error_of(capsys, checkpoint, "--format", kind, "--output", "old")
+    words = ["--model", "export_models_for_a_full_disk:net", "--input-shape", "8"] if kind == "onnx" else []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        told = error_of(capsys, checkpoint, "--format", kind, "--output", "old", *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told == "bame-export: error: old: File too large. Make room.\n"
     assert Path("old").read_text() == "old"
-    assert sorted(file.name for file in checkpoint.parent.iterdir()) == ["last.ckpt", "old"]
+    assert not list(checkpoint.parent.glob(".*.part"))
 
 
 def test_a_packed_file_that_reads_back_differently_is_not_kept(

@@ -359,7 +359,7 @@ def test_an_export_says_its_pattern_itself(call: Call, kind: str) -> None:
     assert call(export, "a.pt", *arguments, "--dtype", "float16")[0] == 0
     status, out, _ = call(audit, "b.safetensors")
     assert status == 0
-    assert "OK: all 2048 blocks obey." in out
+    assert "OK: all 2,048 blocks obey." in out
     assert "head.weight" in out
     assert call(audit, "b.safetensors", "--pattern", "1:4")[0] == 1
     assert call(export, "b.safetensors", "--format", "packed", "--output", "c.safetensors")[0] == 0

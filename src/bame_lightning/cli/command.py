@@ -7,6 +7,7 @@ begins.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import platform
 import sys
@@ -20,6 +21,9 @@ import bame_lightning
 from bame_lightning.cli.interruption import stoppable
 
 WRITES = "The command writes into the folder: copy it to where you may write."
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says of a disk that takes no more, in numbers of `OSError`."""
 
 Answer = Callable[..., int]
 """Runs a command: from its arguments (by default those of the command line) to its exit status."""
@@ -90,7 +94,7 @@ def answers(name: str, remedy: str) -> Callable[[Answer], Answer]:
                 except (ValueError, OSError) as error:
                     line = str(error)
                     if isinstance(error, OSError) and error.filename is not None:
-                        line = f"{error.filename}: {error.strerror}. {remedy}"
+                        line = f"{error.filename}: {error.strerror}. {'Make room.' if error.errno in FULL else remedy}"
                     print(f"{name}: error: {printable(line)}", file=sys.stderr)
             return 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -17,13 +16,12 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from bame_lightning.cli.claims import TakenError
+from bame_lightning.cli.command import FULL
 from bame_lightning.cli.jobs import record
 from bame_lightning.cli.sweeps import in_sweep, unescaped
 from bame_lightning.cli.words import no_option, unknown_key, unknown_option, unreadable
 from bame_lightning.show.find_runs import ERROR
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What the system says of a disk that takes no more, in numbers of `OSError`."""
 _USER_ERRORS = (
     *(ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
     *(HydraException, OmegaConfBaseException),
@@ -123,7 +121,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
     """Whether what was raised says what a user did wrong; else its traceback says more."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     return isinstance(error, _USER_ERRORS) or any(kind.__name__ == _LIGHTNING_SAYS for kind in type(error).__mro__)
 
@@ -138,7 +136,7 @@ def _message(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:  # the system's words, which name no remedy
         message = f"{error.filename}: {error.strerror}. Move it away, change its rights, or name another path."
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename is not None else ""
         message = (
             f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=). Earlier checkpoints are whole."

@@ -85,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     """Find out about wrong arguments before anything is read."""
     output: Path = args.output
-    if output.is_dir():
-        raise ExportError(f"`--output` must be a file; {output} is a folder.")
+    if output.exists() and not output.is_file():
+        what = "a folder" if output.is_dir() else "none, and would be replaced"
+        raise ExportError(f"`--output` must be a file; {output} is {what}.")
     if not output.absolute().parent.is_dir():
         raise ExportError(f"`--output` must lie in a folder that exists; {output.parent} does not. Make it first.")
     if output.exists() and args.checkpoint.exists() and output.samefile(args.checkpoint):

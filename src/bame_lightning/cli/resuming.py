@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.sweeps import unescaped
+from bame_lightning.show.numbers import counted
 
 _RUN_LONG = 10**9  # steps of a schedule that is made to be looked at
 _SET_BY_SCHEDULES = {"params", "initial_lr"}
@@ -50,12 +51,12 @@ def check_resumable(
 
 def _check_length(cfg: DictConfig, path: Path, found: Mapping[Any, Any]) -> None:
     epochs = found["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    for unit, length in {"epochs": epochs, "steps": found["global_step"]}.items():
-        limit = cfg.trainer.get(f"max_{unit}")
+    for unit, length in {"epoch": epochs, "step": found["global_step"]}.items():
+        limit = cfg.trainer.get(f"max_{unit}s")
         if limit is not None and 0 <= limit <= length:
             raise ValueError(
-                f"`ckpt_path` {path} has {length} {unit} behind it, so `trainer.max_{unit}` = {limit} leaves nothing to train. "
-                f"Choose more of them, such as trainer.max_{unit}={2 * length}."
+                f"`ckpt_path` {path} has {counted(length, unit)} behind it, so `trainer.max_{unit}s` = {limit} leaves nothing to train. "
+                f"Choose more of them, such as trainer.max_{unit}s={2 * length}."
             )
 
 

@@ -33,7 +33,7 @@ def show(report: AuditReport) -> None:
             console.print(printable(f"{hint}'{failing[-1].name}'"), soft_wrap=True)
     else:
         where = f" of '{printable(report.key)}'" if report.key and report.unread else ""
-        console.print(f"OK: all {sum(layer.blocks for layer in report.layers)} blocks{where} obey.", soft_wrap=True)
+        console.print(f"OK: all {sum(layer.blocks for layer in report.layers):,} blocks{where} obey.", soft_wrap=True)
     broken = {layer.name: layer.not_finite for layer in report.layers if layer.not_finite}
     for name, count in broken.items():
         console.print(f"{printable(name)} holds values that are not finite: {count:,}", soft_wrap=True)

@@ -24,6 +24,16 @@ def flops(value: float) -> str:
     return f"{value:.3g} {_PREFIXES[place]}FLOPs"
 
 
+def counted(count: int, noun: str) -> str:
+    """Say how many there are of something.
+
+    Example:
+        >>> counted(1, "epoch"), counted(1234, "step")
+        ('1 epoch', '1,234 steps')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def times(count: int) -> str:
     """Say how often.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +24,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         metadata: Text by key, for the file's `__metadata__`.
 
     Raises:
-        ExportError: If safetensors has no such type of numbers, or cannot write.
+        ExportError: If safetensors has no such type of numbers.
+        OSError: If the system refuses to write.
     """
     apart: dict[str, Tensor] = {}
     seen = set[int]()
@@ -34,6 +37,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     try:
         save_file(apart, path, dict(metadata))
     except (SafetensorError, KeyError) as error:
+        if refused := re.search(r"\(os error (\d+)\)", str(error)):  # of a full disk, for instance
+            raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(path)) from error
         raise ExportError(f"cannot be written as safetensors ({type(error).__name__}: {error}).") from error
 
 

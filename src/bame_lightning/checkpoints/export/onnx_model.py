@@ -80,6 +80,7 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
 
     Raises:
         ExportError: If packages are missing, the network cannot be exported, or outputs differ by more than 1e-4.
+        OSError: If the system refuses to write.
     """
     onnx, onnxruntime = _packages()
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
@@ -115,6 +116,8 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         # Tracing runs a stranger's network through torch's compiler and three packages, each with errors of its own.
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+                raise
             raise ExportError(
                 f"is a network that torch.onnx cannot export ({first_sentence(error)}). `--format dense` needs no tracing."
             ) from error
