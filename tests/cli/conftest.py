@@ -10,7 +10,7 @@ import torch
 
 from bame_lightning.cli import train
 
-TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run")
+TINY = ("model.hidden=[32]", "trainer.max_epochs=1", "trainer.accelerator=cpu")
 QUIET_HYDRA = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
 
 Run = Callable[..., Path]
@@ -30,7 +30,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         rest = [override for override in overrides if not override.startswith("-")]
         other_model = any(override.startswith("model=") for override in rest)
         tiny = [override for override in TINY if not (other_model and override.startswith("model."))]
-        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *tiny, *QUIET_HYDRA, *rest])
+        folder = [] if "-m" in flags else ["hydra.run.dir=run"]
+        monkeypatch.setattr(sys, "argv", ["bame-train", *flags, *tiny, *folder, *QUIET_HYDRA, *rest])
         train.main()
         return tmp_path / "run"
 

@@ -54,6 +54,24 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path: Path) -> None:
     assert not part.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("-m", "hydra.run.dir=x", "seed=0,1"),
+            "`hydra.run.dir` does nothing in a sweep. Name its folder by hydra.sweep.dir=",
+        ),
+        (("hydra.sweep.dir=x",), "`hydra.sweep.dir` does nothing in a run. Name its folder by hydra.run.dir="),
+    ],
+)
+def test_a_folder_that_would_be_passed_over_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = train(tmp_path, *SAME, *words)
+    assert done.status == 1
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("again", [(), ("skip_finished=true",)])
 def test_jobs_of_a_sweep_that_share_a_folder_lose_nothing_and_fail(again: tuple[str, ...], tmp_path: Path) -> None:
     sweep = ("-m", *SAME, "hydra.sweep.dir=s", "hydra.sweep.subdir=${seed}", "pattern=1:4,2:4", "seed=0,1", *again)
@@ -66,6 +84,8 @@ def test_jobs_of_a_sweep_that_share_a_folder_lose_nothing_and_fail(again: tuple[
     for seed in (0, 1):
         assert json.loads((tmp_path / f"s/{seed}/summary.json").read_text())["pattern"] == "1:4"
         assert not (tmp_path / f"s/{seed}/error.txt").exists(), "of the job that has the folder"
+    assert "error.txt" not in done.err
+    assert "runs these again" not in done.err, "they would be refused again"
 
 
 def test_failures_in_folders_outside_the_sweep_are_counted(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from bame_lightning.cli.sweeps import ReportFailures, share_of_cores, sweep_name, threads_per_job
@@ -154,7 +155,8 @@ def test_cores_are_divided_among_jobs(launcher: dict[str, Any], sweeper: dict[st
 def test_launchers_can_pickle_what_hydra_calls_back(tmp_path: Path) -> None:
     cloudpickle = pytest.importorskip("cloudpickle")  # of joblib and submitit
     sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None}
-    hydra = {"sweep": {"dir": str(tmp_path)}, "sweeper": sweeper, "overrides": {"task": ["seed=0,1"]}}
+    overrides = {"task": ["seed=0,1"], "hydra": []}
+    hydra = {"mode": RunMode.MULTIRUN, "sweep": {"dir": str(tmp_path)}, "sweeper": sweeper, "overrides": overrides}
     callback = ReportFailures()
     callback.on_multirun_start(OmegaConf.create({"hydra": hydra}))
     assert cloudpickle.dumps(callback)

@@ -38,7 +38,8 @@ def hydra_command(name: str, config: str) -> Callable[[Callable[[DictConfig], An
                 print(version(name))
                 return None
             check_dashes(name, sys.argv[1:])
-            sys.argv[1:] = readable(sys.argv[1:])
+            # First -m, on both sides of which argparse takes no values.
+            sys.argv[1:] = sorted(readable(sys.argv[1:]), key=lambda word: word not in ("-m", "--multirun"))
             with stoppable(name, unfinished), composition_errors(name, config):
                 return compose()
 

@@ -25,7 +25,7 @@ from bame_lightning.checkpoints.files.exported import LAYERS
 from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.cli.export import shape_of
 from bame_lightning.cli.networks import network_of_function, network_of_run
-from bame_lightning.show.numbers import counted
+from bame_lightning.show.numbers import amount
 
 
 def export(args: argparse.Namespace) -> list[str]:
@@ -99,7 +99,7 @@ def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
 
 def _contents(trained: Trained) -> list[str]:
     patterns = sorted({str(pattern) for pattern in trained.patterns.values()})
-    lines = [f"OK: every block obeys, in {counted(len(trained.patterns), 'weight')} at {', '.join(patterns)}"]
+    lines = [f"OK: every block obeys, in {amount(len(trained.patterns), 'weight')} at {', '.join(patterns)}"]
     if trained.prefix:
         lines.append(f"Names are those below '{trained.prefix}' (--prefix '' keeps them whole)")
     if trained.left_out:

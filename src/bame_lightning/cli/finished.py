@@ -8,9 +8,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bame_lightning.cli.claims import TakenError
 from bame_lightning.show.find_runs import SUMMARY, flatten, read_summary, strict_json
 
-REFUSED = "`skip_finished` found in"  # how the error begins that running again does not help against
 _NO_MATTER = ("logger", "quiet", "run_dir", "skip_finished")
 
 
@@ -66,7 +66,7 @@ def finished(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         The summary of the finished run; None if the folder holds none.
 
     Raises:
-        ValueError: If the folder holds the results of another experiment, which a run would destroy.
+        TakenError: If the folder holds the results of another experiment, which a run would destroy.
     """
     summary = read_summary(run_dir)
     if summary is None:
@@ -77,7 +77,7 @@ def finished(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         return summary
     shown = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed[:3])
     rest = f"; {len(changed) - 3} more" if len(changed) > 3 else ""
-    raise ValueError(
-        f"{REFUSED} {run_dir / SUMMARY} the results of another configuration ({shown}{rest}). Choose another "
+    raise TakenError(
+        f"`skip_finished` found in {run_dir / SUMMARY} the results of another configuration ({shown}{rest}). Choose another "
         "folder, or drop `skip_finished` to run again and replace them."
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bame_lightning.cli.claims import claim
 
@@ -110,15 +110,17 @@ def record(hydra: Any, error: str | None) -> None:
     path.write_text(json.dumps({"folder": os.path.relpath(hydra.runtime.output_dir), "error": error}))
 
 
+def as_written(overrides: Any) -> list[str]:
+    """Read overrides of a sweep without resolving them: `${seed}` is another value in every job."""
+    return [str(overrides._get_node(place)) for place in range(len(overrides))]
+
+
 def _planned(config: DictConfig) -> list[str]:
     """Overrides of every job, where Hydra's own sweeper makes them of the command line alone."""
     if not str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         return []
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    # As they were written: `${seed}` is another value in every job.
-    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    assert isinstance(task, list)
-    parsed = OverridesParser.create().parse_overrides([*given, *map(str, task)])
+    parsed = OverridesParser.create().parse_overrides([*given, *as_written(config.hydra.overrides.task)])
     return [
         re.sub(r"\\([:{}])", r"\1", " ".join(words))
         for batch in BasicSweeper.split_arguments(parsed, None)

@@ -17,7 +17,7 @@ from bame_lightning.cli.models import build_model, input_of
 from bame_lightning.cli.parts import fit_parts
 from bame_lightning.cli.timed_training import CYCLE, Fit, take_turns
 from bame_lightning.show.narrow import Table
-from bame_lightning.show.numbers import counted
+from bame_lightning.show.numbers import amount
 from bame_lightning.tasks import Classifier
 
 
@@ -85,7 +85,7 @@ def show(report: dict[str, Any]) -> None:
     console.width = min(console.width, 80)
     shape, methods = "x".join(map(str, report["input_shape"])), report["methods"]
     console.print(
-        f"{report['model']}, {shape}, batch {report['batch_size']}, {report['pattern']}, {counted(report['threads'], 'thread')}"
+        f"{report['model']}, {shape}, batch {report['batch_size']}, {report['pattern']}, {amount(report['threads'], 'thread')}"
     )
     table = Table("", box=box.SIMPLE_HEAD)
     for name in methods:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.sweeps import unescaped
-from bame_lightning.show.numbers import counted
+from bame_lightning.show.numbers import amount
 
 _RUN_LONG = 10**9  # steps of a schedule that is made to be looked at
 _SET_BY_SCHEDULES = {"params", "initial_lr"}
@@ -55,8 +55,8 @@ def _check_length(cfg: DictConfig, path: Path, found: Mapping[Any, Any]) -> None
         limit = cfg.trainer.get(f"max_{unit}s")
         if limit is not None and 0 <= limit <= length:
             raise ValueError(
-                f"`ckpt_path` {path} has {counted(length, unit)} behind it, so `trainer.max_{unit}s` = {limit} leaves nothing to train. "
-                f"Choose more of them, such as trainer.max_{unit}s={2 * length}."
+                f"`ckpt_path` {path} has {amount(length, unit)} behind it, so `trainer.max_{unit}s` = {limit} leaves "
+                f"nothing to train. Choose more of them, such as trainer.max_{unit}s={2 * length}."
             )
 
 

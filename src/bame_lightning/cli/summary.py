@@ -26,7 +26,7 @@ from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.ledger.flops import LABEL
 from bame_lightning.show.find_runs import strict_json
 from bame_lightning.show.narrow import Table
-from bame_lightning.show.numbers import counted, times
+from bame_lightning.show.numbers import amount, times
 from bame_lightning.show.numbers import flops as in_words
 
 _NEVER_FLIPPED = (
@@ -169,18 +169,18 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "compliance", f"all {blocks:,} blocks obey" if summary["compliant"] else f"{bad:,} of {blocks:,} VIOLATE"
     sparse = summary.get("sparse", {})
     if "flips" in sparse:
-        adaptations = f" in {counted(sparse['adaptations'], 'adaptation')}" if "adaptations" in sparse else ""
-        yield "masks", counted(sparse["flips"], "flip") + adaptations
+        adaptations = f" in {amount(sparse['adaptations'], 'adaptation')}" if "adaptations" in sparse else ""
+        yield "masks", amount(sparse["flips"], "flip") + adaptations
     if "oscillations" in sparse:
         some, late = sparse["oscillating_blocks"], sparse["oscillating_blocks_in_last_tenth"]
-        told = f"{counted(some, 'block')}, {times(sparse['oscillations'])} in all; {late:,} in the last tenth"
+        told = f"{amount(some, 'block')}, {times(sparse['oscillations'])} in all; {late:,} in the last tenth"
         yield "oscillation", told if some else "none"
     if sparse.get("frozen_fraction"):
         yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}"
     if flops := summary.get("flops"):
         ratios = f"{flops['flops/train_vs_dense']:.3f} of dense, {flops['flops/train_vs_sr_ste']:.3f} of SR-STE"
         yield "training cost", f"{in_words(flops['flops/train_total'])}, {ratios} ({LABEL})"
-    length = f"{counted(summary['epochs'], 'epoch')}, {counted(summary['steps'], 'step')}"
+    length = f"{amount(summary['epochs'], 'epoch')}, {amount(summary['steps'], 'step')}"
     yield "length", f"{length}, {summary['wall_seconds']:.1f} s"
 
 

@@ -15,8 +15,6 @@ from omegaconf import DictConfig
 from typing_extensions import override
 
 from bame_lightning.cli import jobs
-from bame_lightning.cli.claims import TakenError
-from bame_lightning.cli.finished import REFUSED
 from bame_lightning.show.find_runs import ERROR
 
 
@@ -29,8 +27,9 @@ class ReportFailures(Callback):
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
+            check_folder(config.hydra)
             jobs.begin(config)
-        except (TakenError, OSError) as error:  # Hydra would make a warning of it, and go on
+        except (ValueError, OSError) as error:  # Hydra would make a warning of it, and go on
             line = str(error)
             if isinstance(error, OSError):
                 line = f"{error.filename}: {error.strerror}. Choose another folder (hydra.sweep.dir=)."
@@ -53,17 +52,34 @@ class ReportFailures(Callback):
             return
         count = len(failed) + len(lost)
         print(f"\nbame-train: error: {count} of the jobs failed, the others are finished:", file=sys.stderr)
-        lines = [
-            *(f"{job.folder}: {job.error}" for job in failed),
-            *(f"{words}: ended without a word" for words in lost),
-        ]
+        lines = [f"{job.folder}: {job.error}" for job in failed] + [f"{words}: ended without a word" for words in lost]
         for line in lines:
             print(f"  {line}", file=sys.stderr)
-        again = f"; the same command with hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true runs these again"
-        if all(REFUSED in line for line in lines):
-            again = ""  # it would be refused again; each line says what helps
-        print(f"{ERROR} there has the traceback{again}.", file=sys.stderr)
+        if lost or any(Path(job.folder, ERROR).is_file() for job in failed):  # else each line says what helps
+            again = (
+                f"the same command with hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true runs these again"
+            )
+            print(f"{ERROR} there has the traceback; {again}.", file=sys.stderr)
         sys.exit(1)
+
+
+def check_folder(hydra: Any) -> None:
+    """Refuse the folder of a sweep for a single run, and that of a single run for a sweep: Hydra would pass it over.
+
+    Args:
+        hydra: Hydra's configuration.
+
+    Raises:
+        ValueError: If the command line names it.
+    """
+    sweep = hydra.mode == RunMode.MULTIRUN
+    what, others, own = (
+        ("a sweep", "hydra.run.", "hydra.sweep.dir") if sweep else ("a run", "hydra.sweep.", "hydra.run.dir")
+    )
+    for word in jobs.as_written(hydra.overrides.hydra):
+        key, _, value = word.lstrip("+").partition("=")
+        if key.startswith(others):
+            raise ValueError(f"`{key}` does nothing in {what}. Name its folder by {own}={value}, or leave it out.")
 
 
 def sweep_name() -> str | None:

@@ -20,7 +20,7 @@ from bame_lightning.cli.errors import one_line_errors
 from bame_lightning.cli.finished import experiment, finished
 from bame_lightning.cli.interruption import check_stopped
 from bame_lightning.cli.jobs import record, sweep_of
-from bame_lightning.cli.sweeps import in_sweep
+from bame_lightning.cli.sweeps import check_folder, in_sweep
 from bame_lightning.cli.values import check_values, standard_values
 from bame_lightning.show.find_runs import ERROR, strict_json
 
@@ -75,6 +75,7 @@ def _claim(run_dir: Path) -> Iterator[None]:
 
 def _check(cfg: DictConfig) -> None:
     """Find out about wrong values before data are read and folders are made."""
+    check_folder(HydraConfig.get())
     _check_keys(cfg)
     check_values(cfg, standard_values())
     if cfg.threads is not None and type(cfg.threads) is not int:

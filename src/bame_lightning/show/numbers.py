@@ -24,11 +24,11 @@ def flops(value: float) -> str:
     return f"{value:.3g} {_PREFIXES[place]}FLOPs"
 
 
-def counted(count: int, noun: str) -> str:
+def amount(count: int, noun: str) -> str:
     """Say how many there are of something.
 
     Example:
-        >>> counted(1, "epoch"), counted(1234, "step")
+        >>> amount(1, "epoch"), amount(1234, "step")
         ('1 epoch', '1,234 steps')
     """
     return f"{count:,} {noun}{'s' * (count != 1)}"

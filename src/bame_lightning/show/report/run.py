@@ -13,7 +13,7 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.show.find_runs import read_summary
 from bame_lightning.show.maps import CHANGES, COUNTS, FROZEN, NOTHING, mask_title
 from bame_lightning.show.mask_file import Layer, LayerMaps, Snapshots, read_snapshots
-from bame_lightning.show.numbers import counted
+from bame_lightning.show.numbers import amount
 from bame_lightning.show.report.figures import cost, freezing, masks, quality, short
 from bame_lightning.show.report.logs import read_log
 from bame_lightning.show.report.oscillation import oscillation
@@ -78,7 +78,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "frozen_fraction" in sparse:
         yield "frozen blocks", f"{sparse['frozen_fraction']:.1%}" if sparse["frozen_fraction"] else "none"
     if "epochs" in summary:
-        yield "length", f"{counted(summary['epochs'], 'epoch')}, {counted(summary['steps'], 'step')}"
+        yield "length", f"{amount(summary['epochs'], 'epoch')}, {amount(summary['steps'], 'step')}"
         yield "wall time", f"{summary['wall_seconds']:,.0f} s"
 
 

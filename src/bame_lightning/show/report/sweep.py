@@ -14,7 +14,7 @@ from bame_lightning.show.compare import Comparison, Row, Run, compare_runs, find
 from bame_lightning.show.compare.rows import BITS_PER_BYTE
 from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
 from bame_lightning.show.find_runs import read_summary
-from bame_lightning.show.numbers import counted
+from bame_lightning.show.numbers import amount
 from bame_lightning.show.numbers import flops as in_words
 from bame_lightning.show.report.figures import COLOURS, Figure, Trace, axis
 from bame_lightning.show.report.page import Report, Section, Table
@@ -110,7 +110,7 @@ def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[s
                 "x": [row.flops(_FLOPS) if counted else row.pattern or "dense" for row in line],
                 "y": [row.value[0] for row in line],
                 "error_y": {"type": "data", "array": [row.value[1] for row in line], "thickness": 1.5, "width": 5},
-                "text": [f"{row.label}, {counted(len(row.runs), 'seed')}" for row in line],
+                "text": [f"{row.label}, {amount(len(row.runs), 'seed')}" for row in line],
                 "hovertemplate": "%{text}: %{y:" + (".2%" if share else ".4f") + "}<extra></extra>",
                 "line": {"color": colours[method], "width": 1},
                 "marker": {"size": 10, "symbol": [symbols[row.pattern or "dense"] for row in line]},
