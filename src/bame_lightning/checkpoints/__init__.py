@@ -1,1 +1,1 @@
-"""Files of weights and checkpoints: read them safely, judge them, hand them on."""
+"""Files of weights and checkpoints: read them safely, audit them, export them."""

@@ -1,4 +1,4 @@
-"""Check that a checkpoint obeys its N:M pattern, without trusting whoever wrote it."""
+"""Check that a checkpoint obeys its N:M pattern, without trusting its author."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class AuditError(ValueError):
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """One weight, judged by one pattern.
+    """The verdict on one weight by one pattern.
 
     Args:
         name: Key of the weight in the state dict.
-        pattern: What it was judged by.
+        pattern: The pattern by which it was judged.
         blocks: Blocks of the weight.
         weights: Elements of the weight.
         nonzeros: Elements that are not zero; a NaN is not zero.
         violations: Blocks that break the pattern, or the mask that the checkpoint holds for them.
         reason: The first violating block and what is wrong with it; empty if there is none.
         transposed: Whether its input dimension is the first one.
-        not_finite: Elements that are NaN or infinite, with which no network computes anything; blocks may obey all the same.
+        not_finite: Elements that are NaN or infinite, which make a network useless even if all blocks obey.
     """
 
     name: str
@@ -56,7 +56,7 @@ class LayerAudit:
 
     @property
     def density(self) -> float:
-        """Share of the weights that is not zero."""
+        """Share of the weights that are not zero."""
         return self.nonzeros / self.weights
 
 
@@ -69,8 +69,8 @@ class AuditReport:
             its saved pattern and by another one appears twice.
         skipped: Weights of two or more dimensions that were not judged: name -> reason.
         from_state: Whether the file itself named the layers: a callback's saved state with masks, or an export's metadata.
-        key: Where the weights stand in the file; empty for its top.
-        unread: What else the file holds, in words.
+        key: Key of the weights in the file; empty if they are at its top.
+        unread: In words, what else the file holds.
         dropped: Wrappers that were dropped from names, such as `torch.compile`'s "_orig_mod.".
     """
 
@@ -97,15 +97,16 @@ def audit_checkpoint(
 ) -> AuditReport:
     """Audit a Lightning checkpoint, a state dict or an export; code inside a file is never run.
 
-    If the file says which layers are sparse (a sparsity callback's state, an export's metadata), see `audit_saved_layers`, else
-    `audit_state_dict`.
+    A file may say which layers are sparse, in a sparsity callback's state or an export's metadata. Then `audit_saved_layers`
+    judges it, else `audit_state_dict`.
 
     Args:
         path: The file or folder, as `bame_lightning.checkpoints.files.read_weights` reads it.
         pattern: Required unless the file says which layers are sparse.
         dense: Globs of the weights or modules that are dense on purpose.
-        transposed: Globs of the weights or modules whose input dimension is the first one; the callback's state says it itself.
-        key: Which set of weights, where a file holds several; None takes "state_dict", else "model", else the only one.
+        transposed: Globs of the weights or modules whose input dimension is the first one; not needed where a callback's
+            state says it.
+        key: Which set of weights, if a file holds several; None takes "state_dict", else "model", else the only one.
 
     Returns:
         The verdict on every layer, and what was not read.
@@ -146,7 +147,7 @@ def audit_weights(
     """Audit weights that were read.
 
     Args:
-        path: Where from, for messages.
+        path: Where they come from, for messages.
         weights: The weights.
         pattern: As for `audit_checkpoint`.
         dense: As for `audit_checkpoint`.
@@ -156,7 +157,7 @@ def audit_weights(
         The verdict on every layer, and what was not read.
 
     Raises:
-        AuditError: If what the file says of its layers, or an argument, is unusable. The message names the file.
+        AuditError: If the file's description of its layers, or an argument, is unusable. The message names the file.
     """
     try:
         asked = None if pattern is None else NMPattern.parse(pattern)
@@ -184,12 +185,12 @@ def audit_state_dict(
 ) -> AuditReport:
     """Judge every eligible weight: named `*weight`, floating, of two or more dimensions, M dividing the input dimension.
 
-    That is the second one, but for the weights in `transposed`. Names and shapes do not tell a classifier or an embedding from
-    other layers: name those in `dense`.
+    The input dimension is the second one, except for weights in `transposed`. Names and shapes do not show which layer is a
+    classifier or an embedding: name those in `dense`.
 
     Args:
         state: A model's state dict.
-        pattern: What the weights must obey.
+        pattern: The pattern that the weights must obey.
         dense: Globs of the weights or modules that are dense on purpose.
         transposed: Globs of the weights or modules whose input dimension is the first one, as in GPT-2's `Conv1D`.
 
@@ -222,16 +223,17 @@ def audit_saved_layers(
     dense: Sequence[str] = (),
     masks: bool = True,
 ) -> AuditReport:
-    """Judge the layers that a callback's saved state or an export names, by the pattern and the mask it saved for each.
+    """Judge the layers that a callback's saved state or an export names, each by its saved pattern and mask.
 
     A block violates if it holds more than N non-zeros, holds one where the mask is False, or has a mask that does not
-    keep exactly N. With `pattern`, a weight saved under another pattern is judged a second time, by `pattern`, if the
-    latter's M divides its input dimension.
+    keep exactly N. With `pattern`, a weight saved under another pattern is judged a second time, by `pattern`, if its M divides
+    the weight's input dimension.
 
     Args:
         state: A model's state dict.
-        saved: For every layer its "pattern", "shape" and packed "mask", as the callback saves them; "transposed" if that is so.
-        pattern: Asked of all layers on top of their own.
+        saved: For every layer its "pattern", "shape" and packed "mask", as the callback saves them; "transposed" if the
+            weight is.
+        pattern: A pattern that all layers must obey beside their own.
         dense: Globs of the weights or modules not to judge.
         masks: Whether `saved` must hold masks; an export holds none.
 
@@ -303,7 +305,7 @@ def _judge(
 
 def count_not_finite(values: Tensor) -> int:
     """Count elements that are NaN or infinite, of any type."""
-    if values.is_floating_point() and values.dtype.itemsize == 1:  # torch asks eight bits nothing
+    if values.is_floating_point() and values.dtype.itemsize == 1:  # torch has no such test for numbers of eight bits
         values = values.float()
     return int((~torch.isfinite(values)).sum())
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside another, and put it in the other's place when all went well.
+    """Write a file beside another, and put it in the other's place if all went well.
 
-    Until then a file that lies at `path` stays as it is; afterwards nothing else is left in the folder.
+    Until then a file at `path` stays as it is. Afterwards the folder holds no other new file.
 
     Args:
-        path: Where the file shall lie.
+        path: Where the file will lie.
 
     Yields:
         A path in the same folder, to write to.
@@ -26,15 +26,18 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # what the user's umask gives; safetensors makes files that others cannot read
+        mode = part.stat().st_mode  # permissions by the user's umask; safetensors makes files that others cannot read
         yield part
         part.chmod(mode)
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         part.replace(path)
     except OSError as error:
-        if error.errno is not None:  # a library's own message is all there is; a name would hide it
-            error.filename, error.filename2 = str(path), None  # a full disk names none, and nobody looks for the draft
+        if error.errno is not None:  # a name would hide the library's own message
+            error.filename, error.filename2 = (
+                str(path),
+                None,
+            )  # a full disk names no file, and the draft's name helps nobody
         raise
     finally:
         part.unlink(missing_ok=True)

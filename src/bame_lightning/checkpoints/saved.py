@@ -1,4 +1,4 @@
-"""Which layers a checkpoint itself says are sparse: by the state of a sparsity callback, or by an export's metadata."""
+"""Which layers are sparse as a checkpoint says, in the state of a sparsity callback or in an export's metadata."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from bame_lightning.checkpoints.untrusted import UnreadableError
 from bame_lightning.weights.saved_state import AUDITABLE, VERSION_KEY
 
 _TRAINED = ("state_dict", "model", "")
-"""Keys of the weights that training left; other sets are averages, or of other networks."""
+"""Keys of the trained weights; other sets are averages, or belong to other networks."""
 
 
 def layers_in(weights: Weights) -> dict[str, Any] | None:
-    """Find what a checkpoint says of its sparse layers.
+    """Find what a checkpoint says about its sparse layers.
 
     Args:
         weights: The weights that were read.
 
     Returns:
-        Name of a weight -> its entry, not yet checked; None if nothing is said, or not of this set of weights.
+        Name of a weight -> its entry, not yet checked; None if the checkpoint says nothing about these weights.
 
     Raises:
-        UnreadableError: If what is said is of another version, names no layers, or names one twice.
+        UnreadableError: If the entries are of another version, name no layers, or name one twice.
     """
     if weights.declared is not None:
         return dict(weights.declared)
@@ -36,15 +36,15 @@ def layers_in(weights: Weights) -> dict[str, Any] | None:
     if saved is None:
         return None
     named = {weights.names.get(name, name): entry for name, entry in saved.items()}
-    # A file that also holds a second network says nothing of that one.
+    # A file that also holds a second network says nothing about that one.
     return named if weights.key in _TRAINED or named.keys() <= weights.tensors.keys() else None
 
 
 def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Find what sparsity callbacks saved of their layers.
+    """Find what sparsity callbacks saved about their layers.
 
     Args:
-        checkpoint: All that a file holds.
+        checkpoint: Everything that a file holds.
 
     Returns:
         Name of a weight -> its saved entry, not yet checked; None if no sparsity callback saved anything.
@@ -58,7 +58,7 @@ def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for state in states:
         version, layers = state[VERSION_KEY], state.get("layers")
-        # Anything may stand there: a tensor compares to no number.
+        # It may be anything: a tensor cannot be compared to a number.
         if repr(version) not in map(str, AUDITABLE):
             raise UnreadableError(
                 f"has a callback state of `{VERSION_KEY}` {version!r:.20}, where this release reads {AUDITABLE[0]} to "
@@ -78,13 +78,13 @@ def saved_layers(checkpoint: Mapping[Any, Any]) -> dict[str, Any] | None:
 def read_entry(
     name: str, entry: Any, state: Mapping[str, Tensor], *, masks: bool
 ) -> tuple[NMPattern, Tensor | None, bool]:
-    """Check what is said of a layer.
+    """Check the entry of a layer.
 
     Args:
         name: Its weight.
-        entry: What is said.
+        entry: The entry.
         state: All weights.
-        masks: Whether masks must be among it.
+        masks: Whether the entry must hold a mask.
 
     Returns:
         Pattern, mask if there is one, and whether the input dimension is the first one.
@@ -108,10 +108,10 @@ def _parse_entry(entry: Any, weight: Tensor | None, masks: bool) -> tuple[NMPatt
     if weight is None:
         raise ValueError("the state dict has no such weight")
     shape, pattern = entry["shape"], NMPattern.parse(entry["pattern"])
-    # By repr, since what a hostile file holds here may not compare.
+    # By repr, because a value from a hostile file may not be comparable.
     if not isinstance(shape, list | tuple) or repr(list(shape)) != repr(list(weight.shape)):
         raise ValueError(f"its `shape` is {shape!r:.60}, where the weight has {list(weight.shape)}")
-    # States of earlier releases do not know transposed weights.
+    # States of earlier releases have no transposed weights.
     transposed = entry.get("transposed", False)
     if not isinstance(transposed, bool) or (transposed and len(shape) != 2):
         raise ValueError(f"its `transposed` is {transposed!r:.20} for the shape {list(shape)}")

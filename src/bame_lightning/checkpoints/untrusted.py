@@ -1,4 +1,4 @@
-"""Read a checkpoint that anyone may have written: run no code from it, and say in a line what is wrong with it."""
+"""Read a checkpoint from anywhere: run no code from it, and say in one line what is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.serialization import safe_globals
 EXPECTED = "Give a Lightning checkpoint, or `torch.save(model.state_dict(), path)`."
 
 
-# Of these, some names run code, so only what is often put beside weights is let in, as a stand-in that does nothing.
+# Some names in these modules run code. So only classes that are often saved beside weights are let in, as stand-ins.
 _HARMLESS = re.compile(
     r"(argparse|collections|dataclasses|datetime|decimal|enum|fractions|pathlib|types|typing|uuid|torch\.nn|torch\.optim)\..+|"
     r"builtins\.(bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
@@ -31,7 +31,7 @@ class UnreadableError(ValueError):
 
 
 class StandIn:
-    """Takes the place of an object that a file wants made, a configuration for instance: it takes all and does nothing."""
+    """Takes the place of an object that a file wants to make, such as a configuration; takes any arguments and does nothing."""
 
     told: ClassVar[str]
     """What it stands for, in words."""
@@ -48,7 +48,7 @@ class StandIn:
 
 
 def load_untrusted(path: Path) -> Mapping[Any, Any]:
-    """Load what `torch.save` wrote onto the CPU: tensors and plain types; objects of other classes are stood in for.
+    """Load a file of `torch.save` onto the CPU: tensors and plain types, and stand-ins for objects of other classes.
 
     Args:
         path: The file.
@@ -57,7 +57,7 @@ def load_untrusted(path: Path) -> Mapping[Any, Any]:
         Its top-level mapping.
 
     Raises:
-        UnreadableError: If the file is missing, damaged or foreign, or refers to what can run code.
+        UnreadableError: If the file is missing, damaged, of another kind, or refers to something that can run code.
     """
     if path.is_dir():
         raise UnreadableError("is a folder. Give the checkpoint file; consolidate a sharded checkpoint first.")
@@ -81,12 +81,14 @@ def load_untrusted(path: Path) -> Mapping[Any, Any]:
 
 
 def _load(path: Path) -> Any:
-    """Load with torch's own restricted unpickler, which calls nothing but what makes tensors, and stand-ins."""
+    """Load with torch's own restricted unpickler, which only makes tensors and stand-ins."""
     stand_ins: dict[str, type[StandIn]] = {}
     while True:
         try:
             with warnings.catch_warnings(), safe_globals([(kind, name) for name, kind in stand_ins.items()]):
-                warnings.simplefilter("ignore")  # about old formats and sparse tensors; nothing that a user must act on
+                warnings.simplefilter(
+                    "ignore"
+                )  # warnings about old formats and sparse tensors, on which a user need not act
                 # Only the zip format can be mapped instead of read.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
@@ -96,7 +98,7 @@ def _load(path: Path) -> Any:
                     raise
                 raise _refused(
                     next(reversed(stand_ins))
-                ) from None  # a dictionary or list of its own class, for instance
+                ) from None  # such as a dictionary or list of a class of its own
             name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"  # which torch leaves out
             if name in stand_ins or len(stand_ins) == _MOST or not _may_stand_beside(name):
                 raise _refused(name) from None

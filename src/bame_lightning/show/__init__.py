@@ -1,1 +1,1 @@
-"""Show runs: maps of masks, comparisons, pages and workspaces."""
+"""Show runs: maps of masks, comparisons, report pages and workspaces."""

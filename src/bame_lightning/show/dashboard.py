@@ -1,4 +1,4 @@
-"""A workspace at W&B for runs of this package: which panels, in which sections."""
+"""A workspace at W&B for runs of this package: sections and their panels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def workspace(entity: str, project: str, layers: Sequence[str] = ()) -> ws.Works
     Args:
         entity: User or team at W&B.
         project: Project whose runs are shown.
-        layers: Layers whose maps are shown; pictures, unlike scalars, cannot be chosen by a pattern of names.
+        layers: Layers whose maps are shown; W&B cannot choose pictures by a pattern of names, as it does scalars.
 
     Returns:
         A workspace of five sections: Oscillation, Masks, FLOPs, Quality, Sweep.

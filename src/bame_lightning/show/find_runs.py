@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 SUMMARY = "summary.json"
-ERROR = "error.txt"  # of a failed job of a sweep: its message in the first line, then the traceback
+ERROR = "error.txt"  # of a failed job of a sweep: the message in its first line, then the traceback
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Read what came out of a run.
+    """Read the summary of a run.
 
     Args:
         folder: The run's folder.
 
     Returns:
-        The summary; None if the run has not ended or left no readable one.
+        The summary; None if the run has not ended, or its summary cannot be read.
     """
     try:
         summary = json.loads((folder / SUMMARY).read_text())
@@ -42,13 +42,13 @@ def read_error(folder: Path) -> str | None:
 
 
 def strict_json(value: Any) -> Any:
-    """Make a value one that every JSON reader takes: a number that is not finite becomes None.
+    """Make a value that every JSON reader accepts: a number that is not finite becomes None.
 
     Args:
         value: Mappings, lists, tuples, strings, numbers, booleans and None, nested.
 
     Returns:
-        What reading the written JSON gives back.
+        The value that reading the written JSON gives.
 
     Example:
         >>> strict_json({"loss": float("nan"), 1: (2, "a")})

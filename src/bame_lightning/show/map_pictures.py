@@ -1,7 +1,7 @@
 """Maps as pictures with title, axes and legend, for loggers that take images.
 
-Painted cell by cell in a few milliseconds, since a network has many layers: to lay out the texts, a plotting library takes some
-twenty times as long.
+They are painted cell by cell in a few milliseconds, because a network has many layers. A plotting library takes some twenty
+times as long to lay out the texts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bame_lightning.show.maps import CHANGES, COUNTS, FROZEN, NOTHING
 from bame_lightning.show.mask_file import Trace
 
 _WIDTH, _HEIGHT = 768, 448
-"""Pixels for the cells of a map at most, unless there are more cells."""
+"""The most pixels for the cells of a map, unless there are more cells."""
 _CELL = 96, 24
-"""Width and height of a cell in pixels at most."""
+"""The largest width and height of a cell in pixels."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 88
 """Margins of the cells in pixels."""
 _INK, _LINE = "#222222", "#999999"
@@ -29,7 +29,7 @@ _BLOCKS_WITH_LINES = 40
 
 
 def mask_picture(codes: UInt8[Tensor, "filters positions"], m: int, title: str) -> UInt8[Tensor, "height width 3"]:
-    """Draw what became of a mask.
+    """Draw a mask beside the first one.
 
     Args:
         codes: As `maps.changes` makes them.
@@ -153,7 +153,7 @@ def _paint_blocks(
 def _paint(
     cells: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], title: str, label: str
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, int]]:
-    """Lay out a picture around cells of some colour; returns it with the width and height of a cell in pixels."""
+    """Lay out a picture around coloured cells; return it with the width and height of a cell in pixels."""
     rows, columns, _ = cells.shape
     rooms = zip(_CELL, (_WIDTH, _HEIGHT), (columns, rows), strict=True)
     wide, high = (max(1, min(most, room // count)) for most, room, count in rooms)

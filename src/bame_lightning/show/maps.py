@@ -1,4 +1,4 @@
-"""Maps of masks and of what happens to blocks: bounded arrays for any picture, filters down, input positions across."""
+"""Maps of masks and blocks: arrays of limited size for any picture, filters down, input positions across."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CHANGES: tuple[tuple[str, str], ...] = (
     ("kept, pruned at first", "#009E73"),
     ("kept, as at first", "#0072B2"),
 )
-"""What the codes of `changes` mean, and a colour for each: Okabe and Ito's, told apart with any colour vision."""
+"""The meaning of the codes of `changes`, and a colour for each, from Okabe and Ito, for any colour vision."""
 COUNTS: tuple[str, ...] = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
-"""Colours of counts, from few to many: viridis, reversed. Zero has the colour of what is pruned."""
+"""Colours of counts, from few to many: viridis, reversed. Zero has the colour of pruned positions."""
 NOTHING = CHANGES[0][1]
 FROZEN = "#D55E00"
 ROWS, COLUMNS = 64, 128
-"""Filters and positions that a map shows at most."""
+"""The most filters and positions that a map shows."""
 
 
 def mask_map(
@@ -30,8 +30,8 @@ def mask_map(
 ) -> Bool[Tensor, "filters positions"]:
     """Cut the first filters and input positions out of a mask.
 
-    Cut, not scaled down: every block keeps N of M weights, so a mean over blocks would show the same grey everywhere.
-    Positions are ordered as blocks are: by kernel position, then input.
+    A map is cut, not scaled down: every block keeps N of M weights, so a mean over blocks would show the same grey
+    everywhere. Positions are in the order of blocks: by kernel position, then input.
 
     Args:
         kept: True where kept; shaped like the weight.
@@ -48,7 +48,7 @@ def mask_map(
         tensor([[ True, False],
                 [False,  True]])
     """
-    # Before positions are laid out: a large layer has far more filters than are shown.
+    # First the filters are cut: a large layer has far more of them than are shown.
     flat = kept[:rows].movedim(1, -1).flatten(1)
     return flat[:, : max(m, columns // m * m)].clone()
 
@@ -102,7 +102,7 @@ def mask_title(label: str, pattern: NMPattern, size: Sequence[int], shown: Seque
         label: Name of the layer.
         pattern: Its pattern.
         size: Filters and input positions of the layer.
-        shown: Those of the map.
+        shown: Filters and input positions of the map.
 
     Returns:
         A title.

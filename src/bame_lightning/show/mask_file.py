@@ -22,12 +22,12 @@ from bame_lightning.weights.layers import SparseWeight
 FILE = "snapshots.npz"
 _VERSION = 2
 MOST = 32
-"""Oscillations of a block that are told apart; blocks of more are counted with these."""
+"""The largest number of oscillations that is counted apart; blocks with more are counted with it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What stays the same in all snapshots of a layer.
+    """The part of a layer that is the same in all snapshots.
 
     Args:
         label: Its name.
@@ -55,8 +55,8 @@ class LayerMaps:
 
     Args:
         mask: As `maps.mask_map` makes it.
-        oscillations: Oscillations so far of the blocks of the map; None where a method does not count them.
-        frozen: Whether they are frozen; None where nothing freezes.
+        oscillations: Oscillations so far of the blocks of the map; None if the method does not count them.
+        frozen: Whether they are frozen; None if nothing freezes.
         tally: How many blocks of the whole layer have oscillated 0, 1, 2, ... times, the last one `MOST` times or more.
     """
 
@@ -68,14 +68,14 @@ class LayerMaps:
 
 @dataclass
 class Trace:
-    """What one block has kept, adaptation by adaptation.
+    """The positions that one block kept, adaptation by adaptation.
 
     Args:
         label: Name of the layer.
         filter: Filter that the block belongs to.
         block: Its number within the filter.
         since: Adaptations done when the trace begins.
-        oscillations: Oscillations of the block when it was last looked at.
+        oscillations: Oscillations of the block at the last look.
         kept: The mask of the block after `since`, `since` + 1, ... adaptations.
     """
 
@@ -88,7 +88,7 @@ class Trace:
 
     @property
     def title(self) -> str:
-        """Which block it is, and how often it oscillated, for people."""
+        """Say which block it is, and how often it oscillated."""
         times = "once" if self.oscillations == 1 else f"{self.oscillations:,} times"
         return f"{self.label}, filter {self.filter:,}, block {self.block:,}: oscillated {times}"
 
@@ -110,7 +110,7 @@ class Snapshots:
     Args:
         layers: The sparse layers.
         steps: Optimizer steps done at each snapshot.
-        adaptations: Adaptations of the masks done; None where a method has no schedule.
+        adaptations: Adaptations of the masks done; None if the method has no schedule.
         maps: For each snapshot the maps of all layers.
         traces: The blocks that oscillated most.
     """
@@ -122,14 +122,14 @@ class Snapshots:
     traces: list[Trace] = field(default_factory=list)
 
     def add(self, steps: int, adaptations: int | None, maps: list[LayerMaps]) -> None:
-        """Append a snapshot, in place of one after as many steps."""
+        """Append a snapshot; it replaces one after the same number of steps."""
         self.drop_after(steps - 1)
         self.steps.append(steps)
         self.adaptations.append(adaptations)
         self.maps.append(maps)
 
     def drop_after(self, steps: int) -> None:
-        """Forget what came after so many steps, which a resumed run takes again."""
+        """Forget what came after so many steps, because a resumed run takes them again."""
         count = sum(step <= steps for step in self.steps)
         for values in (self.steps, self.adaptations, self.maps):
             del values[count:]

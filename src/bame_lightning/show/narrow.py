@@ -12,13 +12,13 @@ from rich.padding import Padding
 from rich.text import Text
 
 _FOLDED = 24
-"""Columns that a long cell of a column that folds must have at least, or the table is unreadable."""
+"""The least width of a column whose long cells fold; a narrower table would be unreadable."""
 
 
 class Table(table.Table):
-    """A table of rich whose rows become lines of "title: cell" where the terminal is too narrow for its columns.
+    """A table of rich whose rows become lines of "title: cell" if the terminal is too narrow for its columns.
 
-    Rich cuts cells and drops columns there. The first cell of a row then heads its lines.
+    Rich would cut cells and drop columns. The first cell of a row then heads its lines.
 
     Example:
         >>> small = Table("layer", "blocks", "verdict")
@@ -29,7 +29,7 @@ class Table(table.Table):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """Render as a table where it fits, else row by row."""
+        """Render as a table if it fits, else row by row."""
         if self._needed() <= options.max_width:
             for column in self.columns:
                 column.overflow = "fold"  # rich's default cuts a word that is longer than its column

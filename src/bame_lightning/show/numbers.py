@@ -1,4 +1,4 @@
-"""Numbers as people say them."""
+"""Write numbers as people say them."""
 
 from __future__ import annotations
 

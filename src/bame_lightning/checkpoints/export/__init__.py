@@ -1,4 +1,4 @@
-"""Hand a trained N:M model on: what goes into the files that `bame-export` writes."""
+"""Export a trained N:M model: the contents of the files that `bame-export` writes."""
 
 from typing import TYPE_CHECKING
 
@@ -27,5 +27,5 @@ _MODULES = {
     "semi_structured_tensors": "semi_structured",
 }
 
-# A wrong argument of bame-export is told by `ExportError` before torch is imported.
+# `ExportError` reports a wrong argument of bame-export before torch is imported.
 __getattr__ = on_demand(__name__, _MODULES)

@@ -1,4 +1,4 @@
-"""ONNX: export a network by tracing it, and compare what onnxruntime computes with what torch does."""
+"""ONNX: export a network by tracing it, and compare the outputs of onnxruntime with those of torch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.checkpoints.untrusted import first_sentence
 
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
-# The traced batch must not be 1, which tracing takes for a constant.
+# The traced batch must not be 1, because tracing takes 1 for a constant.
 _TRACED, _CHECKED = 2, (1, 2, 5)
 _TOLERANCE = 1e-4
-# protobuf's limit for one file; weights of more would need files beside it.
+# protobuf's limit for one file; larger weights would need files beside it.
 _LARGEST = 2**31 - 2**20
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network takes as one of its inputs: a tensor whose first dimension is the batch.
+    """One input of a network: a tensor whose first dimension is the batch.
 
     Args:
         shape: Shape of one sample.
@@ -71,7 +71,7 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
 
     Args:
         network: In evaluation mode, on the CPU.
-        inputs: What it takes.
+        inputs: Its first input.
         path: The file.
         more: Its further inputs, in the order of the arguments of `forward`; all have the same batch size.
 
@@ -90,7 +90,7 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
         )
     taken = (inputs, *more)
     names = _names(network, len(taken))
-    # With warnings off: about operators and constants of the trace, nothing that a user must act on.
+    # Without warnings: they are about operators and constants of the trace, and a user need not act.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -114,7 +114,7 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
             program.save(path, external_data=False)
             onnx.checker.check_model(path)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        # Tracing runs a stranger's network through torch's compiler and three packages, each with errors of its own.
+        # Tracing runs any network through torch's compiler and three packages, each with errors of its own.
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
                 raise

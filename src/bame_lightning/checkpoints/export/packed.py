@@ -28,7 +28,7 @@ def packed_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[str, str]]
         Tensors by name; the file's metadata.
 
     Raises:
-        ExportError: If a name of the model means something else in the file.
+        ExportError: If the file needs a name of the model for something else.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in trained.tensors.items():
@@ -60,12 +60,12 @@ def read_packed(path: Path) -> dict[str, Tensor]:
         The dense state dict.
 
     Raises:
-        ExportError: If the file is none that `bame-export --format packed` wrote.
+        ExportError: If `bame-export --format packed` did not write the file.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            # Metadata first: what they say decides whether tensors are looked at.
+            # Metadata first: they decide whether tensors are read.
             if (metadata.get("format"), metadata.get("version")) != (PACKED, VERSION):
                 raise UnreadableError(
                     f"is not in the format {PACKED}, version {VERSION}, but "

@@ -1,4 +1,4 @@
-"""2:4 weights as torch's `SparseSemiStructuredTensorCUTLASS` holds them, made without a GPU (`docs/export.md`)."""
+"""2:4 weights in the form of torch's `SparseSemiStructuredTensorCUTLASS`, made without a GPU (`docs/export.md`)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def semi_structured_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[s
         Tensors by name; the file's metadata; the sparse weights that stay dense in the file, with the reasons.
 
     Raises:
-        ExportError: If no weight fits, or a name of the model means something else in the file.
+        ExportError: If no weight fits, or the file needs a name of the model for something else.
     """
     reasons = {
         name: "it is stored as (in, out), where torch's are (out, in)"

@@ -1,4 +1,4 @@
-"""A trained N:M model as a checkpoint holds it: audited, named as the plain model names it."""
+"""A trained N:M model from a checkpoint: audited, with the names of the plain model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _NETWORK = "model."
 
 @dataclass(frozen=True)
 class Trained:
-    """What is exported.
+    """The model to export.
 
     Args:
-        tensors: Parameters and buffers by name, each tensor once; contiguous, and +0 wherever they are pruned.
+        tensors: Parameters and buffers by name, each tensor once; contiguous, and +0 where weights are pruned.
         patterns: Name of a sparse weight -> its pattern.
         kept: Name of a sparse weight -> its mask, shaped like the weight; exactly N true in every block.
         same_as: Further names of tensors (tied weights) -> their name in `tensors`.
-        prefix: What was dropped from the beginning of every name.
+        prefix: The beginning of every name, which was dropped.
         left_out: Names of the checkpoint's tensors that do not begin with `prefix`.
         transposed: Names of sparse weights whose input dimension is the first one.
-        unread: What the file holds beside these weights, in words.
+        unread: In words, what the file holds beside these weights.
         dropped: Wrappers that were dropped from names, such as `torch.compile`'s "_orig_mod.".
     """
 
@@ -81,7 +81,7 @@ def layers_of(trained: Trained) -> dict[str, dict[str, Any]]:
         trained: The model.
 
     Returns:
-        Name -> "pattern", "shape" and, where that is so, "transposed".
+        Name -> "pattern", "shape" and, if the weight is, "transposed".
     """
     return {
         name: {"pattern": str(pattern), "shape": list(trained.tensors[name].shape)}
@@ -128,7 +128,7 @@ def load_trained(
     if prefix is None:
         prefix = _NETWORK if weights.lightning and all(name.startswith(_NETWORK) for name in state) else ""
     names = [name for name in state if name.startswith(prefix) and name != prefix]
-    # A weight that is judged twice comes by its own pattern first.
+    # Of a weight that is judged twice the verdict by its own pattern comes first.
     patterns: dict[str, NMPattern] = {}
     for layer in report.layers:
         if layer.name in names:
@@ -148,7 +148,7 @@ def load_trained(
         if name in patterns
     }
     for name, mask in kept.items():
-        tensors[name] = zeroed(tensors[name], mask)  # a pruned -0 becomes +0, as readers of any format make it
+        tensors[name] = zeroed(tensors[name], mask)  # a pruned -0 becomes +0, as readers of every format make it
     return Trained(
         tensors={short[name]: tensor for name, tensor in tensors.items()},
         patterns={short[name]: own for name, own in patterns.items() if name not in same_as},
@@ -202,7 +202,7 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name of a tensor -> an earlier name of the same memory, seen in the same way."""
+    """Name of a tensor -> an earlier name of the same view of the same memory."""
     first: dict[tuple[object, ...], str] = {}
     ties = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Files of weights as anybody writes them: found, read without running their code, and said which of it was read."""
+"""Files of weights from anywhere: find them, read them without running their code, and say what was read."""
 
 from bame_lightning.checkpoints.files.read import Weights, load_weights, read_weights
 

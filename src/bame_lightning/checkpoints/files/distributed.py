@@ -1,4 +1,4 @@
-"""Folders that `torch.distributed.checkpoint` writes, read without it: its metadata are a pickle, which could run code."""
+"""Read folders of `torch.distributed.checkpoint` without using it: their metadata are a pickle, which could run code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bame_lightning.checkpoints.files.shards import inside
 from bame_lightning.checkpoints.untrusted import UnreadableError, first_sentence, load_untrusted
 
 METADATA = ".metadata"
-_REST = "meta.pt"  # where Lightning puts what is no tensor: the states of callbacks
+_REST = "meta.pt"  # where Lightning puts everything but tensors: the states of callbacks
 _OPTIMIZER = "optim"  # not needed, and twice as large as the weights
 
 
 class _Record:
-    """Stands for any object of the metadata: what it was made of, uninterpreted."""
+    """Stands for any object of the metadata and holds the values that it was made of."""
 
     args: tuple[Any, ...]
     state: Any
@@ -38,7 +38,7 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes records and sizes, whatever class a file names; so nothing of a file is ever called."""
+    """Makes only records and sizes, whatever class a file names, so that no code of a file is ever called."""
 
     def find_class(self, module: str, name: str) -> Any:
         kind = getattr(torch, name, None) if module == "torch" else None
@@ -48,7 +48,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_distributed(folder: Path) -> dict[str, Any]:
-    """Read a distributed checkpoint: all tensors but those of optimizers, and beside them what Lightning puts into `meta.pt`.
+    """Read a distributed checkpoint: all tensors except those of optimizers, and the contents of Lightning's `meta.pt`.
 
     Args:
         folder: Holds `.metadata` and the files that it names.
@@ -65,7 +65,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         tensors = {name: one for name, one in metadata["state_dict_metadata"].items() if "size" in one.state}
         chunks = _chunks(metadata["storage_data"])
         paths = metadata.get("planner_data") or {}
-    except Exception as error:  # a pickle of anybody's can fail in any way
+    except Exception as error:  # a pickle from anywhere can fail in any way
         raise UnreadableError(f"has a {METADATA} that is damaged ({first_sentence(error)}). Copy it again.") from None
     found: dict[str, Any] = {}
     for name, one in tensors.items():
@@ -77,7 +77,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
 
 
 def _chunks(storage: Mapping[Any, Any]) -> dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]]:
-    """Name of a tensor -> where each of its chunks begins, and where it lies."""
+    """Name of a tensor -> for each of its chunks, where it begins in the tensor and where it lies."""
     found: dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]] = {}
     for index, place in storage.items():
         if index.state.get("offset") is not None:

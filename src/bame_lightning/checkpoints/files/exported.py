@@ -1,4 +1,4 @@
-"""The files that `bame-export` writes: how they are told, expanded to dense weights, and what they say of their layers."""
+"""The files that `bame-export` writes: recognise them, expand them to dense weights, and read which layers are sparse."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ VERSION = "1"
 VALUES, INDICES = ".nm_values", ".nm_indices"
 HALF, META = ".packed", ".meta"
 LAYERS = "nm_layers"
-"""Key of the metadata that name every sparse layer of a file, where `layers` does not."""
+"""Key of the metadata that names every sparse layer of a file if `layers` does not."""
 
 
 def expanded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Expand the tensors of a packed or semi-structured file to a dense state dict.
 
     Args:
-        tensors: Of a safetensors file.
+        tensors: Tensors of a safetensors file.
         metadata: Its metadata.
 
     Returns:
@@ -55,13 +55,13 @@ def declared_layers(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """Read which layers a file says are sparse.
 
     Args:
-        metadata: Of a safetensors file.
+        metadata: Metadata of a safetensors file.
 
     Returns:
-        Name -> "pattern", "shape" and, where that is so, "transposed", not yet checked; None if the file does not say.
+        Name -> "pattern", "shape" and, if the weight is, "transposed", not yet checked; None if the file does not say.
 
     Raises:
-        UnreadableError: If that is damaged.
+        UnreadableError: If the metadata are damaged.
     """
     text = metadata.get(LAYERS) or (metadata.get("layers") if metadata.get("format") == PACKED else None)
     if text is None:

@@ -1,4 +1,4 @@
-"""The packed layout of a weight: of every block its N values, and where they lie as ceil(log2 M) bits each."""
+"""The packed layout of a weight: for every block its N values, and their places as ceil(log2 M) bits each."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def pack_weight(
         pattern: Its pattern.
 
     Returns:
-        Kept values, shape (blocks, N), by position in their block; the positions, each `index_bits(M)` bits from the
-        lowest up, one after the other from the lowest bit of the first byte, the last byte filled up with zeros.
+        Kept values, shape (blocks, N), by position in their block; and the positions as one stream of bits, `index_bits(M)`
+        for each, lowest bit first. The stream fills every byte from its lowest bit; zeros fill up the last byte.
 
     Raises:
         ValueError: If the mask does not keep exactly N, or a non-zero lies outside of it.
@@ -89,6 +89,6 @@ def unpack_weight(
     if (index >= pattern.m).any():
         raise ValueError(f"A position lies outside of its block of {pattern.m} weights.")
     blocks = values.new_zeros(len(values), pattern.m)
-    # Indexing copies bits, where `scatter` gives a NaN another payload and knows no types of eight bits.
+    # Indexing copies bits. `scatter` would change the payload of a NaN, and lacks types of eight bits.
     blocks[torch.arange(len(values))[:, None], index] = values
     return from_blocks(blocks, shape).contiguous()

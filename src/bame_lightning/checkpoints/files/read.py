@@ -23,16 +23,16 @@ _LIGHTNING = "pytorch-lightning_version"
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights, and what lies beside it.
+    """One set of weights, and what else the file holds.
 
     Args:
         tensors: Plain name -> tensor.
         names: Name in the file -> plain name.
-        key: Where they stand in the file; empty for its top.
-        checkpoint: All that the file holds.
-        declared: Sparse layers that an export's own metadata name; None where there are none.
+        key: Their key in the file; empty if they are at its top.
+        checkpoint: Everything that the file holds.
+        declared: Sparse layers that the metadata of an export name; None if the file is no export.
         dropped: Wrappers that were dropped from names.
-        unread: What was not read, in words.
+        unread: In words, what was not read.
     """
 
     tensors: Mapping[str, Tensor]
@@ -55,13 +55,13 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     Args:
         path: A file of torch.save or safetensors, an index of shards, or a folder: a distributed checkpoint, shards with their
             index, or a single file of weights.
-        key: Which set, where a file holds several; None takes "state_dict", else "model", else the only one.
+        key: Which set, if a file holds several; None takes "state_dict", else "model", else the only one.
 
     Returns:
         The weights.
 
     Raises:
-        UnreadableError: If they cannot be read; what is wrong, to be put after the path.
+        UnreadableError: If they cannot be read. The message continues a sentence that begins with the path.
     """
     checkpoint, declared, unread = _contents(path)
     chosen, sets = choose(checkpoint, key)
@@ -79,7 +79,7 @@ def load_weights(module: nn.Module, path: Path, argument: str) -> Mapping[Any, A
     Args:
         module: The module.
         path: What `read_weights` reads.
-        argument: What to call the file in messages.
+        argument: Name of the file's argument in messages.
 
     Returns:
         All that the file holds.
@@ -100,7 +100,7 @@ def load_weights(module: nn.Module, path: Path, argument: str) -> Mapping[Any, A
 
 
 def _contents(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any] | None, list[str]]:
-    """Read all that a path holds, the sparse layers that it names itself, and what was left out."""
+    """Read everything that a path holds, the sparse layers that it names, and what was left out."""
     if path.is_dir():
         return _folder(path)
     if path.is_file() and path.name.endswith(".index.json"):
@@ -145,7 +145,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    # Training imports this module, and shall import nothing that Lightning does not.
+    # Training imports this module, and must not import what Lightning does not.
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -12,7 +12,7 @@ from bame_lightning.checkpoints.untrusted import EXPECTED, StandIn, UnreadableEr
 from bame_lightning.weights.reasons import ADAPTER_NAME
 
 TOP = ""
-"""Key of the set whose tensors stand at the top of the file."""
+"""Key of the set whose tensors are at the top of the file."""
 
 _FIRST = ("state_dict", "model")  # where Lightning and most others keep the model, whatever else the file holds
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callbacks|loops|rng_|hyper_|generator_state")
@@ -27,7 +27,7 @@ def weight_sets(checkpoint: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
         checkpoint: What was read from a file.
 
     Returns:
-        Key -> tensors by name. A set has matrices; where nothing has, whatever tensors there are make one.
+        Key -> tensors by name. A set holds matrices; if nothing does, any tensors make a set.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ def choose(checkpoint: Mapping[Any, Any], key: str | None) -> tuple[str, dict[st
         Key of the chosen set; all sets.
 
     Raises:
-        UnreadableError: If there is none, several without a key, or none under the key.
+        UnreadableError: If there is no set, or several and no key, or none under the key.
     """
     sets = weight_sets(checkpoint)
     if not sets:
@@ -96,7 +96,7 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
         names: Names of a state dict.
 
     Returns:
-        Name -> plain name, without those that a wrapper has for itself; the wrappers that were dropped.
+        Name -> plain name, without names of the wrappers' own tensors; and the wrappers that were dropped.
 
     Example:
         >>> plain_names(["module._orig_mod.fc.weight", "n_averaged"])
@@ -109,7 +109,7 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     if dotted and all(short.startswith(_DDP) for short in dotted.values()):
         plain = {name: short.removeprefix(_DDP) for name, short in dotted.items()}
         dropped.append(_DDP)
-    if len(set(plain.values())) < len(plain):  # without wrappers, two would have one name
+    if len(set(plain.values())) < len(plain):  # two would have the same plain name
         return {name: name for name in whole}, ()
     return plain, tuple(dropped)
 

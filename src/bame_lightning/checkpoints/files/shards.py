@@ -1,4 +1,4 @@
-"""Weights that lie in several files, with an index that says which lies where."""
+"""Weights in several files, with an index that says which file holds which weight."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_index(path: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[st
 
 
 def inside(folder: Path, file: str) -> Path:
-    """Find a file that another file of its folder names; anybody may have written that one.
+    """Find a file that another file of its folder names; that file may be hostile.
 
     Args:
         folder: The folder.

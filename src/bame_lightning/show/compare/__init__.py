@@ -1,4 +1,4 @@
-"""Finished runs side by side: by data, model, recipe, pattern and method, against a baseline paired by seed."""
+"""Compare finished runs, by data, model, recipe, pattern and method, with a baseline of the same seeds."""
 
 from bame_lightning.show.compare.rows import Comparison, Difference, Row, compare_runs
 from bame_lightning.show.compare.runs import CompareError, Run, find_runs

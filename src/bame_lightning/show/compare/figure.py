@@ -17,7 +17,7 @@ from bame_lightning.show.compare.tables import tasks
 # Okabe and Ito's colours, told apart with any colour vision; in this order neighbours differ in lightness, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-_SIZES = {"D": 6.5, "^": 8.5, "v": 8.5, "*": 11.0}  # so that all look equally large
+_SIZES = {"D": 6.5, "^": 8.5, "v": 8.5, "*": 11.0}  # sizes with which all markers look equally large
 _INK, _MUTED, _GRID = "#222222", "#555555", "#E3E3E3"
 _PANELS_A_ROW = 3
 _FLOPS = "flops/train_total"
@@ -59,7 +59,7 @@ def _against_flops(axis: Axes, rows: list[Row], colours: dict[str, str], markers
         axis.plot(*zip(*sorted(points), strict=True), color=colours[method], alpha=0.35, linewidth=1.5, zorder=1)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    if high / low < 1000:  # powers of ten alone would leave hardly a tick
+    if high / low < 1000:  # powers of ten alone would be too few ticks
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(inf, inf)))
         axis.xaxis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but the seed make a row; a row is compared with the baseline's seed by seed."""
+"""Runs that differ only in the seed make a row; a row is compared with the baseline's row, seed by seed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NOT_A_SETTING = ("logger", "threads", "run_dir")
 
 @dataclass(frozen=True)
 class Metric:
-    """What the runs of a task are judged by.
+    """The metric by which the runs of a task are judged.
 
     Args:
         key: Attribute of `Run`.
         title: Name for people.
         unit: Unit of shown values, as it follows the title in a sentence.
         difference_unit: Unit of shown differences.
-        scale: Shown values per value.
+        scale: Factor from values to shown values.
         digits: Decimal places of shown values.
     """
 
@@ -50,7 +50,7 @@ class Difference:
     $\bar d \pm t_{0.975,\,n-1}\, s / \sqrt{n}$.
 
     Args:
-        mean: Row minus baseline, in units of the metric: the row is better where accuracy is higher, bits are fewer.
+        mean: Row minus baseline, in units of the metric. The row is better if it has more accuracy or fewer bits.
         half_width: Half of the interval; None for a single pair.
         seeds: The paired seeds.
     """
@@ -84,13 +84,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in the seed.
 
     Args:
-        runs: By ascending seed, one for each.
-        settings: What sets this row apart beside pattern and method, by dotted key.
-        metric: What it is judged by; the same for all rows of a task.
-        difference: To the baseline; None for the baseline itself, and where there is nothing to pair.
+        runs: One for each seed, by ascending seed.
+        settings: By dotted key, what sets this row apart, beside pattern and method.
+        metric: The metric of its task.
+        difference: Difference to the baseline; None for the baseline itself, and if there is nothing to pair.
     """
 
     runs: tuple[Run, ...]
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def task(self) -> tuple[str, str, str | None]:
-        """What rows must share to be compared: data, model and recipe."""
+        """The task: data, model and recipe, which rows must share to be compared."""
         return self.runs[0].data, self.runs[0].model, self.runs[0].recipe
 
     @property
@@ -140,7 +140,7 @@ class Row:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss of the last epoch over seeds; None if a run has none, for instance because it diverged."""
+        """Mean training loss of the last epoch over seeds; None if a run has none, because it diverged for example."""
         losses = [run.loss for run in self.runs if run.loss is not None]
         return statistics.fmean(losses) if len(losses) == len(self.runs) else None
 
@@ -164,7 +164,7 @@ class Comparison:
     Args:
         rows: By task, from dense to sparse patterns, by method.
         baseline: The method that differences refer to, if any.
-        notes: What a reader has to know: runs that are missing, seeds without a partner.
+        notes: What a reader must know, such as missing runs, or seeds without a partner.
     """
 
     rows: tuple[Row, ...]
@@ -183,7 +183,7 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
         The rows, and notes on what could not be paired or was left out.
 
     Raises:
-        CompareError: If no run is one of the baseline.
+        CompareError: If no run has the baseline's method.
     """
     methods = sorted({run.method for run in runs})
     if baseline is not None and baseline not in methods:
@@ -225,7 +225,7 @@ def _lacking(row: Row) -> Iterator[str]:
 def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> Row:
     if row.method == baseline:
         return row
-    # A dense row has no partner in a sparse baseline, which goes without saying.
+    # A dense row never has a partner in a sparse baseline, so no note says so.
     partners = [other for other in rows if other.method == baseline and _comparable(row, other)]
     if row.pattern is None and not partners:
         return row
@@ -243,7 +243,7 @@ def _against(row: Row, rows: Sequence[Row], baseline: str, notes: list[str]) -> 
 
 
 def _comparable(row: Row, other: Row) -> bool:
-    """Whether rows share task, pattern (a dense baseline goes with any) and settings but those of the methods themselves."""
+    """Whether rows share task, pattern and all settings except those of their methods; a dense baseline fits any pattern."""
     shared = [key for key in row.settings.keys() & other.settings.keys() if not key.startswith("method.")]
     settings = all(row.settings[key] == other.settings[key] for key in shared)
     return row.task == other.task and other.pattern in (row.pattern, None) and settings
@@ -264,7 +264,7 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     choices = {key for key in keys if key.startswith("choices.")}
     cells = _grouped(runs, lambda run: (run.pattern, run.method, run.seed))
     chosen = varying(cells.values(), choices)
-    # Another optimizer has another learning rate: name what differs beside what the choice itself brings.
+    # Another optimizer has another default learning rate: name only differences that the choice itself does not bring.
     finer = _grouped(runs, lambda run: (run.pattern, run.method, run.seed, _values(run, chosen)))
     return chosen + varying(finer.values(), keys - choices)
 

@@ -1,4 +1,4 @@
-"""The runs below a folder: what finished ones reached, and which did not finish."""
+"""The runs below a folder: the results of finished runs, and which runs did not finish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bame_lightning.show.find_runs import ERROR, SUMMARY, flatten, read_error, r
 
 
 class CompareError(ValueError):
-    """What keeps runs from being compared, in one line for the user."""
+    """Runs cannot be compared; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Run:
 
     Args:
         folder: Its folder, relative to the one that was searched.
-        data: Option of the group `data`; `model`, `recipe` and `method` alike.
+        data: Option of the group `data`; likewise `model`, `recipe` and `method`.
         pattern: "N:M"; None for a dense network.
         seed: Seed of everything random.
-        accuracy: In testing, in [0, 1].
-        bits_per_byte: In testing; None if the task is no language modelling.
+        accuracy: Test accuracy, in [0, 1].
+        bits_per_byte: Test bits per byte; None if the task is not language modelling.
         loss: Mean training loss of the last epoch.
         flops: Training FLOPs by metric key; empty if they were not counted.
-        config: What else was configured, by dotted key.
+        config: The rest of the configuration, by dotted key.
     """
 
     folder: str
@@ -47,7 +47,7 @@ class Run:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Read all runs below a folder, those of nested sweeps too.
+    """Read all runs below a folder, also those of nested sweeps.
 
     Args:
         folder: Where to search.
@@ -83,7 +83,7 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
 def _run(name: str, summary: Mapping[str, Any]) -> Run:
     config = flatten(summary.get("config", {}))
-    # Dense runs of a sweep over patterns differ in nothing but a value that they do not use.
+    # Dense runs of a sweep over patterns differ only in a value that they do not use.
     pattern = config.pop("pattern", None)
     return Run(
         folder=name,

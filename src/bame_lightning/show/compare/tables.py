@@ -15,13 +15,13 @@ _COLUMNS = (
     *("flops_train_total", "flops_train_vs_dense", "flops_train_vs_sr_ste"),
     *("difference_mean", "difference_low", "difference_high", "paired_seeds"),
 )
-WORDS = ("pattern", "method", "settings")  # columns of people's tables that hold no numbers
+WORDS = ("pattern", "method", "settings")  # columns of people's tables that hold words, not numbers
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Write a comparison for programs: accuracies in [0, 1], nothing where there is no number.
+    """Write a comparison for programs: accuracies in [0, 1], and empty cells where there is no number.
 
-    Differences are of bits per byte where the task has them, else of accuracies.
+    Differences are those of bits per byte if the task has them, else of accuracies.
 
     Args:
         comparison: What to write.
@@ -66,7 +66,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def explanation(comparison: Comparison) -> str:
-    """Tell how to read the columns.
+    """Explain how to read the columns.
 
     Args:
         comparison: What is shown.
@@ -89,7 +89,7 @@ def explanation(comparison: Comparison) -> str:
 
 
 def tasks(comparison: Comparison) -> list[tuple[str, list[Row]]]:
-    """Split a comparison into what can be compared.
+    """Split a comparison into tasks, whose rows can be compared.
 
     Args:
         comparison: What is shown.
@@ -102,7 +102,7 @@ def tasks(comparison: Comparison) -> list[tuple[str, list[Row]]]:
 
 
 def cells(rows: list[Row], baseline: str | None) -> tuple[list[str], list[list[str]]]:
-    """Lay out rows of one task; a column in which nothing stands is left out.
+    """Lay out rows of one task; empty columns are left out.
 
     Args:
         rows: Rows of one task.

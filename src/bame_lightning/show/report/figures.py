@@ -1,4 +1,4 @@
-"""Figures as plotly takes them, made of plain lists: what is on the page can be read from it again."""
+"""Figures as plotly takes them, made of plain lists, so that tests can read the numbers from the page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK, BROWN = (
 )
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK, BROWN)
 POINTS = 1000
-"""Points of a line at most."""
+"""The most points of a line."""
 _LINES = 6
-"""Layers that are drawn as lines; more become rows of a heat map."""
+"""The most layers that are drawn as lines; if there are more, they become rows of a heat map."""
 _CELLS = 300
-"""Columns of a heat map at most."""
+"""The most columns of a heat map."""
 
 Trace = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Figure:
         title: The question that it answers.
         note: What it shows, and how to read it.
         data: Plotly's traces.
-        layout: Plotly's layout, over that of the page.
+        layout: Plotly's layout, which overrides that of the page.
         wide: Whether it takes the whole width of the page.
     """
 
@@ -76,7 +76,7 @@ def axis(title: str, *, share: bool = False, **more: Any) -> dict[str, Any]:
 
 
 def quality(log: Log) -> Iterator[Figure]:
-    """Loss, and accuracy or bits per byte, over training."""
+    """Draw loss, and accuracy or bits per byte, over training."""
     notes = {
         "loss": (
             "Does the loss fall?",
@@ -103,7 +103,7 @@ def quality(log: Log) -> Iterator[Figure]:
 
 
 def masks(log: Log) -> Iterator[Figure]:
-    """When masks change, and what is left of the first ones."""
+    """Draw when masks change, and how much is left of the first ones."""
     if flips := log["bame/flip_rate"]:
         note = (
             "Share of mask positions that the latest adaptation changed; a swap changes two. The axis is logarithmic."
@@ -127,7 +127,7 @@ def freezing(log: Log) -> Iterator[Figure]:
 
 
 def cost(log: Log) -> Iterator[Figure]:
-    """Training FLOPs so far, against what dense training and SR-STE would have cost until then."""
+    """Draw training FLOPs so far beside those of dense training and SR-STE for as many steps."""
     total = log["flops/train_total"]
     if not total:
         return
@@ -148,7 +148,7 @@ def cost(log: Log) -> Iterator[Figure]:
 
 
 def _flops_axis(top: float) -> dict[str, Any]:
-    """An axis from zero whose ticks are round numbers in words."""
+    """Describe an axis from zero whose ticks are round numbers with units."""
     power = 10.0 ** floor(log10(top / 4))
     stride = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= top / 5)
     values = [stride * count for count in range(floor(top / stride) + 1)]
@@ -156,11 +156,11 @@ def _flops_axis(top: float) -> dict[str, Any]:
 
 
 def referred(total: Series, ratio: Series) -> Series:
-    """Recover what a ratio refers to.
+    """Recover the reference of a ratio.
 
     Args:
         total: FLOPs of the run so far.
-        ratio: The same / those of the reference, where known.
+        ratio: FLOPs of the run / those of the reference, where known.
 
     Returns:
         FLOPs of the reference.
@@ -188,7 +188,7 @@ def by_layer(
     *,
     logarithmic: bool = False,
 ) -> Figure:
-    """Draw a share of all layers as a line, and each layer as another, or as a row of a heat map where there are many.
+    """Draw a share over all layers as a line, and each layer as a line, too, or as a row of a heat map if there are many.
 
     Args:
         name: As in `Figure`.
@@ -196,7 +196,7 @@ def by_layer(
         note: As in `Figure`.
         whole: The share over all layers.
         layers: The same by layer.
-        unit: What it is a share of.
+        unit: Title of the axis: what the share is.
         logarithmic: Whether the axis, and the colours, are logarithmic; zeros leave gaps.
 
     Returns:
@@ -225,7 +225,7 @@ def by_layer(
         "zmin": 0,
         "zmax": top,
         "logarithmic": logarithmic,  # the page colours by powers of ten then
-        "rownames": list(layers),  # for people who point at a cell; the page puts them there
+        "rownames": list(layers),  # shown when the pointer is over a cell; the page puts them there
         "colorscale": "Viridis",
         "hovertemplate": "%{text}, step %{x}: %{z:.4~%}<extra></extra>",
         "yaxis": "y2",
@@ -255,7 +255,7 @@ def rows(names: Sequence[str]) -> dict[str, Any]:
 
 
 def short(labels: Sequence[str], length: int = 22) -> list[str]:
-    """Shorten names of layers for axes: without what all start with, and cut in the middle, where they differ least.
+    """Shorten names of layers for axes: drop the parts with which all start, and cut the middle, where they differ least.
 
     Example:
         >>> short(["model.encoder.7.attention.in_proj_weight", "model.head"])

@@ -1,4 +1,4 @@
-"""What a run logged: columns of `metrics.csv`."""
+"""The logs of a run: columns of `metrics.csv`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = "metrics.csv"
 
 
 class ReportError(ValueError):
-    """What keeps a report from being made, in one line for the user."""
+    """A report cannot be made; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Series:
 
     Args:
         steps: Optimizer steps, counted as the logger does, from 0.
-        values: As many values; None where it was not finite.
+        values: The value at each step; None where it was not finite.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -59,10 +59,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Log:
-    """All that a run logged.
+    """Everything that a run logged.
 
     Args:
-        series: By metric key.
+        series: Series by metric key.
         order: Names of layers, from the first of the network to the last, as far as known.
     """
 
@@ -102,7 +102,7 @@ def read_log(folder: Path, order: Sequence[str] = ()) -> Log:
         The log.
 
     Raises:
-        ReportError: If the folder holds no such file, an empty one, or one of something else.
+        ReportError: If the folder holds no such file, or it is empty or of another kind.
     """
     path = folder / METRICS
     try:
@@ -133,7 +133,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ReportError: If it is one of something else.
+        ReportError: If it is of another kind.
     """
     content = path.read_bytes()
     try:
@@ -171,7 +171,7 @@ def thinned_together(layers: Mapping[str, Series], at_most: int) -> tuple[list[i
         at_most: Points to keep.
 
     Returns:
-        Steps, and for each layer its values there, None where it has none.
+        Steps, and for each layer its values at these steps, None where it has none.
     """
     steps = sorted({step for series in layers.values() for step in series.steps})
     kept = Series(steps, [None] * len(steps)).thinned(at_most).steps

@@ -1,4 +1,4 @@
-"""Figures of oscillation: a rate beside a total, how many blocks how often, which layers, and traces of single blocks."""
+"""Figures of oscillation: its rate and total, how many blocks oscillate how often, which layers, traces of single blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def oscillation(log: Log, snapshots: Snapshots | None) -> Iterator[Figure]:
 
     Args:
         log: What was logged.
-        snapshots: What was recorded; None if nothing was.
+        snapshots: The recorded snapshots; None if there are none.
 
     Yields:
         Figures, those that have something to show.
@@ -68,7 +68,7 @@ def per_adaptation(frequency: Series, adaptations: Series) -> Series:
         if value is None or count is None or count <= done:
             continue
         found.steps.append(step)
-        # The logs hold single precision, of which a difference has fewer digits.
+        # The logs hold single precision; a difference of such numbers has fewer digits.
         found.values.append(round(max(0.0, value * count - before) / (count - done), 6))
         before, done = value * count, count
     return found
@@ -97,7 +97,7 @@ def _counts(tally: Sequence[int]) -> Figure:
 
 
 def _log_counts(top: int) -> dict[str, Any]:
-    """A logarithmic axis that starts below 1, so that a single block is seen."""
+    """Describe a logarithmic axis that starts below 1, so that a single block is seen."""
     powers = range(len(str(top)))
     ticks: dict[str, Any] = {
         "tickvals": [10**power for power in powers],
@@ -203,8 +203,8 @@ def paths(trace: Trace) -> list[tuple[list[int], list[int]]]:
         trace: The block.
 
     Returns:
-        Adaptations and positions for each of the N places whose position ever changed (of all if none did): where it
-        starts, where it changes, where the trace ends.
+        A line for each of the N places whose position ever changed, or for all places if none did: adaptations and positions
+        at the start, at each change, and at the end of the trace.
 
     Example:
         >>> kept = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 0, 1]]).bool()

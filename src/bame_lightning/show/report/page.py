@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else, no network either."""
+"""A report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Report:
 
     Args:
         title: For people.
-        headline: What came out, in sentences.
+        headline: The result, in sentences.
         facts: Names and values that follow.
-        notes: What a reader has to know.
+        notes: What a reader must know.
         sections: From top to bottom.
         maps: Maps of masks over time, in plain types.
         explanation: How to read the tables.
-        made: How it can be made again: names and values, one of several lines folded.
+        made: How it can be made again, as names and values; a value of several lines is folded.
     """
 
     title: str
@@ -102,7 +102,7 @@ def page(report: Report) -> str:
     }
     made = assets.joinpath("page.html").read_text()
     before, *rest = made.split("{{")
-    # In one pass: what is put in may hold braces of its own.
+    # In one pass, because the inserted texts may hold braces of their own.
     return before + "".join(parts[name] + after for name, after in (part.split("}}", 1) for part in rest))
 
 

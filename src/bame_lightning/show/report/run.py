@@ -22,7 +22,7 @@ from bame_lightning.show.report.story import headline, made
 
 
 def run_report(folder: Path) -> Report:
-    """Collect what a run folder holds.
+    """Collect the contents of a run's folder.
 
     Args:
         folder: The run's folder; the run may be going on, or have been cut off.
@@ -85,7 +85,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _maps(snapshots: Snapshots) -> dict[str, Any]:
     """Put snapshots into plain types.
 
-    Masks are hexadecimal digits, four positions each in row-major order; what is known of blocks are lists of rows.
+    Masks become hexadecimal digits of four positions each, in row-major order. Values of blocks become lists of rows.
     """
     layers = []
     for index, (layer, name) in enumerate(
@@ -123,6 +123,6 @@ def _layer(layer: Layer, maps: list[LayerMaps]) -> dict[str, Any]:
 
 
 def _told(tally: Tensor) -> str:
-    """Say of a whole layer how much it has oscillated, as far as a tally knows."""
+    """Say how many blocks of a whole layer have oscillated, if a tally tells."""
     restless, blocks = int(tally[1:].sum()), int(tally.sum())
     return f"Of all {blocks:,} blocks of the layer {restless:,} have oscillated."

@@ -1,4 +1,4 @@
-"""What a page says before its first figure, and after its last one."""
+"""The sentences before the first figure of a page and after its last one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bame_lightning.show.numbers import times
 
 
 def headline(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Say what came out: quality, cost, whether every block obeys, oscillation.
+    """Say the result: quality, cost, whether every block obeys, oscillation.
 
     Args:
         summary: Of a run; empty while it goes on.
@@ -88,7 +88,7 @@ def made(summary: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def command_of(overrides: Path) -> str | None:
-    """Recover a command from the overrides that Hydra has written, one in a line; None without them."""
+    """Recover a command from the overrides that Hydra has written, one in each line; None without them."""
     if not overrides.is_file():
         return None
     words = re.findall(r"^- (.*)$", overrides.read_text(), re.MULTILINE)

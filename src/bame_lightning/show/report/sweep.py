@@ -28,7 +28,7 @@ def sweep_report(folder: Path, baseline: str | None = None) -> Report:
 
     Args:
         folder: The sweep's folder.
-        baseline: Method that the tables give differences to; None for none.
+        baseline: The method to which tables give differences; None for none.
 
     Returns:
         What to show.
@@ -129,7 +129,7 @@ def _figure(name: str, rows: list[Row], colours: dict[str, str], symbols: dict[s
 
 
 def _entry(pattern: str, symbol: str) -> Trace:
-    """An entry of the legend, without a point: points have the colour of their method."""
+    """Make an entry of the legend without a point, because points have the colour of their method."""
     return {
         "type": "scatter",
         "name": pattern,
@@ -142,7 +142,7 @@ def _entry(pattern: str, symbol: str) -> Trace:
 
 
 def _log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic axis with enough ticks, and all of them labelled; plotly's own show digits without their power."""
+    """Describe a logarithmic axis with enough labelled ticks; plotly's own show digits without their power."""
     low, high = min(values), max(values)
     digits = (1, 2, 3, 4, 6) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
     exponents = range(floor(log10(low)) - 1, floor(log10(high)) + 2)
