@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -275,7 +276,8 @@ def main() -> None:
             continue
         for name, cls in found.items():
             if (library, name) not in done:
-                row = {"library": library, "version": importlib.metadata.version(library), "optimizer": name}
+                version, date = importlib.metadata.version(library), datetime.now(UTC).date().isoformat()
+                row = {"library": library, "version": version, "optimizer": name, "date": date}
                 rows.append(row | in_a_process(cls))
                 print(rows[-1], flush=True)
                 with args.results.open("a") as file:
@@ -305,9 +307,9 @@ python -m benchmarks.optimizers
 """
 LIST_HEAD = """# Optimizers by name
 
-Written by `python -m benchmarks.optimizers`; [what the outcomes mean](../docs/optimizers.md). Names in code are copies of the
-weights in the state of an optimizer: a copy starts anew at a revived weight. `sum` = 0.1 is state that rests at a constant
-other than zero. *Graph*: gradients keep their graph.
+Tried on {dates} by `python -m benchmarks.optimizers`; [what the outcomes mean](../docs/optimizers.md). Names in code are
+copies of the weights in the state of an optimizer: a copy starts anew at a revived weight. `sum` = 0.1 is state that rests at
+a constant other than zero. *Graph*: gradients keep their graph.
 """
 KINDS = {"trains": "Train", "refused": "Refused", "fails": "Fail", "not tried": "Not tried"}
 
@@ -327,7 +329,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def by_name(rows: list[dict[str, Any]]) -> str:
     """The list: for each library the optimizers of one outcome and reason in a line."""
-    lines = [LIST_HEAD]
+    lines = [LIST_HEAD.format(dates=", ".join(sorted({row["date"] for row in rows})))]
     for library, own in _by_library(rows):
         lines.append(f"## {library} {own[0]['version']}\n")
         for kind, title in KINDS.items():

@@ -185,6 +185,17 @@ def test_a_wrapper_that_gathers_gradients_counts_the_steps_inside() -> None:
     assert callback.steps == 8
 
 
+def test_an_optimizer_that_gets_another_class_in_the_middle_is_refused() -> None:
+    class Reclassed(Task):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 3:
+                self.trainer.optimizers[0].__class__ = Noisy
+
+    task = Reclassed(optimizer=lambda parameters: SGD(parameters, lr=0.1))
+    with pytest.raises(ValueError, match=r"`optimizer` was a SGD when training began and is a Noisy now"):
+        trainer(StaticMask("2:4")).fit(task)
+
+
 class Closed(Around):
     """Neither hooks nor a `step` that can be wrapped."""
 

@@ -179,7 +179,17 @@ class Graph(Task):
         loss.backward(*args, **kwargs, create_graph=True)
 
 
+class ManualGraph(Task):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx), create_graph=True)
+        self.optimizers().step()
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("kind", [Graph, ManualGraph])
 @pytest.mark.parametrize(
     "make",
     [
@@ -188,8 +198,8 @@ class Graph(Task):
         lambda: BAMECallback("2:4", schedule=EVERY, evidence=Evidence(read_every=2), verify=True),
     ],
 )
-def test_gradients_that_the_optimizer_differentiates(make: Any) -> None:
-    callback, task, over = make(), Graph(optimizer=Curved), []
+def test_gradients_that_the_optimizer_differentiates(make: Any, kind: type[Task]) -> None:
+    callback, task, over = make(), kind(optimizer=Curved), []
     before = [task.model[i].weight.detach().clone() for i in (2, 4, 6)]
     trainer(callback, Spy(lambda *_: over.extend(blocks_over(task.model[i].weight, 2, 4) for i in (2, 4, 6)))).fit(task)
     assert callback.steps == 16
@@ -199,6 +209,7 @@ def test_gradients_that_the_optimizer_differentiates(make: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_straight_through_methods_refuse_them_by_name() -> None:
+@pytest.mark.parametrize("kind", [Graph, ManualGraph])
+def test_straight_through_methods_refuse_them_by_name(kind: type[Task]) -> None:
     with pytest.raises(ValueError, match=r"SRSTE puts dense weights.*Curved.*`create_graph=True`.*BAME"):
-        trainer(SRSTE("2:4")).fit(Graph(optimizer=Curved))
+        trainer(SRSTE("2:4")).fit(kind(optimizer=Curved))

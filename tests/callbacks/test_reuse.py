@@ -294,10 +294,25 @@ def test_steps_that_lightning_does_not_see_are_told() -> None:
 
     task, callback = Raw(), BAMECallback("2:4")
     with pytest.warns(
-        UserWarning, match=r"BAMECallback has seen no optimizer step in 4 batches.*`optimizer\.optimizer`"
+        UserWarning,
+        match=r"BAMECallback has seen no optimizer step in 4 batches.*Step what `self.optimizers\(\)` returns",
     ):
         trainer(callback).fit(task)
     assert over(task) == 0
+
+
+@pytest.mark.parametrize(("steps", "after"), [("another optimizer", 4), ("nothing", 8)])
+def test_steps_of_nobody_are_told(steps: str, after: int) -> None:
+    class Own(Task):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if steps == "another optimizer":
+                torch.optim.SGD(self.parameters(), lr=0.1).step()
+
+    with pytest.warns(UserWarning, match=rf"StaticMask has seen no optimizer step in {after} batches"):
+        trainer(StaticMask("2:4")).fit(Own())
 
 
 @pytest.mark.parametrize("other", [StaticMask, Dense, SRSTE])

@@ -312,6 +312,9 @@ def test_a_rule_that_matches_nothing_is_refused_and_similar_names_are_suggested(
     model = Net(encoder=nn.Linear(8, 8), head=nn.Linear(8, 2))
     with pytest.raises(ValueError, match=r"`layers` has a rule for 'encodr', which matches no.*Similar names: encoder"):
         plan_layers(model, P24, {"encodr": "dense"})
+    model = Net(block=Net(attention=nn.MultiheadAttention(8, 2)), layer=nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"Similar names: block\.attention[,.]"):
+        plan_layers(model, P24, {"attention": "dense"})
 
 
 @pytest.mark.parametrize("rule", ["stem", "stem.weight"])

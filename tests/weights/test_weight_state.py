@@ -214,6 +214,14 @@ class TestKinds:
 
         assert [*found(Kept([weight], keep), weight)] == ["moment"]
 
+    def test_a_mask_of_the_optimizers_own_is_refused_by_name(self) -> None:
+        weight = matrix(6, 4)
+        optimizer = Kept([weight], lambda w: {"mask": w.detach() > 0})
+        with pytest.raises(
+            ValueError, match=r"Kept chooses by a mask of its own, 'mask', which weights of `fc.weight`"
+        ):
+            list(WeightState(optimizer).elementwise(weight, "fc.weight"))
+
     def test_tensor_subclasses_are_refused_by_name(self) -> None:
         class Codes(Tensor):
             pass

@@ -136,8 +136,8 @@ class Bookkeeper:
         self._told = True
         rank_zero_warn(
             f"{method} has seen no optimizer step in {self._batches} batches, so masks do not evolve and no cost is booked. "
-            "Call `step` of the optimizer that Lightning hands out, not of the one inside it (`optimizer.optimizer`); or a "
-            "loss scaler has skipped all steps."
+            "Step what `self.optimizers()` returns, neither what is inside of it (`optimizer.optimizer`) nor an optimizer that "
+            "`configure_optimizers` does not return. Or a loss scaler has skipped all steps."
         )
 
     @property

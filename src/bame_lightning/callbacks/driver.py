@@ -312,14 +312,14 @@ class SparseCallback(MethodCallback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        if self.books.unbooked and not self.steps:
+            self.books.warn_of_no_step(type(self).__name__)
         self._intruders.look(self.weights)
         self._intruders.tell(_FORWARD)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.training.detach()
-        if self.books.unbooked and not self.steps:
-            self.books.warn_of_no_step(type(self).__name__)
         self.ranks.compare(self.method.replicas(), self.steps, every=1)
         try:
             invariants.check_weights(self.weights, self.steps)

@@ -56,9 +56,9 @@ class Intruders:
         found = (self._ranks.any(flags) if self._ranks.sharded else flags).tolist()
         names = [label for label, intruded in zip(by_label, found, strict=True) if intruded]
         if names:
-            others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             rank_zero_warn(
-                f"`{names[0]}`{others} held non-zero weights where they are pruned: {what}. Something else changes weights in "
+                f"`{names[0]}`{more} held non-zero weights where they are pruned: {what}. Something else changes weights in "
                 "the middle of training: an average that is swapped in, or weights that are reloaded. Average with "
                 "`EMAWeightAveraging` or `StochasticWeightAveraging` of Lightning, which masks follow; load weights before fit."
             )

@@ -17,7 +17,7 @@ from bame_lightning.callbacks.refusals import find_holders, refuse_replaced
 from bame_lightning.callbacks.table import layer_table
 from bame_lightning.weights.layers import LayerPlan, SparseWeight, plan_layers
 from bame_lightning.weights.nested_optimizers import held_by
-from bame_lightning.weights.reasons import COMPUTED, UNHELD, UNREACHED, advice
+from bame_lightning.weights.reasons import CLASSIFIER, COMPUTED, UNHELD, UNREACHED, advice
 from bame_lightning.weights.saved_state import restore_masks, saved_masks
 from bame_lightning.weights.sharding import reshard
 
@@ -125,6 +125,9 @@ class Membership:
             settled = {id(sparse.weight) for sparse in self._callback.weights if sparse not in self._trial}
             wanted = {id(plan.weight) for plan in self.plan(trainer, pl_module, settled) if plan.pattern}
             self._leave(trainer, [sparse for sparse in self._trial if id(sparse.weight) not in wanted])
+        if not self._open:
+            # It stays the classifier, whatever joins behind it.
+            self._found |= {plan.name: CLASSIFIER for plan in self._plans if plan.reason == CLASSIFIER}
         waiting = {id(plan.weight) for plan in self._open}
         self._trial = {sparse: dense for sparse, dense in self._trial.items() if id(sparse.weight) in waiting}
 
@@ -176,7 +179,7 @@ class Membership:
         trial = {sparse.name: sparse.rows.gather(dense).cpu().clone() for sparse, dense in self._trial.items()}
         # A weight that was not trained joins when it is, whatever the reason was.
         return {
-            "dense": {name: COMPUTED if why == COMPUTED else UNREACHED for name, why in shown.items()},
+            "dense": {name: why if why in (COMPUTED, CLASSIFIER) else UNREACHED for name, why in shown.items()},
             "trial": trial,
         }
 
@@ -250,9 +253,9 @@ class Membership:
             record_config(trainer.loggers, type(callback).__name__, str(callback.pattern), self._plans)
 
     def _warn(self, late: Mapping[int, LayerPlan], fresh: list[SparseWeight]) -> None:
-        first = fresh[0]
+        first, more = fresh[0], f" (and {len(fresh) - 1} more)" * (len(fresh) > 1)
         rank_zero_warn(
-            f"`{first.name}`, {late[id(first.weight)].reason or UNHELD} until now, is trained from optimizer step "
-            f"{self._callback.steps + 1} on ({len(fresh)} layers): it is pruned now, to {first.pattern}. To train it dense, "
-            f"say layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
+            f"`{first.name}`{more}, {late[id(first.weight)].reason or UNHELD} until now, is trained from optimizer step "
+            f"{self._callback.steps + 1} on: it is pruned now, to {first.pattern}. To train it dense, say "
+            f"layers={{'{first.label}': 'dense'}}; to have it sparse from the first step, train it from there."
         )

@@ -203,8 +203,10 @@ class MacCounter(TorchDispatchMode):
         return self._owners.get(address, (None, None))[0]
 
     def _is_changed(self, address: int) -> bool:
-        # A parameter is itself, even if FSDP2 has put it together from others.
-        return address in self._changed and all(_address(p) != address for p in self._model.parameters())
+        # A parameter is itself, even if FSDP2 has put it together from others. Functional calls put plain tensors there.
+        return address in self._changed and all(
+            _address(p) != address for p in self._model.parameters() if isinstance(p, nn.Parameter)
+        )
 
     def _inherit(self, func: Any, arguments: Any, result: Any) -> None:
         """Give a result that comes from parameters and buffers alone to the largest parameter among them."""

@@ -32,7 +32,8 @@ class Enforcement:
                 continue
             if gradient.requires_grad:
                 # The optimizer will differentiate the gradient, so it must not change in place.
-                sparse.weight.grad = torch.where(sparse.oriented(sparse.kept), gradient, 0)
+                with torch.enable_grad():
+                    sparse.weight.grad = torch.where(sparse.oriented(sparse.kept), gradient, 0)
                 continue
             bits.append(as_integers(local(gradient)))
             factors.append(self._factor(sparse))

@@ -33,6 +33,7 @@ class Holder:
         weights: The sparse weights that it holds.
 
     Attributes:
+        kind: Its class, by which torch lets steps be seen.
         state: What the optimizer keeps of its weights.
         steps: Optimizer steps so far.
         pace: How its steps and the batches of the run are related.
@@ -46,6 +47,7 @@ class Holder:
 
     def __init__(self, optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
         self.optimizer = optimizer
+        self.kind = type(optimizer)
         self.state = WeightState(optimizer)
         self.weights: list[SparseWeight] = []
         self.steps = 0
@@ -54,6 +56,7 @@ class Holder:
         self.stepping = self.backward = self.keeps_zeros = self.reloaded = False
         self.batches = 0
         self._reached = False
+        self._versions: dict[int, int] = {}
         self._passes: list[Any] = []
         self._depth = 0
         self._inner: set[int] = set()
@@ -179,6 +182,12 @@ class Holder:
         """Call before each batch: a step that an exception has ended does not count."""
         self._depth = 0
         self._reached = False
+        self._versions = {id(sparse.weight): sparse.weight._version for sparse in self.weights}
+
+    @property
+    def moved(self) -> bool:
+        """Whether anybody has written to weights since the batch began, as far as torch tells."""
+        return any(s.weight._version != self._versions.get(id(s.weight), s.weight._version) for s in self.weights)
 
     def before_backward(self) -> None:
         """Call before each backward pass of manual optimization."""

@@ -71,7 +71,7 @@ class SparseTraining:
         self.execution = Execution(compute)
         self.attached = False
         self.stray = False
-        """Whether an optimizer has stepped that was not announced."""
+        """Whether something has written to weights in a step that was not announced."""
         self.on_step: Callable[[Holder], None] = _nothing
         self.before_inner: Callable[[Holder], None] = partial(_step_inside, self)
 
@@ -201,11 +201,17 @@ class SparseTraining:
 
         Raises:
             ValueError: If it holds sparse weights, but is not the object that `begin` was given; a wrapper is another object.
+                If its class has changed since.
         """
         holder = self.holder_of(optimizer)
         if holder is None:
             _refuse_stranger(self.run.holders, optimizer)
             return
+        if type(optimizer) is not holder.kind:
+            raise ValueError(
+                f"`optimizer` was a {holder.kind.__name__} when training began and is a {type(optimizer).__name__} now, so its "
+                "steps are no longer seen. Give it its class in `configure_optimizers`."
+            )
         if self.run.verify:
             self.method.check()
         self.method.before_update(holder, whole=whole)
@@ -218,6 +224,8 @@ class SparseTraining:
             if holder.stepping:
                 holder.stepping = False
                 self.method.enforce(holder.weights)
+            elif not self.run.steps:
+                self.stray |= holder.moved
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -215,7 +215,8 @@ def plan_layers(
     linears = [
         h.weight for h in candidates if isinstance(h.module, nn.Linear) and not (h.adapter or untrained[id(h.weight)])
     ]
-    classifier = linears[-1] if linears else None
+    known = CLASSIFIER in (found or {}).values()
+    classifier = linears[-1] if linears and not known else None
     plans: dict[int, LayerPlan] = {}
     ties: list[LayerPlan] = []
     for held in candidates:
@@ -313,7 +314,8 @@ def _weights(model: nn.Module) -> Iterator[_Held]:
 def _check_rules(rules: Mapping[str, NMPattern | None], candidates: list[_Held]) -> None:
     for glob in rules:
         if not any(held.matches(glob) for held in candidates):
-            labels = [held.name.removesuffix(".weight") for held in candidates]
+            named = (name for held in candidates for name in (held.name.removesuffix(".weight"), *held.modules))
+            labels = [*dict.fromkeys(name for name in named if name)]
             close = difflib.get_close_matches(glob, labels, n=3, cutoff=0.3) or labels[:5]
             raise ValueError(
                 f"`layers` has a rule for {glob!r}, which matches no weight matrix of the model. Similar names: "

@@ -228,11 +228,17 @@ def restart_(copy: Tensor, weight: Tensor, revived: Bool[Tensor, "*shape"]) -> N
 
 def _check_type(optimizer: Any, key: str, value: Tensor, name: str) -> None:
     plain = type(value) in (Tensor, nn.Parameter, DTensor)
+    if value.dtype == torch.bool and plain:
+        raise ValueError(
+            f"`optimizer` {type(optimizer).__name__} chooses by a mask of its own, '{key}', which weights of `{name}` it "
+            "moves, so they would not follow the N:M mask. Use an optimizer that moves all weights, as SGD or AdamW, or keep "
+            f"the layer dense with layers={{'{name}': 'dense'}}."
+        )
     if not value.is_floating_point() or not plain:
         what = str(value.dtype) if plain else type(value).__name__
         raise ValueError(
-            f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as {what}; a zero there may not be "
-            "the value zero. Use an optimizer with floating-point state."
+            f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as codes ({what}), in which zero may "
+            "stand for another value, so it cannot be zeroed where weights are pruned. Use an optimizer with floating-point state."
         )
 
 
