@@ -234,5 +234,5 @@ def test_an_unknown_step_is_guessed_with_a_warning(name: str) -> None:
 def test_state_that_is_not_floating_point_is_refused() -> None:
     optimizer, weight = stepped(lambda p: torch.optim.SGD(p, lr=0.5))
     optimizer.state[weight]["codes"] = torch.zeros(6, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"keeps 'codes' for `fc` as torch.uint8"):
+    with pytest.raises(ValueError, match=r"keeps 'codes' for `fc` as codes \(torch.uint8\)"):
         list(WeightState(optimizer).elementwise(weight, "fc"))

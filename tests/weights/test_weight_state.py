@@ -228,7 +228,9 @@ class TestKinds:
 
         weight = matrix(6, 4)
         optimizer = Kept([weight], lambda w: {"exp_avg": torch.ones(6, 4).as_subclass(Codes)})
-        with pytest.raises(ValueError, match=r"Kept keeps 'exp_avg' for `fc.weight` as Codes.*floating-point state"):
+        with pytest.raises(
+            ValueError, match=r"Kept keeps 'exp_avg' for `fc.weight` as codes \(Codes\).*floating-point state"
+        ):
             list(WeightState(optimizer).elementwise(weight, "fc.weight"))
 
 

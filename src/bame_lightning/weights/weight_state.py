@@ -238,7 +238,8 @@ def _check_type(optimizer: Any, key: str, value: Tensor, name: str) -> None:
         what = str(value.dtype) if plain else type(value).__name__
         raise ValueError(
             f"`optimizer` {type(optimizer).__name__} keeps '{key}' for `{name}` as codes ({what}), in which zero may "
-            "stand for another value, so it cannot be zeroed where weights are pruned. Use an optimizer with floating-point state."
+            "stand for another value, so it cannot be zeroed where weights are pruned. Use an "
+            "optimizer with floating-point state."
         )
 
 
