@@ -237,13 +237,15 @@ def test_the_citation_names_the_paper_of_the_method() -> None:
 
 
 REFERENCES = sorted(
-    {match for path in DOCUMENTS for match in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())}
+    {match for path in DOCUMENTS for match in re.findall(r"`(tests/[\w/]+\.py)(?:::([\w:]+))?`", path.read_text())}
 )
 
 
 @pytest.mark.parametrize(("file", "test"), REFERENCES)
 def test_a_test_that_a_document_names_exists(file: str, test: str) -> None:
-    assert re.search(rf"^\s*def {test}\(", (ROOT / file).read_text(), re.MULTILINE)
+    text = (ROOT / file).read_text()
+    for part in filter(None, test.split("::")):
+        assert re.search(rf"^\s*(def|class) {part}\b", text, re.MULTILINE)
 
 
 def test_the_defects_of_other_tools_are_looked_for() -> None:
