@@ -43,7 +43,6 @@ def main() -> None:
         )
         save(masks.crop((0, 0, masks.width, int(bottom) + 8)), "report_masks")
         save(taken(frozen, "#maps"), "report_maps")
-        save(taken(frozen, "figure:has(#flops)"), "report_cost")
         save(taken(free, "figure:has(#restless)"), "report_restless")
         save(taken(sweep, "section:has(#task_0)"), "report_sweep")
         browser.close()

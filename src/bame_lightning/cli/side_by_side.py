@@ -17,7 +17,7 @@ def show(comparison: Comparison) -> None:
     for task, rows in tasks(comparison):
         names, table = cells(rows, comparison.baseline)
         # The files hold every column; a terminal those that fit, and no cell cut, least of all the name of a method.
-        left_out = {"FLOPs", "vs dense"} if console.width < 100 else set()
+        left_out = {"FLOPs", "FLOPs / dense"} if console.width < 100 else set()
         kept = [index for index, name in enumerate(names) if name not in left_out]
         shown = Table(box=box.SIMPLE_HEAD, title=Text(task, "bold"), title_justify="left", padding=(0, 1, 0, 0))
         for index in kept:

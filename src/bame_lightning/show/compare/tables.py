@@ -119,8 +119,8 @@ def cells(rows: list[Row], baseline: str | None) -> tuple[list[str], list[list[s
         rows[0].metric.title,
         "loss",
         "FLOPs",
-        "vs dense",
-        "FLOPs vs SR-STE",
+        "FLOPs / dense",
+        "FLOPs / SR-STE",
     ]
     names += [] if baseline is None else [f"difference to {baseline}"]
     table = [_cells(row, baseline) for row in rows]
