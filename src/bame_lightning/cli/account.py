@@ -8,7 +8,7 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-_PATIENCE = 5  # seconds in which a connection must come about
+_PATIENCE = 5  # seconds within which a connection must be made
 
 
 def logged_in() -> bool:
@@ -26,7 +26,7 @@ def logged_in() -> bool:
 
 
 def check_reachable() -> None:
-    """Check that W&B's server takes connections; what lies behind a proxy is not looked at.
+    """Check that W&B's server takes connections; behind a proxy nothing is checked.
 
     Raises:
         OSError: If it does not.
@@ -40,7 +40,7 @@ def check_reachable() -> None:
 
 
 def base_url() -> str:
-    """Where W&B is."""
+    """The address of W&B."""
     import wandb
 
     return str(wandb.setup().settings.base_url)

@@ -17,22 +17,22 @@ _EPILOG = """\
 what is read:
   Lightning checkpoints, state dicts of torch.save, safetensors, exports of
   bame-export; shards by their index or folder, folders of
-  torch.distributed.checkpoint. Of several sets of weights in a file,
+  torch.distributed.checkpoint. If a file holds several sets of weights, it is
   "state_dict" or "model", unless --key names another. What torch.compile, DDP
   and FSDP put into names is dropped. Adapters must be merged first.
 
 which weights are checked:
-  If the checkpoint holds the state of a sparsity callback, the layers it
-  names, each by its own saved pattern and mask; of an export, those that its
-  metadata name, by their patterns. A block then also violates if
-  a weight outside the mask is not zero, or if the mask does not keep exactly
-  N. With --pattern, a weight saved under another pattern is judged by
-  --pattern as well, where its M divides the input dimension.
+  A checkpoint may hold the state of a sparsity callback. Then the layers that
+  it names are checked, each by its saved pattern and mask: a block also
+  violates if a weight outside the mask is not zero, or if the mask does not
+  keep exactly N. Of an export the layers are checked that its metadata name.
+  With --pattern, a weight saved under another pattern is checked by --pattern
+  as well, if its M divides the input dimension.
 
-  Otherwise --pattern is required, and every floating weight named *weight with
-  two or more dimensions is checked if M divides its input dimension: the
-  second, or the first for what --transposed names. A dense classifier or
-  embedding therefore fails until --dense names it.
+  Otherwise --pattern is required. Every floating weight named *weight with two
+  or more dimensions is checked if M divides its input dimension: the second,
+  or the first for weights that --transposed names. So a dense classifier or
+  embedding fails until --dense names it.
 
 exit status:
   0  at least one weight was checked, and every one obeys

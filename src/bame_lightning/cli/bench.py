@@ -1,4 +1,4 @@
-"""`bame-bench`: what a training step costs by each method, measured."""
+"""`bame-bench`: measure what a training step costs with each method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bame_lightning.cli.without_training import fill_counts, tell
 
 @hydra_command("bame-bench", "bench")
 def main(cfg: DictConfig) -> None:
-    """Measure what the configuration describes, and print it.
+    """Measure training steps as the configuration says, and print the result.
 
     Args:
         cfg: The composed configuration.

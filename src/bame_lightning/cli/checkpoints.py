@@ -1,4 +1,4 @@
-"""What commands share that read checkpoints of anyone."""
+"""Arguments of all commands that read checkpoints from anywhere."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from bame_lightning.blocks.pattern import NMPattern
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments by which `audit_checkpoint` is told what to check."""
+    """Add the arguments that tell `audit_checkpoint` what to check."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
         help="a .ckpt, a file of torch.save or safetensors, an index of shards, or the folder of a distributed checkpoint",
     )
-    parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; optional if the checkpoint says it itself")
-    parser.add_argument("--key", metavar="KEY", help="which weights, where a file holds several sets, e.g. params_ema")
+    parser.add_argument("--pattern", metavar="N:M", help="e.g. 1:16; not needed if the checkpoint says it")
+    parser.add_argument("--key", metavar="KEY", help="which set of weights, if a file holds several, e.g. params_ema")
     parser.add_argument(
         "--dense",
         metavar="GLOB",
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_given(checkpoint: Path, pattern: str | None) -> None:
-    """Find out about wrong arguments before anything heavy is imported.
+    """Refuse wrong arguments before anything heavy is imported.
 
     Args:
-        checkpoint: Where the weights are.
-        pattern: What `--pattern` was.
+        checkpoint: Path of the weights.
+        pattern: The value of `--pattern`.
 
     Raises:
-        ValueError: If the path does not exist, or the pattern is none.
+        ValueError: If the path does not exist, or the pattern is not one.
     """
     if not checkpoint.exists():
         raise ValueError(f"`{checkpoint}` does not exist. Check the path.")

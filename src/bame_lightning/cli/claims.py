@@ -1,4 +1,4 @@
-"""One folder, one run: who writes into a folder, and who else may not."""
+"""One folder, one run: claim a folder, so that no other run writes into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows, where a folder is not guarded
+except ImportError:  # Windows, where folders are not guarded
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".owner"
@@ -24,18 +24,18 @@ class TakenError(ValueError):
 
 
 def first_process() -> bool:
-    """Whether this is the process of a training that writes: the only one, or the first of those that train together."""
+    """Whether this is the process that writes: the only one, or the first of those that train together."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
     return next((rank for rank in ranks if rank), "0") == "0"
 
 
 @contextmanager
 def claim(folder: Path, job: tuple[str | None, str] | None = None) -> Iterator[None]:
-    """Be the only one that writes into a folder: the system ends a claim when its process ends, however that comes about.
+    """Claim a folder for this process alone. The system ends the claim when the process ends, for whatever reason.
 
     Args:
         folder: The folder, made if it does not exist.
-        job: What tells the sweep that this run is a job of from all others, and which of its jobs it is.
+        job: An identifier of the sweep that this run belongs to, and the number of the job in it.
 
     Yields:
         Nothing.
@@ -44,7 +44,7 @@ def claim(folder: Path, job: tuple[str | None, str] | None = None) -> Iterator[N
         TakenError: If another process has the folder, or another job of the same sweep had it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Neither closed nor read elsewhere in this process: either would end a POSIX lock, which forked workers do not inherit.
+    # This process must not close the file, nor read it elsewhere: both end a POSIX lock. Forked workers do not inherit it.
     with (folder / LOCK).open("a+") as file:
         if fcntl is not None:
             _lock(file, folder)

@@ -1,7 +1,7 @@
-"""What every command can say before it imports anything heavy: its version, its help, and what it waits for.
+"""The part of every command that needs no heavy import: version, help, and what it waits for.
 
-The modules that commands start with (`train.py`, `audit.py`, ...) import no torch; what does the work is imported where it
-begins.
+The modules with which commands start (`train.py`, `audit.py`, ...) do not import torch. The modules that do the work are
+imported where the work begins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bame_lightning.cli.interruption import stoppable
 WRITES = "The command writes into the folder: copy it to where you may write."
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What the system says of a disk that takes no more, in numbers of `OSError`."""
+"""Numbers of `OSError` that mean a full disk."""
 
 Answer = Callable[..., int]
 """Runs a command: from its arguments (by default those of the command line) to its exit status."""
@@ -36,7 +36,7 @@ def command_parser(name: str, description: str, epilog: str) -> argparse.Argumen
     Args:
         name: Name of the command.
         description: What it does; printed as it is.
-        epilog: What follows the flags; printed as it is.
+        epilog: Text after the flags; printed as it is.
 
     Returns:
         A parser that knows `--help` and `--version`.
@@ -50,7 +50,7 @@ def command_parser(name: str, description: str, epilog: str) -> argparse.Argumen
 
 
 class _Once(argparse.Action):
-    """What argparse does with a value, but for one that is given twice, of which it would take the last."""
+    """Take a value as argparse does, but refuse one that is given twice; argparse would take the last."""
 
     @override
     def __call__(
@@ -62,7 +62,7 @@ class _Once(argparse.Action):
 
 
 def version(name: str) -> str:
-    """Name a command's version, and those of what it stands on.
+    """Name the versions of a command and of the libraries under it.
 
     Args:
         name: Name of the command.
@@ -75,11 +75,11 @@ def version(name: str) -> str:
 
 
 def answers(name: str, remedy: str) -> Callable[[Answer], Answer]:
-    """Let a command that is stopped, or given what it cannot use, end in a line on stderr and the exit status that says so.
+    """End a command that is stopped, or cannot use its input, with a line on stderr and an exit status.
 
     Args:
         name: Name of the command.
-        remedy: A sentence that follows what the system says of a file.
+        remedy: A sentence that follows the system's message about a file.
 
     Returns:
         A decorator.
@@ -104,16 +104,16 @@ def answers(name: str, remedy: str) -> Callable[[Answer], Answer]:
 
 
 def printable(text: str) -> str:
-    """Escape what could steer a terminal: names may come from an untrusted file."""
+    """Escape characters that control a terminal: names may come from an untrusted file."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def loading(name: str, what: str) -> None:
-    """Tell who waits at a terminal what takes seconds; logs and pipes are spared.
+    """Tell the user at a terminal what takes seconds; write nothing into logs and pipes.
 
     Args:
         name: Name of the command.
-        what: What is imported.
+        what: The packages that are imported.
     """
     if sys.stderr.isatty():
         print(f"{name}: loading {what} ...", file=sys.stderr, flush=True)

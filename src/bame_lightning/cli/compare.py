@@ -1,4 +1,4 @@
-"""`bame-compare`: is a method worth it? Runs of a sweep side by side."""
+"""`bame-compare`: compare the runs of a sweep side by side."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ compare.md and compare.png there."""
 
 _EPILOG = """\
 how runs are grouped:
-  Runs of the same data, model, recipe, pattern and method that differ in
-  nothing but the seed make a row. Where a sweep varies something else, a
-  learning rate for instance, each of its values has a row of its own.
+  Runs of the same data, model, recipe, pattern and method that differ only in
+  the seed make a row. If a sweep varies something else, such as a learning
+  rate, each of its values has a row of its own.
 
   Differences are paired: a run minus the baseline's run of the same seed, on
   the same data, model, recipe and pattern (a dense baseline goes with every
@@ -28,7 +28,7 @@ how runs are grouped:
 
 exit status:
   0  at least one finished run was found
-  1  there is none, or no run is one of the baseline
+  1  there is none, or no run has the baseline's method
   2  the command line cannot be parsed"""
 
 

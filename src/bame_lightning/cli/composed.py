@@ -19,7 +19,7 @@ from bame_lightning.cli.words import check_dashes, readable
 
 
 def hydra_command(name: str, config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
-    """Make a command of a function that takes a configuration: Hydra composes it from the command line.
+    """Make a command of a function that takes a configuration, which Hydra composes from the command line.
 
     Args:
         name: Name of the command.

@@ -1,4 +1,4 @@
-"""Where the configuration groups lie."""
+"""Find the folder of the configuration groups."""
 
 from __future__ import annotations
 

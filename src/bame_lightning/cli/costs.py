@@ -1,4 +1,4 @@
-"""The work of `bame-flops`: count one forward pass, and book the steps of each method."""
+"""The work of `bame-flops`: count one forward pass, and add up the steps of each method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONVENTION = (
     "first layer's too. FLOPs = 2 MACs. f = sparse / dense forward. hardware: row-wise N:M kernels only, so the input "
     "gradient is dense unless its mask is N:M, too."
 )
-# Two samples, since batch normalisation cannot train on one.
+# Two samples, because batch normalisation cannot train on one.
 _SAMPLES = 2
 
 
@@ -91,7 +91,7 @@ def _trace(build: Build, shape: tuple[int, ...], classes: int) -> tuple[nn.Modul
 
 
 def _forward(counter: MacCounter, plans: Sequence[LayerPlan]) -> dict[str, Any]:
-    """The forward pass of one sample, whole and by layer."""
+    """Count the forward pass of one sample, whole and by layer."""
     macs = {name: found.forward / _SAMPLES for name, found in counter.weights.items()}
     densities = {plan.name: plan.pattern.density for plan in plans if plan.pattern}
     other = counter.other.forward / _SAMPLES
@@ -121,7 +121,7 @@ def _costs(
     patterns: Mapping[str, NMPattern],
     read: Mapping[NMPattern, float],
 ) -> dict[str, Any]:
-    """What a step and the run cost, in both columns, given the share that is read of each pattern."""
+    """The cost of a step and of the run, in both columns, given the share that is read for each pattern."""
     densities = {name: pattern.density for name, pattern in patterns.items()}
     ledger = Ledger(counter.weights, counter.other, densities, transposed_share=cost.transposed_share)
     ledger.book({name: cost.shares(pattern.density, read.get(pattern, 0.0)) for name, pattern in patterns.items()})
@@ -138,7 +138,7 @@ def _costs(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print what `count` returned for people, at most 80 columns wide."""
+    """Print the result of `count` for people, at most 80 columns wide."""
     console = Console(highlight=False, markup=False)
     console.width = min(console.width, 80)
     shape = "x".join(map(str, report["input_shape"]))
@@ -161,7 +161,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _forward_table(report: dict[str, Any]) -> Table:
-    """The dense forward pass: what becomes sparse together, what stays dense one by one."""
+    """Make a table of the dense forward pass: one row for all sparse weights, a row for each dense layer."""
     table = Table("forward pass of one sample", box=box.SIMPLE_HEAD)
     for title in ("GMACs", "share"):
         table.add_column(title, justify="right", no_wrap=True)

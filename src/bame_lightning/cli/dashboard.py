@@ -10,9 +10,9 @@ from bame_lightning.cli.command import answers, command_parser, loading
 
 _DESCRIPTION = """\
 Build a workspace in a W&B project, with sections Oscillation, Masks, FLOPs,
-Quality and Sweep (accuracy against training FLOPs and N:M). Do it once: it
-shows all runs of the project, those to come as well. Each call makes another
-workspace and changes none."""
+Quality and Sweep (accuracy against training FLOPs and N:M). Once is enough: it
+shows all runs of the project, future ones too. Each call makes another
+workspace and changes no other."""
 
 _EPILOG = """\
 needs:
@@ -26,7 +26,7 @@ exit status:
 
 
 class DashboardError(ValueError):
-    """What keeps a workspace from being built, in one line for the user."""
+    """A workspace cannot be built; the message says why, in one line."""
 
 
 @answers("bame-dashboard", "Check its rights.")

@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one line."""
+"""Report a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _USER_ERRORS = (
     *(HydraException, OmegaConfBaseException),
 )
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# By its name: who errs before Lightning is imported shall not wait for it.
+# By its name, so that an error before Lightning is imported need not wait for it.
 _LIGHTNING_SAYS = "MisconfigurationException"
 
 
 class _Wish:
-    """Whether the user wants errors as they are; Hydra is told so while it composes, or it would tell them in its own way."""
+    """Whether the user wants whole tracebacks. Hydra must know while it composes, or it would shorten errors in its own way."""
 
     def __init__(self) -> None:
         self._before: list[str | None] = []
@@ -120,21 +120,21 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def of_the_user(error: BaseException | None) -> TypeGuard[Exception]:
-    """Whether what was raised says what a user did wrong; else its traceback says more."""
+    """Whether an error says what a user did wrong; if not, its traceback says more."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     return isinstance(error, _USER_ERRORS) or any(kind.__name__ == _LIGHTNING_SAYS for kind in type(error).__mro__)
 
 
 def _message(error: Exception) -> str:
-    # Hydra wraps what a constructor raises into lines about the call; what is wrong stands in the cause.
+    # Hydra wraps the error of a constructor into lines about the call; the cause says what is wrong.
     part = re.search(r"full_key: (\S+)", str(error))
     if isinstance(error, InstantiationException) and isinstance(cause := error.__cause__, Exception):
         if part and not of_the_user(cause):
             return not_made(part[1], cause)
         error = cause
     message = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:  # the system's words, which name no remedy
+    if isinstance(error, OSError) and error.filename is not None:  # the system's words, which say no remedy
         message = f"{error.filename}: {error.strerror}. Move it away, change its rights, or name another path."
     if isinstance(error, OSError) and error.errno in FULL:
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -145,7 +145,7 @@ def _message(error: Exception) -> str:
 
 
 def not_made(name: str, error: Exception) -> str:
-    """Tell that a part of a run cannot be made of its values, unless the error names one of them itself.
+    """Say that a part of a run cannot be made of its values, unless the error names one of them itself.
 
     Args:
         name: Key of the part.

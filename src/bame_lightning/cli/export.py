@@ -1,4 +1,4 @@
-"""`bame-export`: hand a trained N:M model on, as one file."""
+"""`bame-export`: write a trained N:M model to one file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ formats (docs/export.md has the layouts and a reader of a few lines for each):
                    a GPU, the others dense, as safetensors
   onnx             the network, checked: onnxruntime must compute what torch
                    does. Needs pip install 'bame-lightning[export]', and the
-                   network: by itself where the checkpoint lies in a run folder
-                   of bame-train, else --model and --input-shape. Building it
-                   runs the code that they name.
+                   network: a run folder of bame-train tells it, else give
+                   --model and --input-shape. Building it runs the code that
+                   these name.
 
 exit status:
   0  the file was written
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Find out about wrong arguments before anything is read."""
+    """Refuse wrong arguments before anything is read."""
     output: Path = args.output
     if output.exists() and not output.is_file():
         what = "a folder" if output.is_dir() else "none, and would be replaced"
@@ -113,10 +113,10 @@ def shape_of(text: str) -> tuple[tuple[int, ...], int | None]:
     """Read an input, "3,32,32" or "128:1000".
 
     Args:
-        text: What `--input-shape` was.
+        text: The value of `--input-shape`.
 
     Returns:
-        The sizes; what whole numbers are below, None for other numbers.
+        The sizes; the bound of whole numbers, None for other numbers.
 
     Raises:
         ExportError: If it is something else.

@@ -29,13 +29,13 @@ from bame_lightning.show.numbers import amount
 
 
 def export(args: argparse.Namespace) -> list[str]:
-    """Write what the arguments of `bame-export` ask for.
+    """Write the file that the arguments of `bame-export` ask for.
 
     Args:
         args: The arguments, checked.
 
     Returns:
-        What to tell, line by line.
+        Lines to print.
 
     Raises:
         ExportError: If the checkpoint cannot be audited or exported.
@@ -66,7 +66,7 @@ def export(args: argparse.Namespace) -> list[str]:
 
 
 def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
-    """Write the file, and read it back; returns what to tell beside its contents."""
+    """Write the file and read it back; return further lines to print."""
     if args.format == "dense":
         write_safetensors(part, trained.state_dict(), {"format": "pt", LAYERS: json.dumps(layers_of(trained))})
         return []
@@ -116,7 +116,7 @@ def _contents(trained: Trained) -> list[str]:
 
 
 def _beginnings(trained: Trained) -> list[str]:
-    """Tell of names that fit a plain model only without their beginning."""
+    """Say which names fit a plain model only without their beginning."""
     first = {name.partition(".")[0] for name in trained.state_dict()}
     if len(first) > 1 or not all("." in name for name in trained.state_dict()):
         return []

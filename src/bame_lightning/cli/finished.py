@@ -1,4 +1,4 @@
-"""Which runs need not be run again."""
+"""Find runs that need not be run again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         cfg: The composed configuration.
 
     Returns:
-        The values, and under "choices" which option of each group was taken.
+        The values, and under "choices" the chosen option of each group.
     """
     choices = {name: option for name, option in HydraConfig.get().runtime.choices.items() if "/" not in name}
     values = OmegaConf.to_container(cfg, resolve=True)
@@ -30,9 +30,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Reduce a configuration to what results may depend on.
+    """Reduce a configuration to the values on which results depend.
 
-    These are neither the run folder, nor what is printed or logged, nor whether the run was interrupted.
+    The run folder is not among them, nor what is printed or logged, nor whether the run was interrupted.
 
     Args:
         cfg: The composed configuration.
@@ -49,7 +49,7 @@ def experiment(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _of_another_run(cfg: DictConfig) -> str | None:
-    """The checkpoint that a run is resumed from, unless it is the run's own: being interrupted makes no other experiment."""
+    """The checkpoint from which a run is resumed, unless it is the run's own: an interrupted run is the same experiment."""
     if cfg.ckpt_path is None or Path(cfg.ckpt_path).resolve().is_relative_to(Path(cfg.run_dir).resolve()):
         return None
     return str(cfg.ckpt_path)

@@ -1,4 +1,4 @@
-"""`bame-flops`: what sparse training of a model costs by each method, without training."""
+"""`bame-flops`: count what training a model costs with each method, without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bame_lightning.cli.without_training import fill_counts, tell
 
 @hydra_command("bame-flops", "flops")
 def main(cfg: DictConfig) -> None:
-    """Count what the configuration describes, and print it.
+    """Count training as the configuration describes it, and print the result.
 
     Args:
         cfg: The composed configuration.

@@ -1,4 +1,4 @@
-"""Commands that are stopped, by Ctrl-C or by who runs the machine: they say so, and their exit status does."""
+"""Commands that are stopped, by Ctrl-C or by the system, say so, also by their exit status."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class StoppedError(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.lines: list[str] = []
-        """What else to tell."""
+        """Further lines to print."""
         self.words = _WORDS.get(signal.Signals(number), signal.Signals(number).name)
 
 
 class _Handler:
-    """Ends the process at SIGTERM; while Lightning trains, which handles it first, at the end of the batch."""
+    """End the process at SIGTERM; while Lightning trains, it handles the signal first, at the end of the batch."""
 
     def __init__(self) -> None:
         self.waiting = False
@@ -45,7 +45,7 @@ _handler = _Handler()
 
 @contextmanager
 def stoppable(command: str, more: Callable[[], list[str]] = list) -> Iterator[None]:
-    """End a command that is told to stop with a line on stderr, and with the exit status that says so.
+    """End a command that is told to stop with a line on stderr and an exit status.
 
     Args:
         command: Its name.
@@ -75,7 +75,7 @@ def stoppable(command: str, more: Callable[[], list[str]] = list) -> Iterator[No
 
 @contextmanager
 def training_stopped() -> Iterator[None]:
-    """Recognise in what Lightning makes of a signal what it was.
+    """Recognise the signal behind what Lightning raises.
 
     Yields:
         Nothing.
@@ -97,10 +97,10 @@ def training_stopped() -> Iterator[None]:
 
 
 def check_stopped(*lines: str) -> None:
-    """End here if a signal came when training could not be interrupted any more, in its last batch or in the test.
+    """Stop now if a signal came when training could not stop any more: in its last batch or in the test.
 
     Args:
-        *lines: What to tell.
+        *lines: Lines to print.
 
     Raises:
         StoppedError: If it did.

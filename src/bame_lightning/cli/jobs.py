@@ -1,4 +1,4 @@
-"""What is known of the jobs of a sweep, whichever process or machine runs them: a file for each in the sweep's folder."""
+"""Follow the jobs of a sweep, on whatever process or machine: each leaves a file in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job(NamedTuple):
 
 
 class Sweep:
-    """The sweep that this process runs, which no other may run in the same folder.
+    """The sweep that this process runs; no other process may run one in the same folder.
 
     Args:
         config: Hydra's configuration of it.
@@ -47,14 +47,14 @@ class Sweep:
         (self.folder / _FOLDER / _SWEEP).write_text(uuid.uuid4().hex)
 
     def ended(self) -> dict[int, Job]:
-        """Look which jobs have ended, by number."""
+        """Find the jobs that have ended, by number."""
         found = {}
         for path in (self.folder / _FOLDER).glob("*.json"):
             found[int(path.stem)] = Job(**json.loads(path.read_text()))
         return dict(sorted(found.items()))
 
     def unfinished(self) -> list[str]:
-        """Tell in lines which jobs have not ended, and how to run them."""
+        """Say, in lines, which jobs have not ended, and how to run them."""
         ended = self.ended()
         missing = [words for number, words in enumerate(self.planned) if number not in ended]
         if self.planned and not missing:
@@ -86,18 +86,18 @@ def current() -> Sweep:
 
 
 def unfinished() -> list[str]:
-    """Tell in lines which jobs of this process's sweep have not ended; nothing outside a sweep."""
+    """Say, in lines, which jobs of this process's sweep have not ended; nothing outside a sweep."""
     return [] if _current is None else _current.unfinished()
 
 
 def sweep_of(hydra: Any) -> str | None:
-    """What tells the sweep of a job from all others."""
+    """An identifier of a job's sweep."""
     path = Path(hydra.sweep.dir, _FOLDER, _SWEEP)
     return path.read_text() if path.is_file() else None
 
 
 def record(hydra: Any, error: str | None) -> None:
-    """Note in a job's own process that it has ended; an error stays.
+    """Note, in a job's own process, that it has ended; an error that was noted stays.
 
     Args:
         hydra: Hydra's configuration of the job.
@@ -116,7 +116,7 @@ def as_written(overrides: Any) -> list[str]:
 
 
 def _planned(config: DictConfig) -> list[str]:
-    """Overrides of every job, where Hydra's own sweeper makes them of the command line alone."""
+    """Overrides of every job, if Hydra's own sweeper makes them from the command line alone."""
     if not str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         return []
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]

@@ -1,4 +1,4 @@
-"""The work of `bame-bench`: what each method trains in its turn, and the table of what that took."""
+"""The work of `bame-bench`: let methods train in turns, and print a table of times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
         cfg: The composed configuration.
 
     Returns:
-        What `json=true` prints.
+        The report that `json=true` prints.
 
     Raises:
         ValueError: If the configuration holds a wrong value.
@@ -53,7 +53,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
 
 
 def make_fit(cfg: DictConfig, method: str) -> Fit:
-    """What a method trains: always the same network from the same seed, on the same batch.
+    """Make what a method trains: always the same network from the same seed, on the same batch.
 
     Args:
         cfg: The composed configuration.
@@ -71,7 +71,7 @@ def make_fit(cfg: DictConfig, method: str) -> Fit:
 
 
 def random_batch(shape: tuple[int, ...], classes: int, size: int) -> list[Tensor]:
-    """Inputs and labels that mean nothing: images of three dimensions, or sequences of tokens of one."""
+    """Draw random inputs and labels: images for a shape of three numbers, sequences of tokens for one number."""
     generator = torch.Generator().manual_seed(0)
     if len(shape) == 1:
         return list(torch.randint(classes, (2, size, *shape), generator=generator))
@@ -80,7 +80,7 @@ def random_batch(shape: tuple[int, ...], classes: int, size: int) -> list[Tensor
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print what `bench` returned for people, at most 80 columns wide."""
+    """Print the result of `bench` for people, at most 80 columns wide."""
     console = Console(highlight=False, markup=False)
     console.width = min(console.width, 80)
     shape, methods = "x".join(map(str, report["input_shape"])), report["methods"]
@@ -97,8 +97,8 @@ def show(report: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "Medians of steps that methods take in turns; each is compared with the dense step beside it. The mean is that of the "
-        f"{CYCLE} steps in which BAME's default does everything."
+        "Medians over steps. Methods take turns, and each step is compared with the dense step beside it. The mean is over "
+        f"{CYCLE} steps, in which BAME's default does everything once."
     )
 
 
@@ -109,12 +109,12 @@ def _shown(value: float | None) -> str:
 _ROWS = {
     "a step, ms": "median_ms",
     "a step / dense, mean": "over_dense",
-    "  reads some blocks": "reads_some",
-    "  reads some, adapts": "adapts_some",
-    "  reads all, designates": "reads_all",
-    "  reads some, adapts all": "adapts_all",
+    "  reads contenders": "reads_some",
+    "  and adapts": "adapts_some",
+    "  reads everything": "reads_all",
+    "  adapts after that": "adapts_all",
     "metrics of a logged step, ms": "logging_ms",
-    "memory at most, MiB": "peak_mib",
+    "peak of memory, MiB": "peak_mib",
     "bytes held, a sparse weight": "held_bytes_a_weight",
     "bytes saved, a sparse weight": "saved_bytes_a_weight",
 }

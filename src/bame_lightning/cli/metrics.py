@@ -1,4 +1,4 @@
-"""A `metrics.csv` that shows a run as a whole, however often it was resumed."""
+"""A `metrics.csv` of the whole run, even if it was resumed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bame_lightning.show.report.logs import METRICS, read_rows
 
 
 class ResumedCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which begins a file anew, but for the rows before the step that a run is resumed from.
+    """Lightning's CSV logger, which begins a new file; a resumed run keeps the rows of the steps before.
 
     Args:
-        resumed_from: Checkpoint that the run is resumed from; None for a new run.
+        resumed_from: Checkpoint from which the run is resumed; None for a new run.
         **kwargs: Arguments of `CSVLogger`.
     """
 
@@ -30,7 +30,7 @@ class ResumedCSVLogger(CSVLogger):
     @override
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the file, made when it is first asked for."""
+        """The object that writes the file, made at its first use."""
         if self._experiment is not None or not self._steps:
             return super().experiment
         path = Path(self.log_dir, METRICS)
@@ -46,7 +46,7 @@ class ResumedCSVLogger(CSVLogger):
 
 
 def _write_before(step: int, path: Path, draft: Path) -> None:
-    rows = [row for at, row in read_rows(path) if at < step]  # what was logged later is trained once more
+    rows = [row for at, row in read_rows(path) if at < step]  # later steps are trained, and logged, once more
     draft.unlink(missing_ok=True)
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""Models as commands build them: for the inputs of a data set."""
+"""Build models for the inputs of a data set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 from bame_lightning.cli.parts import made
 
 Build = Callable[[Any, int], nn.Module]
-"""Makes a model from the shape of an input (three numbers: an image; one: a sequence of tokens) and the classes."""
+"""Makes a model from the shape of an input (an image has three numbers, a sequence of tokens one) and the classes."""
 
 
 def native_input(build: Build) -> tuple[tuple[int, ...], int] | None:
-    """What a model is made for unless told otherwise.
+    """The inputs for which a model is made by default.
 
     Args:
         build: Makes the model.
@@ -32,11 +32,11 @@ def native_input(build: Build) -> tuple[tuple[int, ...], int] | None:
 
 
 def input_of(build: Build, data: DictConfig | None) -> tuple[tuple[int, ...], int]:
-    """Shape of an input and classes: those of a data set, or what a model is made for.
+    """Shape of an input and classes: those of a data set, or the defaults of a model.
 
     Args:
         build: Makes the model.
-        data: Configuration of a data set, which is not read; None for the model's native input.
+        data: Configuration of a data set, whose samples are not read; None for the model's native input.
 
     Returns:
         Shape of an input, and classes.
@@ -64,7 +64,7 @@ def data_shape(data: Any) -> tuple[tuple[int, ...], int]:
         Shape of an input, and classes.
 
     Raises:
-        ValueError: If it does not tell them.
+        ValueError: If the module lacks them.
     """
     missing = [name for name in ("input_shape", "num_classes") if not hasattr(data, name)]
     if missing:
@@ -84,7 +84,7 @@ def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) ->
         num_classes: Outputs.
 
     Returns:
-        The model, its convolutions in the channels-last format.
+        The model, with convolutions in the channels-last format.
 
     Raises:
         ValueError: If the model is made for another kind of input.
@@ -95,7 +95,7 @@ def build_model(build: Build, input_shape: tuple[int, ...], num_classes: int) ->
             f"`model` must be made for {_kind(input_shape)}, as `data` has them; got one for {_kind(native[0])}. Choose "
             "another `model`, or other `data`."
         )
-    # Convolutions are faster so, and a block's weights, consecutive input channels, lie side by side.
+    # Convolutions are faster in this format, and the weights of a block (consecutive input channels) lie side by side.
     model: nn.Module = made("model", build, input_shape, num_classes, what="input_shape, num_classes")
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must make a torch.nn.Module; got {type(model).__name__}.")

@@ -1,4 +1,4 @@
-"""The plain network behind a checkpoint: from the configuration of its run, or from a user's function."""
+"""Build the plain network of a checkpoint: from the configuration of its run, or by a user's function."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def network_of_run(checkpoint: Path, shape: tuple[int, ...] | None = None) -> tu
     The configuration names Python objects, and building calls them.
 
     Args:
-        checkpoint: In its run folder, or in a folder of it.
+        checkpoint: The file, in its run folder or in a folder of it.
         shape: Shape of an input; None is that of the run's data.
 
     Returns:
-        The network with new weights, and what it takes.
+        The network with new weights, and its inputs.
 
     Raises:
         ExportError: If there is no configuration, or it cannot be built.
@@ -57,7 +57,7 @@ def network_of_run(checkpoint: Path, shape: tuple[int, ...] | None = None) -> tu
             f"has a configuration {config} whose network cannot be built ({' '.join(str(cause).split())[:300]}). Give "
             "`--model module:function` and `--input-shape`."
         ) from error
-    # A shape of one number is a sequence of tokens, as everywhere in the configurations.
+    # A shape of one number means a sequence of tokens, as everywhere in the configurations.
     return network, Inputs(shape, data.num_classes if len(shape) == 1 else None)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a run as a configuration names them: found in the current folder, too, and given the keys that they take."""
+"""The parts of a run that a configuration names: find them, also in the current folder, and give each its keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import _locate  # its public twin logs what is told here
+from hydra._internal.utils import _locate  # its public twin would log what is reported here
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -19,7 +19,7 @@ from bame_lightning.cli.values import close_keys, overridden, shown, standard_va
 
 
 def find_here() -> None:
-    """Let modules of the current folder be imported, after all that are installed: a console script does not look there."""
+    """Let modules of the current folder be imported, after all installed ones; a console script would not look there."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -28,11 +28,11 @@ def find_here() -> None:
 def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple[DictConfig, list[str]]:
     """Give every part of a configuration the keys that it takes.
 
-    A part whose `_target_` was replaced is left without those of the option it replaces that it does not know.
+    If the `_target_` of a part was replaced, keys of the replaced option that the new target does not take are left out.
 
     Args:
         cfg: The composed configuration.
-        standard: What the chosen options make of it without overrides.
+        standard: The configuration of the chosen options without overrides.
         overridden: Keys that the command line sets.
 
     Returns:
@@ -75,7 +75,7 @@ def fit_parts(cfg: DictConfig) -> DictConfig:
 
 
 _LATER = {"model": ("input_shape", "num_classes"), "optimizer": ("params",), "scheduler": ("optimizer", "total_steps")}
-"""What is given to a part when it is made, not by the configuration."""
+"""Arguments that a part gets when it is made, not from the configuration."""
 
 
 def _parts(node: DictConfig, before: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -88,7 +88,7 @@ def _parts(node: DictConfig, before: str = "") -> Iterator[tuple[str, DictConfig
 
 
 def _left_over(key: str, cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> bool:
-    """Whether a value is that of the option whose target was replaced."""
+    """Whether a value comes from the option whose target was replaced."""
     if any(key == other or (key.startswith(f"{other}.") and other.count(".")) for other in overridden):
         return False
     return bool(OmegaConf.select(cfg, key) == OmegaConf.select(standard, key))
@@ -105,7 +105,7 @@ def _target(key: str, part: DictConfig) -> Any:
 
 
 def _why(path: str, error: Exception) -> str:
-    """What of a dotted path does not exist, and what does."""
+    """Say which part of a dotted path does not exist, and which does."""
     if not path:
         return "."
     module, _, name = path.rpartition(".")
@@ -128,7 +128,7 @@ def _why(path: str, error: Exception) -> str:
 
 
 def _keys(target: Any) -> set[str] | None:
-    """Names of the arguments that a target takes; None if it takes any, or does not tell."""
+    """Names of the arguments that a target takes; None if it takes any, or they are unknown."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -139,20 +139,20 @@ def _keys(target: Any) -> set[str] | None:
 
 
 def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **options: Any) -> Any:
-    """Make a part of what the configuration does not hold.
+    """Make a part from arguments that the configuration does not hold.
 
     Args:
         name: Group that names the part.
         make: Makes it.
-        *arguments: What of.
-        what: How to call these in a message.
+        *arguments: The arguments.
+        what: Name of the arguments in messages.
         **options: Further arguments, by name.
 
     Returns:
         The part.
 
     Raises:
-        ValueError: If it wants other arguments, or cannot be made of these.
+        ValueError: If the part takes other arguments, or cannot be made from these.
     """
     try:
         inspect.signature(make).bind(*arguments, **options)
@@ -171,13 +171,13 @@ def made(name: str, make: Callable[..., Any], *arguments: Any, what: str, **opti
 
 
 def stepping(scheduler: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Let any schedule be made from an optimizer and the number of its steps, also those that do not ask for the latter.
+    """Let any schedule be made from an optimizer and the number of its steps, even if it does not take the number.
 
     Args:
-        scheduler: Makes the schedule.
+        scheduler: Makes the schedule from the optimizer, or from both.
 
     Returns:
-        Makes it from both.
+        A function that makes the schedule from both.
     """
     try:
         parameters = inspect.signature(scheduler).parameters

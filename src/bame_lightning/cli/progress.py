@@ -20,7 +20,7 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _shown(trainer: Trainer) -> dict[str, str]:
-    """Metrics by name, as people read them: masks rarely flip, so that rate is in percent."""
+    """Metrics by name for people; the flip rate is in percent, because masks rarely change."""
     metrics = {name: float(value) for name, value in sorted(trainer.progress_bar_metrics.items())}
     return {name: f"{value:.3%}" if name.endswith("flip_rate") else f"{value:.4f}" for name, value in metrics.items()}
 
@@ -40,11 +40,11 @@ class EpochLines(Callback):
 
 
 class EpochBar(TQDMProgressBar):
-    """Lightning's bar, its epochs counted from 1 to the last, its numbers as in the lines, if they fit the terminal."""
+    """Lightning's bar, with epochs counted from 1 and numbers as in the lines, if they fit the terminal."""
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        # As Lightning does, which draws a bar of epoch 0 before another name could be given.
+        # As in Lightning, which would draw a bar of epoch 0 before it could get another name.
         batches, bar = self.total_train_batches, self.train_progress_bar
         bar.reset()
         bar.total = None if math.isinf(batches) else batches

@@ -9,17 +9,18 @@ from pathlib import Path
 from bame_lightning.cli.command import WRITES, answers, command_parser, loading
 
 _DESCRIPTION = """\
-Write report.html into a folder: one page that needs no network, for any
-browser. Of a run: what came out, loss and accuracy, when masks change, which
-blocks oscillate, maps of masks with a slider over adaptations, training FLOPs
-against dense training and SR-STE, and how to make the run again. Of a sweep:
-accuracy against training FLOPs, mean and spread over seeds."""
+Write report.html into a folder: one page for any browser, which needs no
+network. For a run it shows the result, loss and accuracy, when masks change,
+which blocks oscillate, maps of masks with a slider over adaptations, training
+FLOPs beside those of dense training and SR-STE, and how to make the run again.
+For a sweep it shows accuracy against training FLOPs, mean and spread over
+seeds."""
 
 _EPILOG = """\
 what it reads:
   For a run: metrics.csv (logger=csv, the default of bame-train), summary.json
-  and snapshots.npz. For a sweep: every summary.json below the folder. A run
-  that is going on can be looked at, too.
+  and snapshots.npz. For a sweep: every summary.json below the folder. The
+  run may still go on.
 
 exit status:
   0  the page was written
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("bame-report", _DESCRIPTION, _EPILOG)
     parser.add_argument("folder", metavar="RUN_OR_SWEEP_DIR", type=Path, help="a run's folder, or one of several runs")
     parser.add_argument(
-        "--baseline", metavar="METHOD", help="of a sweep: the method that tables give differences to, e.g. sr_ste"
+        "--baseline", metavar="METHOD", help="for a sweep: the method to which tables give differences, e.g. sr_ste"
     )
     args = parser.parse_args(argv)
     folder: Path = args.folder

@@ -1,4 +1,4 @@
-"""Training that goes on from a checkpoint: whether it can, and how to say so to who was interrupted."""
+"""Training that goes on from a checkpoint: check that it can, and tell interrupted users how."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.sweeps import unescaped
 from bame_lightning.show.numbers import amount
 
-_RUN_LONG = 10**9  # steps of a schedule that is made to be looked at
+_RUN_LONG = 10**9  # steps of a schedule that is made only to be inspected
 _SET_BY_SCHEDULES = {"params", "initial_lr"}
 
 
 def check_resumable(
     cfg: DictConfig, task: LightningModule, optimizer: Optimizer, scheduler: Callable[..., Any]
 ) -> list[str]:
-    """Find out that a checkpoint cannot be resumed from before the run folder is touched; Lightning would tell later.
+    """Refuse a checkpoint that cannot be resumed before the run folder is touched; Lightning would fail later.
 
     Args:
         cfg: The composed configuration, which names the checkpoint as `ckpt_path`.
-        task: What it must fit.
-        optimizer: What shall go on with its state.
+        task: The module that it must fit.
+        optimizer: The optimizer that will go on with its state.
         scheduler: Makes the schedule of the optimizer.
 
     Returns:
-        Values that are not used, in lines.
+        Lines that name values which are not used.
 
     Raises:
-        ValueError: If there is nothing to go on with, or nothing to do.
+        ValueError: If the checkpoint cannot be resumed, or leaves nothing to train.
     """
     path = Path(cfg.ckpt_path)
     found = load_weights(deepcopy(task), path, "ckpt_path")
@@ -74,7 +74,7 @@ def _check_optimizer(
     if states[0].keys() != scheduler(optimizer, _RUN_LONG).state_dict().keys():
         raise ValueError(f"`ckpt_path` {path} was trained under another `scheduler`. {begin}")
     for name in sorted(cfg.optimizer.keys() & new.keys()):
-        # Schedules move the learning rate, and keep what it was.
+        # Schedules change the learning rate, and keep its first value.
         before, now = (
             _plain(group.get("initial_lr", group["lr"]) if name == "lr" else group[name]) for group in (saved, new)
         )
@@ -87,12 +87,12 @@ def _plain(value: Any) -> Any:
 
 
 def how_to_go_on(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> list[str]:
-    """Tell who stopped a run how it goes on.
+    """Tell the user who stopped a run how to go on.
 
     Args:
-        trainer: What trained.
+        trainer: The Trainer of the run.
         run_dir: The run folder.
-        ckpt_path: What the run itself was resumed from.
+        ckpt_path: The checkpoint from which the run itself was resumed.
 
     Returns:
         Lines.

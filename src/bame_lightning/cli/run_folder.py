@@ -1,4 +1,4 @@
-"""What a run puts into its folder, and when it replaces what an earlier one left there."""
+"""The files of a run's folder, and when they replace those of an earlier run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bame_lightning.show.find_runs import SUMMARY, read_summary
 
 
 def describe(cfg: DictConfig, run_dir: Path) -> None:
-    """Write the configuration where Hydra would, which writes it before it is known whether the run begins.
+    """Write the configuration where Hydra would; Hydra itself would write it before the run is sure to begin.
 
     Args:
         cfg: The composed configuration.
@@ -37,7 +37,7 @@ def describe(cfg: DictConfig, run_dir: Path) -> None:
 
 
 class ReplacesResults(Callback):
-    """When the first batch is trained, remove the results of an earlier run in the folder; if none is, keep them.
+    """Remove the results of an earlier run in the folder when the first batch is trained, not before.
 
     Args:
         cfg: The composed configuration.
@@ -50,7 +50,7 @@ class ReplacesResults(Callback):
         if not first_process():
             return
         for part in (*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")):
-            part.unlink()  # of a run that was killed while it wrote; the folder is ours
+            part.unlink()  # a draft of a run that was killed while it wrote; the folder is ours
         if read_summary(run_dir) is None:
             describe(cfg, run_dir)
 
@@ -62,10 +62,10 @@ class ReplacesResults(Callback):
         self._begun = True
 
     def check_begun(self) -> None:
-        """Refuse to sum up what was not trained.
+        """Refuse to sum up a run that trained nothing.
 
         Raises:
-            ValueError: If no batch was.
+            ValueError: If no batch was trained.
         """
         if not self._begun:
             raise ValueError(
@@ -74,7 +74,7 @@ class ReplacesResults(Callback):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that take the place of the last one when they are complete; a full disk leaves the last one as it is."""
+    """Write checkpoints that replace the last one only when complete; a full disk leaves the last one as it is."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -87,5 +87,5 @@ class WholeCheckpoints(TorchCheckpointIO):
                 with part.open("wb") as file:
                     torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch tells where in its own code a disk was full.
+                # torch's error names a place in its own code, not the full disk.
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None

@@ -1,4 +1,4 @@
-"""Random numbers of an epoch as a function of the seed and the epoch, so that a resumed run draws what it would have drawn."""
+"""Random numbers of an epoch that follow from seed and epoch, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing_extensions import override
 
 
 class EpochSeeds(Callback):
-    """Seed the order of samples, workers that load them, and all generators of the process anew for every epoch.
+    """For every epoch, seed anew the order of samples, the workers that load them, and all generators of the process.
 
-    A checkpoint of an epoch's end then needs no state of generators, however many processes and workers there are. Samplers
-    with a generator of their own, and workers that persist over epochs, are left alone.
+    A checkpoint at the end of an epoch then needs no state of generators, whatever the number of processes and workers.
+    Samplers with a generator of their own, and workers that persist over epochs, are left alone.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -53,7 +53,7 @@ class EpochSeeds(Callback):
             loader.sampler.generator = self._order
 
     def _begin(self, trainer: Trainer) -> None:
-        # All processes share the order; what they draw for their own samples differs.
+        # All processes share the order, but draw different numbers for their own samples.
         shared, own = (_mixed(self._seed, trainer.current_epoch, rank) for rank in (0, trainer.global_rank + 1))
         self._order.manual_seed(shared)
         self._workers.manual_seed(own)
@@ -63,5 +63,5 @@ class EpochSeeds(Callback):
 
 
 def _mixed(*numbers: int) -> int:
-    """A seed that has nothing in common with those of neighbouring numbers."""
+    """Make a seed that has nothing in common with the seeds of neighbouring numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

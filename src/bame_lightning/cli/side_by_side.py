@@ -1,4 +1,4 @@
-"""What `bame-compare` prints."""
+"""The output of `bame-compare`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def show(comparison: Comparison) -> None:
     console = Console(markup=False, highlight=False)
     for task, rows in tasks(comparison):
         names, table = cells(rows, comparison.baseline)
-        # The files hold every column; a terminal those that fit, and no cell cut, least of all the name of a method.
+        # The files hold every column. A terminal shows the columns that fit, without cutting a cell.
         left_out = {"FLOPs", "FLOPs / dense"} if console.width < 100 else set()
         kept = [index for index, name in enumerate(names) if name not in left_out]
         shown = Table(box=box.SIMPLE_HEAD, title=Text(task, "bold"), title_justify="left", padding=(0, 1, 0, 0))

@@ -1,4 +1,4 @@
-"""Where commands start: Ctrl-C is a line from the first moment on, while what a command needs is imported."""
+"""Where commands start: from the first moment on, also during imports, Ctrl-C ends a command with a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training that ends before its last epoch, because it gets no better."""
+"""Training that stops early because it gets no better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 
 class EarlyStop(EarlyStopping):
-    """Lightning's early stopping, which tells in a line that it has nothing to go by."""
+    """Lightning's early stopping, which says in one line if its metric is missing."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

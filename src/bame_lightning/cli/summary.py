@@ -1,4 +1,4 @@
-"""What came out of a run: a plain dictionary, a JSON file, a page of text."""
+"""The results of a run: a plain dictionary, a JSON file, a page of text."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def summarize(
 
     Args:
         trainer: The trainer that fitted and tested.
-        method: The callback that made the network sparse, or kept the books of a dense one.
-        metrics: What was logged last, by key.
+        method: The callback that made the network sparse, or counted the cost of a dense one.
+        metrics: The last logged values, by key.
         seconds: Wall time of training.
         config: The configuration of the run.
-        run_dir: Where the run's files lie.
+        run_dir: The run folder.
 
     Returns:
         Plain types only; paths are relative to the run folder.
@@ -104,10 +104,10 @@ def provenance(command: str, words: Sequence[str]) -> dict[str, Any]:
 
     Args:
         command: Name of the command.
-        words: What followed it.
+        words: Its arguments.
 
     Returns:
-        The command, the date (of the end, in UTC) and the versions of what computed.
+        The command, the date of the end in UTC, and the versions of libraries.
     """
     return {
         "command": shlex.join([command, *words]),
@@ -122,7 +122,7 @@ def provenance(command: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Write the summary as strict JSON, a number that is not finite as null; a reader sees either nothing or all of it.
+    """Write the summary as strict JSON (a number that is not finite becomes null); readers see all of it or nothing.
 
     Args:
         summary: What `summarize` returned.
@@ -138,7 +138,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
 
     Args:
         summary: What `summarize` returned.
-        run_dir: Where the run's files lie.
+        run_dir: The run folder.
     """
     console = Console(highlight=False)
     console.width = min(console.width, 80)

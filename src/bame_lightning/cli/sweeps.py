@@ -1,4 +1,4 @@
-"""What the jobs of a sweep need beside training: their share of the cores, and a report of those that failed."""
+"""The jobs of a sweep: their share of the cores, and a report of those that failed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bame_lightning.show.find_runs import ERROR
 class ReportFailures(Callback):
     """At the end of a sweep, name the jobs that failed and exit with status 1.
 
-    Holds nothing: launchers pickle it, to call it in the processes of jobs.
+    It has no state: launchers pickle it and call it in the processes of jobs.
     """
 
     @override
@@ -29,7 +29,7 @@ class ReportFailures(Callback):
         try:
             check_folder(config.hydra)
             jobs.begin(config)
-        except (ValueError, OSError) as error:  # Hydra would make a warning of it, and go on
+        except (ValueError, OSError) as error:  # Hydra would only warn, and go on
             line = str(error)
             if isinstance(error, OSError):
                 line = f"{error.filename}: {error.strerror}. Choose another folder (hydra.sweep.dir=)."
@@ -44,7 +44,7 @@ class ReportFailures(Callback):
 
     @override
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        # Jobs may run in other processes and on other machines: what they wrote is what is known of them.
+        # Jobs may run in other processes and on other machines: only their files tell about them.
         ended, planned = jobs.current().ended(), jobs.current().planned
         failed = [job for job in ended.values() if job.error is not None]
         lost = [words for number, words in enumerate(planned) if number not in ended]
@@ -55,7 +55,7 @@ class ReportFailures(Callback):
         lines = [f"{job.folder}: {job.error}" for job in failed] + [f"{words}: ended without a word" for words in lost]
         for line in lines:
             print(f"  {line}", file=sys.stderr)
-        if lost or any(Path(job.folder, ERROR).is_file() for job in failed):  # else each line says what helps
+        if lost or any(Path(job.folder, ERROR).is_file() for job in failed):  # otherwise each line says what helps
             again = (
                 f"the same command with hydra.sweep.dir={config.hydra.sweep.dir} skip_finished=true runs these again"
             )
@@ -86,7 +86,7 @@ def sweep_name() -> str | None:
     """Name the sweep that this job belongs to.
 
     Returns:
-        Name of the sweep's folder, with the date where it is only a time of day; None outside a sweep.
+        Name of the sweep's folder, with the date if the name is only a time of day; None outside a sweep.
     """
     if not in_sweep():
         return None
@@ -113,7 +113,7 @@ def threads_per_job() -> int | None:
     """Divide the cores of this machine among the jobs of a sweep that run at the same time.
 
     Returns:
-        Threads for this job; None where it has the machine for itself, or a scheduler divides the cores.
+        Threads for this job; None if it has the machine for itself, or a scheduler divides the cores.
     """
     if not in_sweep():
         return None
@@ -132,7 +132,7 @@ def share_of_cores(launcher: Mapping[str, Any], sweeper: Mapping[str, Any], core
         cores: Cores of this machine.
 
     Returns:
-        Threads for a job; None if they are not for us to divide.
+        Threads for a job; None if something else divides the cores.
 
     Example:
         >>> share_of_cores({"n_jobs": 2}, {"max_batch_size": None}, cores=16)

@@ -1,4 +1,4 @@
-"""Several trainings that take turns, a step each, so that a slow moment of the machine meets all of them."""
+"""Several trainings that take turns, a step each, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bame_lightning.callbacks.driver import SparseCallback
 
 
 class Fit(NamedTuple):
-    """What to train."""
+    """A training to measure."""
 
     module: L.LightningModule
     callbacks: list[L.Callback]
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 CYCLE = 20
-"""Steps after which BAME's default has done everything: it reads all blocks at every 20th step, and adapts at every other."""
+"""Steps in which BAME's default does everything: it reads all blocks in every 20th step, and adapts after every second."""
 FOREVER = Schedule(0, 10**6)
 
 # Threads of one process would share its allocator and the interpreter's lock, and slow each other down between turns.
@@ -47,15 +47,15 @@ if _START == "forkserver":
 
 @dataclass(frozen=True)
 class Times:
-    """What a method's steps took, and what its callbacks hold.
+    """Times of a method's steps, and memory of its callbacks.
 
     Args:
-        seconds: Of one step after another, from the start of a cycle.
-        logging: Seconds that metrics take, at a step that logs.
-        weights: Sparse weights.
+        seconds: Time of each step, from the start of a cycle.
+        logging: Seconds for metrics, in a step that logs.
+        weights: Number of sparse weights.
         held: Bytes that the callbacks hold in tensors.
         saved: Bytes that they add to a checkpoint.
-        peak: Bytes by which memory grew at most, the GPU's if there is one; None where the system does not tell.
+        peak: The most bytes by which memory grew, on the GPU if there is one; None if the system does not tell.
     """
 
     seconds: list[float]
@@ -66,7 +66,7 @@ class Times:
     peak: int | None
 
     def ratios(self, dense: Times) -> list[float]:
-        """Time over dense of each step of a cycle: the median over cycles, each step against the dense one beside it."""
+        """Time of each step of a cycle over the dense step beside it: the median over cycles."""
         pairs = [mine / other for mine, other in zip(self.seconds, dense.seconds, strict=True)]
         return [statistics.median(pairs[step::CYCLE]) for step in range(CYCLE)]
 
@@ -91,15 +91,15 @@ def take_turns(fits: Mapping[str, Callable[[], Fit]], cycles: int) -> dict[str, 
     """Train with several methods at once, each in a process of its own, a step of each in turn.
 
     Args:
-        fits: Make what to train, by name; functions that can be pickled.
-        cycles: Cycles of `CYCLE` steps to measure, after one that is not.
+        fits: By name, functions that make what to train; they must be picklable.
+        cycles: Cycles of `CYCLE` steps to measure, after one that is not measured.
 
     Returns:
         Times by name.
 
     Raises:
-        ChildProcessError: If a process ended without a word.
-        Exception: What any of them raised.
+        ChildProcessError: If a process ended without a message.
+        Exception: An error that any of them raised.
     """
     turns = [_PROCESSES.Semaphore(0) for _ in fits]
     names, processes = dict[Any, str](), []
@@ -107,7 +107,7 @@ def take_turns(fits: Mapping[str, Callable[[], Fit]], cycles: int) -> dict[str, 
         result, sender = _PROCESSES.Pipe(duplex=False)
         names[result] = name
         turn = _Turn(turns[place], turns[(place + 1) % len(turns)])
-        # A daemon: those that wait for one that failed must not outlive this process.
+        # A daemon: processes that wait for a failed one must not outlive this process.
         process = _PROCESSES.Process(
             target=_train, args=(fit, (cycles + 1) * CYCLE, torch.get_num_threads(), turn, sender), daemon=True
         )
@@ -143,8 +143,8 @@ def _receive(result: Any, name: str) -> Times:
 class _Turn(L.Callback):
     """Waits for its turn before each step, so that only one training runs at any time.
 
-    One thread is timed by the processor time of its process, which others on the machine hardly change; several by the clock
-    on the wall, for threads that wait burn processor time, too.
+    One thread is timed by the processor time of its process, which other processes hardly change. Several threads are timed by
+    the clock on the wall, because waiting threads use processor time, too.
     """
 
     def __init__(self, mine: Semaphore, following: Semaphore) -> None:
@@ -166,7 +166,7 @@ class _Turn(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(self._clock() - self._began)
-        if trainer.global_step < trainer.max_steps:  # what follows the last step is not for others to bear
+        if trainer.global_step < trainer.max_steps:  # the other trainings need not wait for what follows the last step
             self.hand_on()
             self.take()
 
@@ -201,7 +201,7 @@ def _times(seconds: list[float], callbacks: list[L.Callback], before: int | None
     sparse = [callback for callback in callbacks if isinstance(callback, SparseCallback)]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(sparse)}
     for callback in sparse:
-        # Seen through views, but the model's or the optimizer's.
+        # A view of memory that belongs to the model or the optimizer.
         others = [weight.values for weight in callback.weights]
         others += [t for each in callback.training.run.holders for t in _tensors(dict(each.optimizer.state))]
         for tensor in others:
@@ -218,7 +218,7 @@ def _times(seconds: list[float], callbacks: list[L.Callback], before: int | None
 
 
 def _largest() -> int | None:
-    """The most memory that this process has had so far, in bytes. `getrusage` would count the process it comes from, too."""
+    """The largest memory of this process so far, in bytes. `getrusage` would count its parent process, too."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -229,7 +229,7 @@ def _largest() -> int | None:
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors that an object of this package holds, but for parameters; objects may hold each other."""
+    """Find all tensors that an object of this package holds, except parameters; objects may hold each other."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         yield value

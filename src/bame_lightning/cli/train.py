@@ -27,13 +27,13 @@ from bame_lightning.show.find_runs import ERROR, strict_json
 
 @hydra_command("bame-train", "config")
 def main(cfg: DictConfig) -> float | None:
-    """Train what the configuration describes.
+    """Train as the configuration says.
 
     Args:
         cfg: The composed configuration.
 
     Returns:
-        Accuracy in validation, for sweepers that optimise; None if there are none or the job failed.
+        Accuracy in validation, for sweepers that optimise; None if there is none or the job failed.
     """
     validated: float | None = None
     with one_line_errors("bame-train"):
@@ -74,7 +74,7 @@ def _claim(run_dir: Path) -> Iterator[None]:
 
 
 def _check(cfg: DictConfig) -> None:
-    """Find out about wrong values before data are read and folders are made."""
+    """Refuse wrong values before data are read and folders are made."""
     check_folder(HydraConfig.get())
     _check_keys(cfg)
     check_values(cfg, standard_values())
@@ -103,7 +103,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _check_keys(cfg: DictConfig) -> None:
-    """Refuse what `+key=value` adds and nothing reads; Hydra itself proposes the plus for a mistyped key."""
+    """Refuse a key that `+key=value` adds but nothing reads; Hydra itself proposes the plus for a mistyped key."""
     own = OmegaConf.load(conf_dir() / "config.yaml")
     groups = {group for entry in own.defaults if entry != "_self_" for group in entry}
     known = {str(key) for key in {*own, *groups, *HydraConfig.get().runtime.choices} if "/" not in str(key)}

@@ -38,7 +38,7 @@ from bame_lightning.cli.values import overridden, standard_values
 from bame_lightning.cli.wandb_runs import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.show.find_runs import SUMMARY
 
-# Right in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
+# Useful in general, but not here: data are in memory, and a run folder holds Hydra's files before the run starts.
 _NOT_A_PROBLEM = (
     ".*does not have many workers which may be a bottleneck",
     "Experiment logs directory .* exists and is not empty",
@@ -50,7 +50,7 @@ _NOT_A_PROBLEM = (
 
 
 class _Run(NamedTuple):
-    """What a configuration makes, but for the Trainer."""
+    """The parts that a configuration makes, without the Trainer."""
 
     cfg: DictConfig
     data: Any
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         cfg: The composed configuration, checked.
-        config: What its results depend on, as `experiment` returns it.
+        config: The values on which its results depend, as `experiment` returns them.
 
     Returns:
         The summary that is written to `summary.json`.
@@ -106,7 +106,7 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(cfg: DictConfig) -> _Run:
-    """Make the parts of a run, and find out what is wrong with them."""
+    """Make the parts of a run, and refuse wrong ones."""
     find_here()
     cfg, told = fitted(cfg, standard_values(), overridden())
     data = instantiate(cfg.data)
@@ -158,7 +158,7 @@ def _trainer(run: _Run, loggers: list[Logger], replaces: ReplacesResults) -> Tra
 
 @contextmanager
 def _resumable(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> Iterator[None]:
-    """Tell who stops training how it goes on."""
+    """Tell the user who stops training how to go on."""
     try:
         with training_stopped():
             yield
@@ -168,7 +168,7 @@ def _resumable(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> Iterat
 
 
 def _start_from(task: LightningModule, method: SparseCallback | Dense, checkpoint: Path) -> None:
-    """Begin with the weights of another run, whatever method trained them."""
+    """Start from the weights of another run, whatever method trained them."""
     load_weights(task, checkpoint, "ckpt")
     if isinstance(method, SparseCallback) and method.rescale and method.init != "nonzero":
         raise ValueError(

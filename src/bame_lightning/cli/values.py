@@ -1,4 +1,4 @@
-"""Values that mean what they say: each is of the kind that its default has, or the key is named. Needs no torch."""
+"""Check that each value is of the same kind as its default; an error names the key. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _OTHER_KINDS = {
     "pattern",  # has its own messages
 }
 _NUMBERS = ("trainer.gradient_clip_val", "trainer.limit_train_batches")
-"""What may be null, and is else a number."""
+"""Keys that are null or a number."""
 _TEXTS = ("ckpt", "ckpt_path", "data.data_dir", "data.folder")
-"""What may be null, and is else text."""
+"""Keys that are null or text."""
 
 
 def standard_values() -> DictConfig:
-    """Compose the configuration that the chosen options of all groups make, without any value that was overridden.
+    """Compose the configuration of the chosen options of all groups, without overridden values.
 
     Returns:
-        The configuration; empty where the options make none without a recipe.
+        The configuration; empty if the options make none without a recipe.
     """
     cfg = HydraConfig.get()
     # Where none is chosen, none is the default: Hydra does not let a user choose null.
     options = [f"{group}={option}" for group, option in cfg.runtime.choices.items() if option and _is_ours(group)]
     several = [text for text in cfg.overrides.task if text.partition("=")[0] in SEVERAL and text.endswith("]")]
     places = [text for text in cfg.overrides.hydra if text.startswith("hydra.searchpath=")]
-    known = GlobalHydra.instance().is_initialized()  # not in processes that a launcher started
+    known = GlobalHydra.instance().is_initialized()  # unknown in processes that a launcher started
     try:
         with nullcontext() if known else initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return compose(cfg.job.config_name, [*options, *several, *places])
@@ -68,14 +68,14 @@ def overridden() -> set[str]:
 
 
 def check_values(cfg: DictConfig, standard: DictConfig) -> None:
-    """Refuse values of another kind than their defaults.
+    """Refuse values that are not of the kind of their defaults.
 
     Args:
         cfg: The composed configuration.
-        standard: What `standard_values` returned.
+        standard: The result of `standard_values`.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is such a value.
     """
     values = OmegaConf.to_container(cfg, resolve=True)
     defaults = OmegaConf.to_container(standard, resolve=False)
@@ -87,9 +87,9 @@ def check_values(cfg: DictConfig, standard: DictConfig) -> None:
 
 
 def _pairs(values: Mapping[Any, Any], defaults: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, default and value of everything that has both."""
+    """Yield dotted key, default and value of everything that has both."""
     if values.get("_target_") != defaults.get("_target_"):
-        return  # what keys mean is for another target to say
+        return  # another target says what its keys mean
     for name, default in defaults.items():
         if name not in values:
             continue
@@ -124,7 +124,7 @@ def _wanted(key: str, default: Any, value: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as a user would write it."""
+    """Write a value as a user would."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value) or "nothing"

@@ -1,4 +1,4 @@
-"""What `bame-audit` prints."""
+"""The output of `bame-audit`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bame_lightning.show.narrow import Table
 
 
 def show(report: AuditReport) -> None:
-    """Print what was checked, what was not, and the verdict."""
+    """Print which weights were checked, which were not, and the verdict."""
     console = Console(markup=False, highlight=False)
     if report.layers:
         console.print(_layer_table(report))

@@ -25,15 +25,15 @@ _MODES = (*_ONLINE, "offline", "disabled", "dryrun")
 
 
 def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any) -> WandbLogger:
-    """Make a W&B logger that works offline where nobody is logged in; `WANDB_MODE` decides where it is set.
+    """Make a W&B logger that works offline if nobody is logged in; `WANDB_MODE` decides if it is set.
 
     Project, entity, name and group that are not configured are those of the environment (`WANDB_PROJECT`, `WANDB_ENTITY`,
-    `WANDB_NAME`, `WANDB_RUN_GROUP`). Else, in a sweep, the group is the sweep and the name what sets this job apart.
+    `WANDB_NAME`, `WANDB_RUN_GROUP`). Else, in a sweep, the group is the sweep, and the name says what sets this job apart.
 
     Args:
         silent: Whether W&B prints nothing.
-        resumed_from: Checkpoint whose W&B run goes on, but for jobs of a sweep that begin with another run's; None for a
-            new one.
+        resumed_from: Checkpoint whose W&B run goes on, except in jobs of a sweep that start from another run's checkpoint;
+            None for a new run.
         **kwargs: Arguments of `WandbLogger` and `wandb.init`.
 
     Returns:
@@ -73,17 +73,17 @@ def wandb_logger(*, silent: bool, resumed_from: str | None = None, **kwargs: Any
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings.init_timeout = _PATIENCE
     logger = WandbLogger(settings=settings, **kwargs)
-    logger._wandb_init.pop("anonymous", None)  # has had no effect for long, and W&B warns of it even where it is None
+    logger._wandb_init.pop("anonymous", None)  # has had no effect for long, and W&B warns of it even if it is None
     return logger
 
 
 def _branches(checkpoint: str, folder: str) -> bool:
-    """Whether other jobs may go on from the checkpoint, too: they would all write into its run."""
+    """Whether other jobs may go on from the checkpoint, too; they would all write into its W&B run."""
     return in_sweep() and not Path(checkpoint).resolve().is_relative_to(Path(folder).resolve())
 
 
 class NamesWandbRun(Callback):
-    """Write into checkpoints which W&B run they are of, so that a resumed run goes on with it."""
+    """Save the W&B run in checkpoints, so that a resumed run goes on with it."""
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -93,14 +93,14 @@ class NamesWandbRun(Callback):
 
 
 def open_loggers(loggers: Iterable[Logger], hyperparameters: Mapping[str, Any]) -> None:
-    """Begin to log, before training does.
+    """Open the loggers before training begins.
 
     Args:
         loggers: The loggers.
         hyperparameters: The configuration of the run.
 
     Raises:
-        ValueError: If W&B does not take it.
+        ValueError: If W&B refuses.
     """
     for logger in loggers:
         try:
@@ -119,7 +119,7 @@ def _unusable(said: str) -> ValueError:
 
 
 def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -> None:
-    """End the W&B run of a job, if it has one: in a sweep all jobs share a process, and the next would go on with it.
+    """End the W&B run of a job, if it has one. The jobs of a sweep share a process, and the next would go on with it.
 
     Args:
         loggers: The job's loggers.
@@ -135,7 +135,7 @@ def finish_wandb(loggers: Iterable[Logger], summary: Mapping[str, Any] | None) -
 
 
 def wandb_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's results becomes its summary at W&B: plain numbers by key, FLOPs and ratios under the keys of the logs.
+    """Make the summary at W&B from a run's results: plain numbers by key; FLOPs and ratios have the keys of the logs.
 
     Example:
         >>> wandb_summary({"test_accuracy": 0.9, "val_loss": None, "model": "mlp", "flops": {"flops/train_total": 8.0}})

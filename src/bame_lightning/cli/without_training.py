@@ -1,4 +1,4 @@
-"""What commands share that answer a question about a configured model, without training it."""
+"""The common part of commands that answer a question about a model without training it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def tell(cfg: DictConfig, found: dict[str, Any], show: Callable[[dict[str, Any]]
 
 
 def fill_counts(cfg: DictConfig, **defaults: int) -> None:
-    """Put numbers where the configuration has none: those of the recipe, if one is chosen and says them, else defaults.
+    """Fill in missing numbers: those of the chosen recipe, if it has them, else defaults.
 
     Args:
         cfg: The composed configuration, which is changed: `batch_size`, and `steps` if it is among the defaults.
         defaults: The numbers by name.
 
     Raises:
-        ValueError: If one is not a whole number, or less than 1.
+        ValueError: If a number is not whole, or less than 1.
     """
     recipe = _counts_of_recipe(cfg) if HydraConfig.get().runtime.choices.get("recipe") else {}
     for name, default in defaults.items():
@@ -44,7 +44,7 @@ def fill_counts(cfg: DictConfig, **defaults: int) -> None:
 
 
 def _counts_of_recipe(cfg: DictConfig) -> dict[str, int]:
-    """What is known without reading data: an epoch has as many steps as it is limited to."""
+    """The numbers that a recipe gives without reading data: an epoch has as many steps as its limit says."""
     found, trainer = {}, cfg.trainer
     batches, accumulated = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if cfg.get("data") and "batch_size" in cfg.data:

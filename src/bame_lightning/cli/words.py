@@ -1,4 +1,4 @@
-"""Words of the command line, before Hydra reads them: values that it could not read get their quotes."""
+"""Words of the command line before Hydra reads them: values that Hydra could not read get quotes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WITH_SIGNS = """'sparsity.layers={"*.stem": dense}'"""
 
 
 def readable(words: Iterable[str]) -> list[str]:
-    """Put quotes around values that Hydra's grammar has no place for: `=` inside them, umlauts.
+    """Put quotes around values that Hydra's grammar does not allow: with `=` inside, or umlauts.
 
     Args:
-        words: What follows the name of the command.
+        words: The words after the name of the command.
 
     Returns:
         The words. Lists and values of a sweep are left as they are.
@@ -54,11 +54,11 @@ def _parses(word: str) -> bool:
 
 
 def check_dashes(command: str, words: Iterable[str]) -> None:
-    """End with a hint where options were written as those of other commands.
+    """End with a hint if options were written with dashes, as in other commands.
 
     Args:
         command: Its name.
-        words: What follows it.
+        words: The words after it.
     """
     flags = get_args_parser()._option_string_actions
     for word in words:
@@ -77,7 +77,7 @@ def check_dashes(command: str, words: Iterable[str]) -> None:
 
 
 def unreadable(word: str) -> str:
-    """Tell what is wrong with a word that Hydra cannot read.
+    """Say what is wrong with a word that Hydra cannot read.
 
     Args:
         word: The word.
@@ -96,12 +96,12 @@ def unreadable(word: str) -> str:
 
 
 def unknown_option(group: str, option: Any, known: Iterable[str] = ()) -> str:
-    """Tell that a group has no such option, and which it has.
+    """Say that a group has no such option, and which options it has.
 
     Args:
         group: The group.
         option: What was chosen.
-        known: Its options where Hydra lists them; else they are looked up.
+        known: Its options if Hydra lists them; else they are looked up.
 
     Returns:
         A sentence or two.
@@ -114,10 +114,10 @@ def unknown_option(group: str, option: Any, known: Iterable[str] = ()) -> str:
 
 
 def no_option(words: Iterable[str]) -> str:
-    """Tell which word chooses null or a number where the name of an option belongs.
+    """Say which word chooses null or a number instead of the name of an option.
 
     Args:
-        words: What follows the name of the command.
+        words: The words after the name of the command.
 
     Returns:
         A sentence or two.
@@ -136,12 +136,12 @@ def _options(group: str) -> list[str]:
 
 
 def unknown_key(config: str, key: str, words: Iterable[str]) -> str:
-    """Tell that a key does not exist, and which do.
+    """Say that a key does not exist, and which do.
 
     Args:
         config: Name of the command's configuration.
         key: The dotted key.
-        words: What follows the name of the command.
+        words: The words after the name of the command.
 
     Returns:
         A sentence or two.
@@ -178,7 +178,7 @@ def _choices(words: Iterable[str]) -> Iterator[str]:
 
 
 def _chosen(config: str, group: str, words: Iterable[str]) -> str:
-    """The options of a group that a command line chooses, with commas; else the default."""
+    """The options of a group that a command line chooses, separated by commas; else the default."""
     chosen = [option.strip("[]") for key, _, option in (word.partition("=") for word in words) if key == group]
     (default,) = (entry[group] for entry in OmegaConf.load(conf_dir() / f"{config}.yaml").defaults if group in entry)
     return chosen[-1] if chosen else default or ""
