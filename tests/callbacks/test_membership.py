@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,26 @@ class TestNotTrained:
             torch.testing.assert_close(task.average.module[i].weight.detach(), own[i], atol=1e-6, rtol=0)
         assert names(callback) == ["model.1.weight", "model.3.weight"]
 
+    @pytest.mark.parametrize("name", ["bame", "sr_ste"])
+    @pytest.mark.parametrize("when", ["on_train_batch_start", "on_before_zero_grad"])
+    def test_an_average_that_is_updated_before_the_first_backward_pass_is_told_with_the_remedy(
+        self, name: str, when: str
+    ) -> None:
+        def early(*, trained: bool) -> Average:
+            task = Average()
+            task.average.requires_grad_(trained)
+            task.on_train_batch_end = lambda *_: None
+            setattr(task, when, lambda *_: task.average.update_parameters(task.model))
+            return task
+
+        with pytest.warns(
+            UserWarning, match=r"`average\.module\.1\.weight` \(and 1 more\) was written to before the first"
+        ):
+            trainer(METHODS[name](), max_epochs=1).fit(early(trained=True))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*was written to before")
+            trainer(METHODS[name](), max_epochs=1).fit(early(trained=False))
+
     def test_dense_values_are_kept_until_the_first_step_only(self) -> None:
         callback, kept = StaticMask("2:4"), []
 
@@ -247,7 +268,7 @@ class TestTrainedLater:
         assert over == [[0, 0]] * 16
         assert [w.weight for w in callback.weights] == [task.model[i].weight for i in HIDDEN]
 
-    @every_method
+    @pytest.mark.parametrize("name", ["bame", "sr_ste"])
     def test_a_layer_that_joins_behind_the_classifier_leaves_it_dense(self, name: str, tmp_path: Path) -> None:
         class HeadFirst(Task):
             unfrozen = 1

@@ -208,6 +208,8 @@ class Membership:
     @torch.no_grad()
     def _leave(self, trainer: L.Trainer, gone: list[SparseWeight]) -> None:
         callback = self._callback
+        early = {id(sparse) for holder in callback.training.run.holders for sparse in holder.moved}
+        written = [sparse.name for sparse in gone if id(sparse) in early and self._found.get(sparse.name) == UNREACHED]
         for sparse in gone:
             # Kept weights may have been averaged in the meantime.
             sparse.values.copy_(torch.where(sparse.kept, sparse.values, self._trial[sparse]))
@@ -216,6 +218,13 @@ class Membership:
         if gone:
             self.report(
                 trainer, f": {len(gone)} weights that were pruned when fit started are as they were, bit for bit."
+            )
+        if written:
+            more = f" (and {len(written) - 1} more)" if len(written) > 1 else ""
+            rank_zero_warn(
+                f"`{written[0]}`{more} was written to before the first backward pass has shown that it is not trained, so by "
+                "values that were pruned. If it is an average, it is wrong until it has forgotten its start. Switch its "
+                "gradients off (`requires_grad_(False)`), leave it out of the optimizer, or average in `on_train_batch_end`."
             )
         if not callback.weights:
             rank_zero_warn(

@@ -185,9 +185,9 @@ class Holder:
         self._versions = {id(sparse.weight): sparse.weight._version for sparse in self.weights}
 
     @property
-    def moved(self) -> bool:
-        """Whether anybody has written to weights since the batch began, as far as torch tells."""
-        return any(s.weight._version != self._versions.get(id(s.weight), s.weight._version) for s in self.weights)
+    def moved(self) -> list[SparseWeight]:
+        """Weights that somebody has written to since the batch began, as far as torch tells."""
+        return [s for s in self.weights if s.weight._version != self._versions.get(id(s.weight), s.weight._version)]
 
     def before_backward(self) -> None:
         """Call before each backward pass of manual optimization."""

@@ -225,7 +225,7 @@ class SparseTraining:
                 holder.stepping = False
                 self.method.enforce(holder.weights)
             elif not self.run.steps:
-                self.stray |= holder.moved
+                self.stray |= bool(holder.moved)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
