@@ -144,6 +144,20 @@ def test_both_ways_stands_beside_plain_and_transposable_masks_of_the_same_seeds(
     assert both_ways(plain + rival) == ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
 
 
+def test_findings_say_what_masks_for_sparse_tensor_cores_lose() -> None:
+    found: list[Row] = []
+    for pattern in ("1:16", "1:8", "1:4", "2:4"):
+        mlp = {"recipe": "fashion_mnist_mlp", "pattern": pattern}
+        # Gains of -1, -2, -3 tell nothing; -1.9, -2, -2.1 do. As in the tables above.
+        transposable = [88.1, 88, 87.9] if pattern == "1:8" else [89, 88, 87]
+        found += rows("bame", [90, 90, 90], **mlp) + rows("bame", [91, 92, 93], variant=BOTH_WAYS, **mlp)
+        found += rows("transposable", transposable, **mlp)
+    [line] = [line for line in findings(found) if "tensor cores" in line]
+    assert line.endswith(
+        "masks 2:4 [both ways](#both-ways) lose nothing that the seeds tell; transposable masks lose 2.00 points at 1:8."
+    )
+
+
 def test_the_prediction_is_ranked_by_batch_and_half_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("every", "one_per_row", "half_of_run", "realised_on", "predicted", "adaptations", "rank_correlation")
     runs = [(half, batch) for half in ("first", "second") for batch in ("same_batch", "next_batch")]

@@ -100,6 +100,7 @@ def findings(rows: list[Row]) -> list[str]:
         costly = by_method([row for row in runs if row["variant"] == AS_COSTLY])
         if beside := {method: group for (pattern, method), group in costly.items() if pattern == "1:16"}:
             lines[-1] += f" At equal FLOPs it is {_verdicts(own, beside)}."
+    lines += _both_ways_finding(rows)
     changes = _changes(rows, MLP)
     if changes:
         name, gains = min(changes.items(), key=lambda item: statistics.mean(item[1]))
@@ -201,14 +202,34 @@ def both_ways(rows: list[Row]) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for task, pattern in [(task, pattern) for task in TASKS for pattern in PATTERNS]:
-        runs = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
-        kinds = (("bame", ""), ("bame", BOTH_WAYS), ("transposable", ""))
-        plain, both, rival = ([row for row in runs if (row["method"], row["variant"]) == kind] for kind in kinds)
+        plain, both, rival = _for_tensor_cores(rows, task, pattern)
         if plain and both:
             cells = [TASKS[task][0], pattern, str(len(both)), *map(_quality, (plain, both)), ahead(both, plain)]
             cells += [_quality(rival), ahead(rival, plain)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
+
+
+def _both_ways_finding(rows: list[Row]) -> list[str]:
+    """Where the seeds of the MLP tell that masks for sparse tensor cores lose to BAME's, as a sentence."""
+    losses: dict[str, list[str]] = {"masks 2:4 [both ways](#both-ways)": [], "transposable masks": []}
+    for pattern in PATTERNS:
+        plain, *others = _for_tensor_cores(rows, MLP, pattern)
+        for lost, group in zip(losses.values(), others, strict=True):
+            gains = [gain(*pair) for pair in same_seeds(group, plain)]
+            if len(gains) < 2:
+                return []
+            if statistics.mean(gains) < -half_interval(gains):
+                lost.append(f"{-statistics.mean(gains):.2f} points at {pattern}")
+    told = [f"{kind} lose {', '.join(lost) or 'nothing that the seeds tell'}" for kind, lost in losses.items()]
+    return [f"- **For sparse tensor cores** (MLP): {'; '.join(told)}."]
+
+
+def _for_tensor_cores(rows: list[Row], task: str, pattern: str) -> list[list[Row]]:
+    """Runs of BAME, of BAME with `both_ways`, and of transposable masks."""
+    runs = [row for row in rows if row["recipe"] == task and row["pattern"] == pattern]
+    kinds = (("bame", ""), ("bame", BOTH_WAYS), ("transposable", ""))
+    return [[row for row in runs if (row["method"], row["variant"]) == kind] for kind in kinds]
 
 
 def longer(rows: list[Row]) -> list[str]:
