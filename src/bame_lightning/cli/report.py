@@ -9,18 +9,17 @@ from pathlib import Path
 from bame_lightning.cli.command import WRITES, answers, command_parser, loading
 
 _DESCRIPTION = """\
-Write report.html into a folder: one page for any browser, which needs no
-network. For a run it shows the result, loss and accuracy, when masks change,
-which blocks oscillate, maps of masks with a slider over adaptations, training
-FLOPs beside those of dense training and SR-STE, and how to make the run again.
-For a sweep it shows accuracy against training FLOPs, mean and spread over
-seeds."""
+Write report.html into a folder: one page for any browser; it needs no network.
+For a run it shows the result, loss and accuracy, when masks change, which
+blocks oscillate, maps of masks with a slider over adaptations, training FLOPs
+beside those of dense training and SR-STE, and how to make the run again. For a
+sweep it shows accuracy against training FLOPs, mean and spread over seeds."""
 
 _EPILOG = """\
 what it reads:
   For a run: metrics.csv (logger=csv, the default of bame-train), summary.json
-  and snapshots.npz. For a sweep: every summary.json below the folder. The
-  run may still go on.
+  and snapshots.npz. For a sweep: every summary.json below the folder. The run
+  may still go on.
 
 exit status:
   0  the page was written
