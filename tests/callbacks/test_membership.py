@@ -165,16 +165,28 @@ class TestNotTrained:
         ]
         assert others == [[]] * 7
 
-    def test_training_is_sparse_from_the_first_forward_pass(self) -> None:
+    def test_the_sanity_check_and_the_first_step_see_all_pruned_and_later_ones_what_is_trained(self) -> None:
         over = []
 
         class Look(Average):
+            val_dataloader = Average.train_dataloader
+
+            def look(self) -> None:
+                networks = self.model, self.average.module
+                over.append([blocks_over(network[i].weight, 2, 4) > 0 for network in networks for i in HIDDEN])
+
             def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-                over.append([blocks_over(self.model[i].weight, 2, 4) for i in HIDDEN])
+                self.look()
                 return super().training_step(batch, batch_idx)
 
-        trainer(StaticMask("2:4"), max_epochs=1).fit(Look())
-        assert over == [[0, 0]] * 8
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                if self.trainer.sanity_checking:
+                    self.look()
+
+            def on_train_batch_end(self, *_: Any) -> None: ...
+
+        trainer(StaticMask("2:4"), max_epochs=1, num_sanity_val_steps=1).fit(Look())
+        assert over == [[False] * 4] * 2 + [[False, False, True, True]] * 7
 
     def test_a_resumed_run_leaves_the_average_alone(self, tmp_path: Path) -> None:
         assert_resumes(Average, tmp_path, (1, 3))
