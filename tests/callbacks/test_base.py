@@ -282,6 +282,16 @@ class TestCheckpoints:
         trainer(callback, Look()).fit(Task(), ckpt_path=tmp_path / "plain.ckpt")
         assert torch.equal(start[0], support)
 
+    def test_dense_weights_that_have_no_zeros_to_rebuild_masks_from_are_named(self) -> None:
+        task = Task()
+        with torch.no_grad():
+            task.model[2].weight[:, ::2] = 0
+            task.model[4].weight[:, ::2] = 0  # these two obey
+        with pytest.raises(
+            ValueError, match=r"`model\.6`: .*512 of 512 blocks hold more.*layers=\{'model\.6': 'dense'\}"
+        ):
+            trainer(bame(init="nonzero")).fit(task)
+
     def test_rebuilding_masks_scales_nothing_and_goes_on_counting(self, tmp_path: Path) -> None:
         task, callback = Task(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), bame()
         fit = trainer(callback, max_epochs=1)
