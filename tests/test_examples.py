@@ -178,10 +178,10 @@ def test_an_export_is_read_without_the_package(
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_says_how_it_is_run_and_the_index_names_it(name: str) -> None:
+def test_an_example_says_how_it_is_run_and_the_gallery_names_it(name: str) -> None:
     text = " ".join((EXAMPLES / f"{name}.py").read_text().split('"""')[1].split())
     [command] = re.findall(r"Run: `(python .*?)`", text)
     words = shlex.split(command)
     assert words[1] == f"examples/{name}.py"
     assert all((EXAMPLES.parent / word).exists() for word in words if word.startswith("examples/"))
-    assert f"({name}.py)" in (EXAMPLES / "README.md").read_text()
+    assert f"(../examples/{name}.py)" in (EXAMPLES.parent / "recipes" / "README.md").read_text()
