@@ -158,10 +158,10 @@ def ways(cls: type) -> Iterator[dict[str, Any]]:
     arguments = inspect.signature(cls).parameters
     required = {name for name, argument in arguments.items() if argument.default is inspect.Parameter.empty}
 
-    def made(parameters: Any) -> Optimizer:
+    def made(parameters: Any, **more: Any) -> Optimizer:
         needed = {name: value for name, value in NEEDED.items() if name in required}
         around = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9} if sharp else {}
-        made: Optimizer = cls(parameters, **(needed | around))
+        made: Optimizer = cls(parameters, **(needed | around | more))
         return made
 
     def wrapped(module: nn.Module) -> Optimizer:
@@ -176,6 +176,7 @@ def ways(cls: type) -> Iterator[dict[str, Any]]:
     sharp = "base_optimizer" in arguments
     makers: list[Callable[[nn.Module], Optimizer]] = [
         lambda module: made(module.parameters()),
+        lambda module: made(module.parameters(), momentum=0.9),
         wrapped,
         muon,
         lambda module: made([p for p in module.parameters() if p.dim() == 2]),
