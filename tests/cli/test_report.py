@@ -130,7 +130,8 @@ def test_oscillation_can_be_held_in_the_hand(run: Run) -> None:
         assert len(rates) > 5
     snapshots = read_snapshots(folder)
     assert snapshots is not None
-    found = {figure["name"]: figure["data"] for figure in data(folder)["figures"]}
+    page = data(folder)["figures"]
+    found = {figure["name"]: figure["data"] for figure in page}
     # Every block is in the maps of these small layers.
     counts = [int(count) for maps in snapshots.maps[-1] for count in maps.oscillations.flatten()]
     (bars,) = found["oscillation_counts"]
@@ -148,6 +149,11 @@ def test_oscillation_can_be_held_in_the_hand(run: Run) -> None:
         for adaptation, position in zip(line["x"], line["customdata"], strict=True):
             assert first.kept[adaptation - first.since, position]
     assert sum(len(line["x"]) - 2 for line in lines) == first.changes > 0
+    # Its band, the first one, is as high as its positions, from the adaptation at which it was first followed.
+    (layout,) = (figure["layout"] for figure in page if figure["name"] == "restless")
+    band = layout["shapes"][0]
+    assert (band["x0"], band["x1"]) == (first.since, first.since + len(first.kept) - 1)
+    assert (band["y0"], band["y1"]) == (-0.5, first.kept.shape[1] - 0.5)
 
 
 def test_where_nothing_is_frozen_nothing_is_drawn(run: Run) -> None:
