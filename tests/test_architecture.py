@@ -32,7 +32,6 @@ ROOMS: dict[str, set[str]] = {
 }
 CORE = {"blocks", "weights", "compute", "bame", "ledger", "methods"}
 """Rooms of pure tensor code."""
-EVERYWHERE = {"lazy"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
@@ -55,7 +54,7 @@ def rooms(names: set[str]) -> set[str]:
 
 
 def test_the_root_holds_no_room() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *EVERYWHERE}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__"}
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == {*ROOMS}
 
 
@@ -69,7 +68,7 @@ def test_a_room_uses_only_what_lies_below_it(module: str) -> None:
     room = module.split("/")[0]
     found = imports(PACKAGE / module)
     outside = {name.split(".")[0] for name in found}
-    assert rooms(found) <= {room, *ROOMS[room], *EVERYWHERE}
+    assert rooms(found) <= {room, *ROOMS[room]}
     if room in CORE:
         assert not outside & (FRAMEWORKS | PICTURES)
     if room in {"checkpoints", "show"}:

@@ -1,8 +1,7 @@
 """Train N:M sparse networks by Block-Aware Mask Evolution, as a Lightning callback."""
 
-from typing import TYPE_CHECKING
-
-from bame_lightning.lazy import on_demand
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bame_lightning.bame.evidence import Evidence, OneBatch
@@ -52,8 +51,12 @@ _ELSEWHERE = {
     "Schedule": "bame.schedule",
 }
 
-# Lightning takes seconds to import. Neither the core nor commands such as bame-audit need it.
-__getattr__ = on_demand(__name__, {name: _ELSEWHERE.get(name, "callbacks") for name in __all__})
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds to import. Neither the core nor commands such as bame-audit need it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'callbacks')}"), name)
 
 
 def __dir__() -> list[str]:

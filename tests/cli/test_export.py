@@ -177,8 +177,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(
 def test_a_packed_file_that_reads_back_differently_is_not_kept(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = command.read_packed
-    monkeypatch.setattr(command, "read_packed", lambda path: {k: v + 1 for k, v in read(path).items()})
+    read = command.expanded
+    monkeypatch.setattr(command, "expanded", lambda *found: {k: v + 1 for k, v in read(*found).items()})
     assert "reads back differently" in error_of(capsys, checkpoint, "--format", "packed", "--output", "a")
     assert not Path("a").exists()
 
@@ -196,8 +196,8 @@ def test_tokens_and_shape_reach_the_exporter(checkpoint: Path, monkeypatch: pyte
     seen: list[Inputs] = []
     Path("export_models_for_tokens.py").write_text(MODULE)
 
-    def write(network: torch.nn.Module, inputs: Inputs, path: Path) -> float:
-        seen.append(inputs)
+    def write(network: torch.nn.Module, inputs: Sequence[Inputs], path: Path) -> float:
+        seen.extend(inputs)
         path.write_text("onnx")
         return 0.0
 
@@ -211,8 +211,8 @@ def test_several_inputs_reach_the_exporter(checkpoint: Path, monkeypatch: pytest
     seen: list[Inputs] = []
     Path("export_models_for_inputs.py").write_text(MODULE)
 
-    def write(network: torch.nn.Module, inputs: Inputs, path: Path, more: Sequence[Inputs]) -> float:
-        seen.extend((inputs, *more))
+    def write(network: torch.nn.Module, inputs: Sequence[Inputs], path: Path) -> float:
+        seen.extend(inputs)
         path.write_text("onnx")
         return 0.0
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.cli.checkpoints import add_arguments, check_given
 from bame_lightning.cli.command import answers, command_parser, loading, printable
 
@@ -87,26 +86,24 @@ def _check(args: argparse.Namespace) -> None:
     output: Path = args.output
     if output.exists() and not output.is_file():
         what = "a folder" if output.is_dir() else "none, and would be replaced"
-        raise ExportError(f"`--output` must be a file; {output} is {what}.")
+        raise ValueError(f"`--output` must be a file; {output} is {what}.")
     if not output.absolute().parent.is_dir():
-        raise ExportError(f"`--output` must lie in a folder that exists; {output.parent} does not. Make it first.")
+        raise ValueError(f"`--output` must lie in a folder that exists; {output.parent} does not. Make it first.")
     if output.exists() and args.checkpoint.exists() and output.samefile(args.checkpoint):
-        raise ExportError(f"`--output` must not be the checkpoint itself; got {output} for both. Choose another name.")
+        raise ValueError(f"`--output` must not be the checkpoint itself; got {output} for both. Choose another name.")
     if args.format == "onnx":
         if args.dtype is not None:
-            raise ExportError(f"`--dtype` is for the other formats; got {args.dtype} with onnx. Leave it out.")
+            raise ValueError(f"`--dtype` is for the other formats; got {args.dtype} with onnx. Leave it out.")
         if args.model is not None and args.input_shape is None:
-            raise ExportError(
-                "`--model` needs `--input-shape`, the shape of one input without the batch, e.g. 3,32,32."
-            )
+            raise ValueError("`--model` needs `--input-shape`, the shape of one input without the batch, e.g. 3,32,32.")
         if args.tokens is not None and args.tokens < 1:
-            raise ExportError(f"`--tokens` must be at least 1; got {args.tokens}.")
+            raise ValueError(f"`--tokens` must be at least 1; got {args.tokens}.")
         for text in args.input_shape or ():
             shape_of(text)
     else:
         options = {"--model": args.model, "--input-shape": args.input_shape, "--tokens": args.tokens}
         if given := [option for option, value in options.items() if value is not None]:
-            raise ExportError(f"`{given[0]}` is for `--format onnx`; got it with {args.format}. Leave it out.")
+            raise ValueError(f"`{given[0]}` is for `--format onnx`; got it with {args.format}. Leave it out.")
 
 
 def shape_of(text: str) -> tuple[tuple[int, ...], int | None]:
@@ -119,14 +116,14 @@ def shape_of(text: str) -> tuple[tuple[int, ...], int | None]:
         The sizes; the bound of whole numbers, None for other numbers.
 
     Raises:
-        ExportError: If it is something else.
+        ValueError: If it is something else.
 
     Example:
         >>> shape_of("3,32,32"), shape_of("128:1000")
         (((3, 32, 32), None), ((128,), 1000))
     """
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*(:[1-9]\d*)?", text):
-        raise ExportError(
+        raise ValueError(
             f"`--input-shape` must be whole numbers with commas, the shape of one input such as 3,32,32; got {text!r}."
         )
     sizes, _, below = text.partition(":")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bame_lightning.checkpoints.audit import AuditError, count_not_finite
 from bame_lightning.checkpoints.export import (
@@ -14,14 +15,13 @@ from bame_lightning.checkpoints.export import (
     Trained,
     load_trained,
     packed_tensors,
-    read_packed,
     semi_structured_tensors,
 )
 from bame_lightning.checkpoints.export.files import same_bits, same_values, write_safetensors
 from bame_lightning.checkpoints.export.onnx_model import Inputs, load_weights, write_onnx
-from bame_lightning.checkpoints.export.semi_structured import read_dense
 from bame_lightning.checkpoints.export.trained import layers_of
-from bame_lightning.checkpoints.files.exported import LAYERS
+from bame_lightning.checkpoints.files.exported import LAYERS, expanded
+from bame_lightning.checkpoints.files.read import read_safetensors
 from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.cli.export import shape_of
 from bame_lightning.cli.networks import network_of_function, network_of_run
@@ -66,35 +66,36 @@ def export(args: argparse.Namespace) -> list[str]:
 
 
 def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
-    """Write the file and read it back; return further lines to print."""
+    """Write the file, and read it back; returns what to tell beside its contents."""
+    state = trained.state_dict()
+    if args.format == "onnx":
+        network, inputs = _network(args)
+        load_weights(network, state)
+        difference = write_onnx(network, inputs, part)
+        return [f"onnxruntime computes what torch does: outputs differ by {difference:.1g} at most"]
+    told, same = list[str](), same_bits
     if args.format == "dense":
-        write_safetensors(part, trained.state_dict(), {"format": "pt", LAYERS: json.dumps(layers_of(trained))})
-        return []
-    if args.format == "packed":
+        tensors, metadata = state, {"format": "pt", LAYERS: json.dumps(layers_of(trained))}
+    elif args.format == "packed":
         tensors, metadata = packed_tensors(trained)
-        write_safetensors(part, tensors, metadata)
-        if not same_bits(read_packed(part), trained.state_dict()):
-            raise ExportError("gave a packed file that reads back differently, so it was not kept. Report this.")
-        return []
-    if args.format == "semi_structured":
-        tensors, metadata, dense = semi_structured_tensors(trained)
-        write_safetensors(part, tensors, metadata)
-        if not same_values(read_dense(part), trained.state_dict()):
-            raise ExportError(
-                "gave a semi-structured file that reads back differently, so it was not kept. Report this."
-            )
-        return [f"{name} stays dense: {reason}" for name, reason in dense.items()]
-    shapes = [shape_of(text) for text in args.input_shape or ()]
-    if args.model is None:
-        network, first = network_of_run(args.checkpoint, shapes[0][0] if shapes else None)
     else:
-        network, first = network_of_function(args.model), Inputs(shapes[0][0])
-    inputs = [Inputs(shape, below or args.tokens) for shape, below in shapes] or [Inputs(first.shape, args.tokens)]
-    if args.model is None and inputs[0].vocabulary is None:
-        inputs[0] = first
-    load_weights(network, trained.state_dict())
-    difference = write_onnx(network, inputs[0], part, *([inputs[1:]] if inputs[1:] else []))
-    return [f"onnxruntime computes what torch does: outputs differ by {difference:.1g} at most"]
+        tensors, metadata, dense = semi_structured_tensors(trained)
+        told, same = [f"{name} stays dense: {reason}" for name, reason in dense.items()], same_values
+    write_safetensors(part, tensors, metadata)
+    if not same(expanded(*read_safetensors(part)), state):
+        raise ExportError("gave a file that reads back differently, so it was not kept. Report this.")
+    return told
+
+
+def _network(args: argparse.Namespace) -> tuple[nn.Module, list[Inputs]]:
+    """The network that becomes ONNX, with new weights, and what it takes."""
+    inputs = [Inputs(shape, below or args.tokens) for shape, below in map(shape_of, args.input_shape or ())]
+    if args.model is not None:
+        return network_of_function(args.model), inputs
+    network, first = network_of_run(args.checkpoint, inputs[0].shape if inputs else None)
+    if not inputs or inputs[0].vocabulary is None:
+        inputs[:1] = [Inputs(first.shape, args.tokens or first.vocabulary)]
+    return network, inputs
 
 
 def _contents(trained: Trained) -> list[str]:

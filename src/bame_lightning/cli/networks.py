@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.checkpoints.export.onnx_model import Inputs
+from bame_lightning.checkpoints.export.trained import ExportError
 from bame_lightning.cli.models import build_model
 from bame_lightning.cli.parts import find_here
 

@@ -35,7 +35,7 @@ class Noise(nn.Module):
 
 def test_the_file_computes_what_torch_does_with_zeros_inside(tmp_path: Path) -> None:
     model = network()
-    assert write_onnx(model, Inputs((4, 4, 4)), tmp_path / "a.onnx") < 1e-5
+    assert write_onnx(model, [Inputs((4, 4, 4))], tmp_path / "a.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     images = np.random.default_rng(0).standard_normal((7, 4, 4, 4), dtype=np.float32)
     (computed,) = session.run(None, {"input": images})
@@ -46,11 +46,11 @@ def test_the_file_computes_what_torch_does_with_zeros_inside(tmp_path: Path) -> 
 
 
 def test_tokens_are_whole_numbers(tmp_path: Path) -> None:
-    write_onnx(Tokens().eval(), Inputs((5,), vocabulary=9), tmp_path / "a.onnx")
+    write_onnx(Tokens().eval(), [Inputs((5,), vocabulary=9)], tmp_path / "a.onnx")
     (given,) = onnxruntime.InferenceSession(tmp_path / "a.onnx").get_inputs()
     assert (given.type, given.shape[1:]) == ("tensor(int64)", [5])
     with pytest.raises(ExportError, match=r"cannot process a batch of numbers of shape \(5\).*`--tokens`"):
-        write_onnx(Tokens().eval(), Inputs((5,)), tmp_path / "b.onnx")
+        write_onnx(Tokens().eval(), [Inputs((5,))], tmp_path / "b.onnx")
 
 
 class Pair(nn.Module):
@@ -66,7 +66,7 @@ class Pair(nn.Module):
 
 def test_a_network_may_take_several_inputs(tmp_path: Path) -> None:
     model = Pair().eval()
-    assert write_onnx(model, Inputs((2, 3)), tmp_path / "a.onnx", [Inputs((5,), 9)]) < 1e-5
+    assert write_onnx(model, [Inputs((2, 3)), Inputs((5,), 9)], tmp_path / "a.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     assert [(one.name, one.shape[1:]) for one in session.get_inputs()] == [("image", [2, 3]), ("tokens", [5])]
     image, tokens = np.ones((3, 2, 3), np.float32), np.arange(15).reshape(3, 5) % 9
@@ -78,13 +78,13 @@ def test_a_network_may_take_several_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("more", [[], [Inputs((5,), 9), Inputs((1,))]], ids=["one", "three"])
 def test_other_than_the_inputs_of_a_network_is_one_line(tmp_path: Path, more: list[Inputs]) -> None:
     with pytest.raises(ExportError, match=r"numbers of shape \(2, 3\).*once for each input") as caught:
-        write_onnx(Pair().eval(), Inputs((2, 3)), tmp_path / "a.onnx", more)
+        write_onnx(Pair().eval(), [Inputs((2, 3)), *more], tmp_path / "a.onnx")
     assert "\n" not in str(caught.value)
 
 
 def test_outputs_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"differ from torch's by .*, where 0\.0001 is allowed"):
-        write_onnx(Noise(), Inputs((3,)), tmp_path / "a.onnx")
+        write_onnx(Noise(), [Inputs((3,))], tmp_path / "a.onnx")
 
 
 def test_weights_must_fit_the_network() -> None:
@@ -96,4 +96,4 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ExportError, match=r"without onnxruntime, onnxscript.*pip install 'bame-lightning\[export\]'"):
-        write_onnx(network(), Inputs((4, 4, 4)), tmp_path / "a.onnx")
+        write_onnx(network(), [Inputs((4, 4, 4))], tmp_path / "a.onnx")

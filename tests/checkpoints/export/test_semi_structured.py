@@ -7,7 +7,8 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from bame_lightning.checkpoints.export import ExportError, load_trained, semi_structured_tensors
 from bame_lightning.checkpoints.export.files import write_safetensors
-from bame_lightning.checkpoints.export.semi_structured import compress, read_dense, why_not
+from bame_lightning.checkpoints.export.semi_structured import compress, why_not
+from bame_lightning.checkpoints.files import read_weights
 from tests.checkpoints.export import reader
 from tests.checkpoints.export.models import entry, mask, save, weight
 
@@ -40,7 +41,7 @@ def test_the_loader_of_the_example_gives_the_very_weights(tmp_path: Path, patter
     assert isinstance(loaded["0.weight"], SparseSemiStructuredTensorCUTLASS)
     assert torch.equal(loaded["0.weight"].to_dense(), state["0.weight"])
     assert all(torch.equal(loaded[name], state[name]) for name in ("0.bias", "1.weight"))
-    expanded = read_dense(tmp_path / "a")
+    expanded = read_weights(tmp_path / "a").tensors
     assert expanded.keys() == state.keys()
     assert all(torch.equal(expanded[name], state[name]) for name in state)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bame_lightning.checkpoints.export.errors import ExportError
+from bame_lightning.checkpoints.export.trained import ExportError
 from bame_lightning.checkpoints.untrusted import first_sentence
 
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
@@ -66,14 +66,13 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.eval()
 
 
-def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[Inputs] = ()) -> float:
+def write_onnx(network: nn.Module, inputs: Sequence[Inputs], path: Path) -> float:
     """Export a network with a free batch size, and compare onnxruntime's outputs with torch's on random inputs.
 
     Args:
         network: In evaluation mode, on the CPU.
-        inputs: Its first input.
+        inputs: What it takes, in the order of the arguments of `forward`; all have the same batch size.
         path: The file.
-        more: Its further inputs, in the order of the arguments of `forward`; all have the same batch size.
 
     Returns:
         Largest difference between outputs, relative to the largest absolute output or 1, whichever is greater.
@@ -88,25 +87,17 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
         raise ExportError(
             f"takes {size / 1e9:.1f} GB, where an ONNX file holds 2 GB at most. Use `--format packed` or dense."
         )
-    taken = (inputs, *more)
-    names = _names(network, len(taken))
-    # Without warnings: they are about operators and constants of the trace, and a user need not act.
+    names = _names(network, len(inputs))
+    # With warnings off: about operators and constants of the trace, nothing that a user must act on.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        try:
-            network(*_samples(taken, _TRACED, 0))
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            told = ", and of ".join(map(_told, taken))
-            raise ExportError(
-                f"is a network that cannot process a batch of {told} ({first_sentence(error)}). Give the shape of one sample "
-                "without the batch as `--input-shape`, once for each input, and `--tokens` for whole numbers."
-            ) from None
+        _check_takes(network, inputs)
         try:
             program = torch.onnx.export(
                 network,
-                _samples(taken, _TRACED, 0),
+                _samples(inputs, _TRACED, 0),
                 input_names=names,
-                dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in taken),
+                dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs),
                 dynamo=True,
                 verbose=False,
             )
@@ -122,8 +113,19 @@ def write_onnx(network: nn.Module, inputs: Inputs, path: Path, more: Sequence[In
                 f"is a network that torch.onnx cannot export ({first_sentence(error)}). `--format dense` needs no tracing."
             ) from error
         return max(
-            _difference(network, session, _samples(taken, batch, seed)) for seed, batch in enumerate(_CHECKED, 1)
+            _difference(network, session, _samples(inputs, batch, seed)) for seed, batch in enumerate(_CHECKED, 1)
         )
+
+
+def _check_takes(network: nn.Module, inputs: Sequence[Inputs]) -> None:
+    try:
+        network(*_samples(inputs, _TRACED, 0))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        told = ", and of ".join(map(_told, inputs))
+        raise ExportError(
+            f"is a network that cannot process a batch of {told} ({first_sentence(error)}). Give the shape of one sample "
+            "without the batch as `--input-shape`, once for each input, and `--tokens` for whole numbers."
+        ) from None
 
 
 def _samples(inputs: Sequence[Inputs], batch: int, seed: int) -> tuple[Tensor, ...]:

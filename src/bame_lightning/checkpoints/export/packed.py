@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bame_lightning.blocks.layout import oriented
-from bame_lightning.checkpoints.export.errors import ExportError
-from bame_lightning.checkpoints.export.trained import Trained, layers_of
+from bame_lightning.checkpoints.export.trained import ExportError, Trained, layers_of
 from bame_lightning.checkpoints.files.exported import INDICES, PACKED, VALUES, VERSION, expanded
 from bame_lightning.checkpoints.files.packing import pack_weight, unpack_weight
+from bame_lightning.checkpoints.files.read import read_safetensors
 from bame_lightning.checkpoints.untrusted import UnreadableError
 
 __all__ = ["pack_weight", "packed_tensors", "read_packed", "unpack_weight"]
@@ -63,17 +62,13 @@ def read_packed(path: Path) -> dict[str, Tensor]:
         ExportError: If `bame-export --format packed` did not write the file.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # Metadata first: they decide whether tensors are read.
-            if (metadata.get("format"), metadata.get("version")) != (PACKED, VERSION):
-                raise UnreadableError(
-                    f"is not in the format {PACKED}, version {VERSION}, but "
-                    f"{metadata.get('format')!r:.40}, {metadata.get('version')!r:.10}. Write it with this release's "
-                    "`bame-export --format packed`."
-                )
-            return expanded({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118 no dictionary
+        tensors, metadata = read_safetensors(path)
+        if (metadata.get("format"), metadata.get("version")) != (PACKED, VERSION):
+            raise UnreadableError(
+                f"is not in the format {PACKED}, version {VERSION}, but "
+                f"{metadata.get('format')!r:.40}, {metadata.get('version')!r:.10}. Write it with this release's "
+                "`bame-export --format packed`."
+            )
+        return expanded(tensors, metadata)
     except UnreadableError as error:
         raise ExportError(f"`{path}` {error}") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise ExportError(f"`{path}` is damaged ({type(error).__name__}: {error}). Export it again.") from error

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from jaxtyping import Int16, Shaped
-from safetensors import safe_open
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from bame_lightning.checkpoints.export.errors import ExportError
-from bame_lightning.checkpoints.export.trained import Trained, layers_of
-from bame_lightning.checkpoints.files.exported import HALF, LAYERS, META, SEMI_STRUCTURED, VERSION, expanded
+from bame_lightning.checkpoints.export.trained import ExportError, Trained, layers_of
+from bame_lightning.checkpoints.files.exported import HALF, LAYERS, META, SEMI_STRUCTURED, VERSION
 
 # Also compressed by torch, but left out: int8, which this project does not train, and float32, of which sparse tensor cores
 # multiply 1:2 only (torch drops the second weight of a pair silently, and its `to_dense` changes bits).
@@ -111,17 +108,3 @@ def semi_structured_tensors(trained: Trained) -> tuple[dict[str, Tensor], dict[s
         "same_as": json.dumps(dict(trained.same_as)),
     }
     return tensors, metadata, dense
-
-
-def read_dense(path: Path) -> dict[str, Tensor]:
-    """Expand a semi-structured file to a dense state dict; needs no GPU.
-
-    Args:
-        path: A file of this release.
-
-    Returns:
-        The state dict.
-    """
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return expanded(tensors, metadata)

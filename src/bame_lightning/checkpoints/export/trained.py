@@ -14,10 +14,13 @@ from bame_lightning.blocks.layout import from_blocks, oriented, to_blocks
 from bame_lightning.blocks.masks import top_n_mask, unpack_mask, zeroed
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.checkpoints.audit import AuditReport, audit_weights, read
-from bame_lightning.checkpoints.export.errors import ExportError
 from bame_lightning.checkpoints.saved import layers_in
 
 _NETWORK = "model."
+
+
+class ExportError(ValueError):
+    """The model cannot be exported as asked; one line that says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)

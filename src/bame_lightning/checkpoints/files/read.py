@@ -108,7 +108,7 @@ def _contents(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any] | None, 
     alone = other_shards(path)
     unread = [alone] if alone else []
     if _is_safetensors(path):
-        tensors, metadata = _safetensors(path)
+        tensors, metadata = read_safetensors(path)
         return expanded(tensors, metadata), declared_layers(metadata), unread
     return load_untrusted(path), None, unread
 
@@ -144,8 +144,19 @@ def _is_safetensors(path: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    # Training imports this module, and must not import what Lightning does not.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file as it is.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, and the file's metadata.
+
+    Raises:
+        UnreadableError: If it is damaged.
+    """
+    # Training imports this module, and shall import nothing that Lightning does not.
     from safetensors import SafetensorError, safe_open
 
     try:
