@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from bame_lightning.blocks.pattern import NMPattern
-from bame_lightning.cli.command import loading
 from bame_lightning.cli.composed import hydra_command
-from bame_lightning.cli.errors import one_line_errors
-from bame_lightning.cli.values import check_values, standard_values
-from bame_lightning.cli.without_training import fill_counts, tell
+from bame_lightning.cli.without_training import prepared, tell
 
 
 @hydra_command("bame-bench", "bench")
@@ -19,11 +15,7 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg: The composed configuration.
     """
-    with one_line_errors("bame-bench"):
-        NMPattern.parse(cfg.pattern)
-        check_values(cfg, standard_values())
-        fill_counts(cfg, batch_size=32, cycles=3)
-        loading("bame-bench", "PyTorch and Lightning")
+    with prepared(cfg, "bame-bench", "PyTorch and Lightning", batch_size=32, cycles=3):
         from bame_lightning.cli.measuring import bench, show
 
         tell(cfg, bench(cfg), show)

@@ -15,8 +15,7 @@ from torch import nn
 
 from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.cli.models import Build, build_model, input_of
-from bame_lightning.cli.parts import fit_parts
-from bame_lightning.cli.without_training import layer_rules
+from bame_lightning.cli.parts import fitted
 from bame_lightning.ledger.cost import PRODUCTS, Cost
 from bame_lightning.ledger.flops import LABEL, Ledger, MacCounter
 from bame_lightning.show.narrow import Table
@@ -46,11 +45,11 @@ def count(cfg: DictConfig) -> dict[str, Any]:
         ValueError: If the configuration holds a wrong value.
     """
     pattern = NMPattern.parse(cfg.pattern)
-    cfg = fit_parts(cfg)
+    cfg, _ = fitted(cfg)
     build = instantiate(cfg.model)
     shape, classes = input_of(build, cfg.get("data"))
     model, counter = _trace(build, shape, classes)
-    plans = plan_layers(model, pattern, layer_rules(cfg))
+    plans = plan_layers(model, pattern, {str(glob): rule for glob, rule in (cfg.sparsity.layers or {}).items()})
     patterns = {plan.name: plan.pattern for plan in plans if plan.pattern}
     bound = _costs(cfg, Cost("static", PRODUCTS), counter, patterns, {})
     methods, reads = dict[str, Any](), dict[str, float]()

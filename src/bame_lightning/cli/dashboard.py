@@ -25,10 +25,6 @@ exit status:
   2  the command line cannot be parsed"""
 
 
-class DashboardError(ValueError):
-    """A workspace cannot be built; the message says why, in one line."""
-
-
 @answers("bame-dashboard", "Check its rights.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bame-dashboard`.
@@ -61,22 +57,22 @@ def build(entity: str, project: str, layers: Sequence[str] = ()) -> str:
         Address of the workspace.
 
     Raises:
-        DashboardError: If it cannot be built.
+        ValueError: If it cannot be built.
     """
     if not logged_in():
-        raise DashboardError(
+        raise ValueError(
             f"nobody is logged in to W&B at {base_url()}. Run `wandb login`, or set WANDB_API_KEY; without an account, look at "
             "runs with `bame-report RUN_DIR` or `wandb leet RUN_DIR/wandb`."
         )
     try:
         from bame_lightning.show.dashboard import workspace
     except ImportError as error:
-        raise DashboardError(f"{error}. Install it with: pip install 'bame-lightning[dashboard]'") from None
+        raise ValueError(f"{error}. Install it with: pip install 'bame-lightning[dashboard]'") from None
     try:
         return str(workspace(entity, project, layers).save().url)
     except Exception as error:  # W&B raises classes of its own internals, too
         reason = " ".join(str(error).split())
-        raise DashboardError(
+        raise ValueError(
             f"W&B at {base_url()} did not build a workspace for `--entity` {entity} and `--project` {project}: {reason}. "
             "The project must exist, and the account must be allowed to write to it."
         ) from None

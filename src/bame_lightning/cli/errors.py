@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeGuard
 
@@ -31,24 +31,18 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 _LIGHTNING_SAYS = "MisconfigurationException"
 
 
-class _Wish:
-    """Whether the user wants whole tracebacks. Hydra must know while it composes, or it would shorten errors in its own way."""
-
-    def __init__(self) -> None:
-        self._before: list[str | None] = []
-
-    def begin(self) -> None:
-        self._before.append(os.environ.get(_FULL_ERROR))
-        os.environ[_FULL_ERROR] = "1"
-
-    def end(self) -> None:
-        while self._before:
-            os.environ.pop(_FULL_ERROR)
-            if (before := self._before.pop()) is not None:
-                os.environ[_FULL_ERROR] = before
+_composes = ExitStack()
+"""Closed when Hydra has composed: until then it leaves errors as they are, or it would tell them in its own way."""
 
 
-_wish = _Wish()
+@contextmanager
+def _errors_as_they_are() -> Iterator[None]:
+    wish = os.environ.get(_FULL_ERROR)  # of the user
+    os.environ[_FULL_ERROR] = "1"
+    yield
+    del os.environ[_FULL_ERROR]
+    if wish is not None:
+        os.environ[_FULL_ERROR] = wish
 
 
 @contextmanager
@@ -62,17 +56,17 @@ def composition_errors(command: str, config: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    _wish.begin()
+    _composes.enter_context(_errors_as_they_are())
     try:
         yield
     except Exception as error:
-        _wish.end()
+        _composes.close()
         if os.environ.get(_FULL_ERROR) == "1" or not of_the_user(error):
             raise
         print(f"{command}: error: {_composing(error, config)}", file=sys.stderr)
         sys.exit(1)
     finally:
-        _wish.end()
+        _composes.close()
 
 
 def _composing(error: Exception, config: str) -> str:
@@ -106,7 +100,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    _wish.end()
+    _composes.close()
     try:
         yield
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -19,12 +19,12 @@ class StoppedError(SystemExit):
 
     Args:
         number: The signal.
+        lines: What else to tell.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, lines: Sequence[str] = ()) -> None:
         super().__init__(128 + number)
-        self.lines: list[str] = []
-        """Further lines to print."""
+        self.lines = lines
         self.words = _WORDS.get(signal.Signals(number), signal.Signals(number).name)
 
 
@@ -74,8 +74,11 @@ def stoppable(command: str, more: Callable[[], list[str]] = list) -> Iterator[No
 
 
 @contextmanager
-def training_stopped() -> Iterator[None]:
-    """Recognise the signal behind what Lightning raises.
+def training_stopped(lines: Callable[[], list[str]]) -> Iterator[None]:
+    """Recognise in what Lightning makes of a signal what it was.
+
+    Args:
+        lines: Finds what else to tell.
 
     Yields:
         Nothing.
@@ -85,15 +88,14 @@ def training_stopped() -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise StoppedError(signal.SIGINT) from None
-        if _handler.waiting:
-            _handler.waiting = False
-            raise StoppedError(signal.SIGTERM) from None
-        raise
-    except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT) from None
+    except (SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif _handler.waiting:
+            number, _handler.waiting = signal.SIGTERM, False
+        else:
+            raise
+        raise StoppedError(number, lines()) from None
 
 
 def check_stopped(*lines: str) -> None:
@@ -107,6 +109,4 @@ def check_stopped(*lines: str) -> None:
     """
     if _handler.waiting:
         _handler.waiting = False
-        stopped = StoppedError(signal.SIGTERM)
-        stopped.lines = [*lines]
-        raise stopped
+        raise StoppedError(signal.SIGTERM, lines)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bame_lightning.cli.models import build_model, input_of
-from bame_lightning.cli.parts import fit_parts
+from bame_lightning.cli.parts import fitted
 from bame_lightning.cli.timed_training import CYCLE, Fit, take_turns
 from bame_lightning.show.narrow import Table
 from bame_lightning.show.numbers import amount
@@ -35,7 +35,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    cfg = fit_parts(cfg)
+    cfg, _ = fitted(cfg)
     shape, _ = input_of(instantiate(cfg.model), cfg.get("data"))
     turns = take_turns({name: partial(make_fit, cfg, name) for name in map(str, cfg.methods)}, cfg.cycles)
     return {

@@ -25,15 +25,13 @@ def find_here() -> None:
         sys.path.append(here)
 
 
-def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple[DictConfig, list[str]]:
-    """Give every part of a configuration the keys that it takes.
+def fitted(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
+    """Give every part of a configuration the keys that it takes; modules of the current folder are found.
 
     If the `_target_` of a part was replaced, keys of the replaced option that the new target does not take are left out.
 
     Args:
         cfg: The composed configuration.
-        standard: The configuration of the chosen options without overrides.
-        overridden: Keys that the command line sets.
 
     Returns:
         The configuration, and what was left out, in lines.
@@ -41,7 +39,8 @@ def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple
     Raises:
         ValueError: If a part does not exist, or is given a key that it does not take.
     """
-    fitting, lines = cfg.copy(), list[str]()
+    find_here()
+    standard, fitting, lines = standard_values(), cfg.copy(), list[str]()
     with open_dict(fitting):
         for key, part in list(_parts(fitting)):
             takes = _keys(_target(key, part))
@@ -50,7 +49,7 @@ def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple
             replaced = OmegaConf.select(standard, f"{key}._target_") not in (None, part["_target_"])
             unknown = [str(name) for name in part if not str(name).startswith("_") and name not in takes]
             for name in unknown:
-                if not replaced or not _left_over(f"{key}.{name}", cfg, standard, overridden):
+                if not replaced or not _left_over(f"{key}.{name}", cfg, standard):
                     raise ValueError(
                         f"`{key}.{name}` is no argument of {part['_target_']}. "
                         f"{close_keys(f'{key}.{name}', takes - set(_LATER.get(key, ())))}"
@@ -59,19 +58,6 @@ def fitted(cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> tuple
             if unknown:
                 lines.append(f"`{key}` {part['_target_']} takes no {', '.join(unknown)}: left out")
     return fitting, lines
-
-
-def fit_parts(cfg: DictConfig) -> DictConfig:
-    """Give every part of a command's configuration the keys that it takes, as `fitted` does.
-
-    Args:
-        cfg: The composed configuration.
-
-    Returns:
-        The configuration.
-    """
-    find_here()
-    return fitted(cfg, standard_values(), overridden())[0]
 
 
 _LATER = {"model": ("input_shape", "num_classes"), "optimizer": ("params",), "scheduler": ("optimizer", "total_steps")}
@@ -87,9 +73,9 @@ def _parts(node: DictConfig, before: str = "") -> Iterator[tuple[str, DictConfig
             yield from _parts(value, f"{before}{name}.")
 
 
-def _left_over(key: str, cfg: DictConfig, standard: DictConfig, overridden: set[str]) -> bool:
-    """Whether a value comes from the option whose target was replaced."""
-    if any(key == other or (key.startswith(f"{other}.") and other.count(".")) for other in overridden):
+def _left_over(key: str, cfg: DictConfig, standard: DictConfig) -> bool:
+    """Whether a value is that of the option whose target was replaced."""
+    if any(key == other or (key.startswith(f"{other}.") and other.count(".")) for other in overridden()):
         return False
     return bool(OmegaConf.select(cfg, key) == OmegaConf.select(standard, key))
 

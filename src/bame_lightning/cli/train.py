@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from bame_lightning.cli.finished import experiment, finished
 from bame_lightning.cli.interruption import check_stopped
 from bame_lightning.cli.jobs import record, sweep_of
 from bame_lightning.cli.sweeps import check_folder, in_sweep
-from bame_lightning.cli.values import check_values, standard_values
+from bame_lightning.cli.values import check_values, close_keys
 from bame_lightning.show.find_runs import ERROR, strict_json
 
 
@@ -77,7 +76,7 @@ def _check(cfg: DictConfig) -> None:
     """Refuse wrong values before data are read and folders are made."""
     check_folder(HydraConfig.get())
     _check_keys(cfg)
-    check_values(cfg, standard_values())
+    check_values(cfg)
     if cfg.threads is not None and type(cfg.threads) is not int:
         raise ValueError(f"`threads` must be a whole number, or null for torch's own choice; got {cfg.threads}.")
     if cfg.seed is None or not 0 <= cfg.seed < 2**32:
@@ -109,9 +108,7 @@ def _check_keys(cfg: DictConfig) -> None:
     known = {str(key) for key in {*own, *groups, *HydraConfig.get().runtime.choices} if "/" not in str(key)}
     for key in map(str, cfg):
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean `{close[0]}`?" if close else "bame-train --help lists what there is."
-            raise ValueError(f"`{key}` is no argument of bame-train. {hint}")
+            raise ValueError(f"`{key}` is no argument of bame-train. {close_keys(key, known)}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +23,15 @@ from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.checkpoints.files import load_weights
 from bame_lightning.cli.claims import first_process
 from bame_lightning.cli.finished import plain
-from bame_lightning.cli.interruption import StoppedError, training_stopped
+from bame_lightning.cli.interruption import training_stopped
 from bame_lightning.cli.models import build_model, data_shape
-from bame_lightning.cli.parts import find_here, fitted, made, stepping
+from bame_lightning.cli.parts import fitted, made, stepping
 from bame_lightning.cli.progress import EpochBar, EpochLines
 from bame_lightning.cli.resuming import check_resumable, how_to_go_on
 from bame_lightning.cli.run_folder import ReplacesResults, WholeCheckpoints
 from bame_lightning.cli.seeds import EpochSeeds
 from bame_lightning.cli.summary import print_summary, provenance, summarize, write_summary
 from bame_lightning.cli.sweeps import threads_per_job
-from bame_lightning.cli.values import overridden, standard_values
 from bame_lightning.cli.wandb_runs import NamesWandbRun, finish_wandb, open_loggers
 from bame_lightning.show.find_runs import SUMMARY
 
@@ -87,7 +84,7 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
         trainer = _trainer(run, loggers, replaces)
         open_loggers(loggers, plain(cfg))
         start = time.perf_counter()
-        with _resumable(trainer, run_dir, cfg.ckpt_path):
+        with training_stopped(lambda: how_to_go_on(trainer, run_dir, cfg.ckpt_path)):
             trainer.fit(run.task, run.data, ckpt_path=cfg.ckpt_path)
             replaces.check_begun()
             seconds = time.perf_counter() - start
@@ -106,9 +103,8 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(cfg: DictConfig) -> _Run:
-    """Make the parts of a run, and refuse wrong ones."""
-    find_here()
-    cfg, told = fitted(cfg, standard_values(), overridden())
+    """Make the parts of a run, and find out what is wrong with them."""
+    cfg, told = fitted(cfg)
     data = instantiate(cfg.data)
     shape, classes = data_shape(data)
     model = build_model(instantiate(cfg.model), shape, classes)
@@ -154,17 +150,6 @@ def _trainer(run: _Run, loggers: list[Logger], replaces: ReplacesResults) -> Tra
         enable_model_summary=False,  # the table of the method has the layers, and their true cost is counted
     )
     return trainer
-
-
-@contextmanager
-def _resumable(trainer: Trainer, run_dir: Path, ckpt_path: str | None) -> Iterator[None]:
-    """Tell the user who stops training how to go on."""
-    try:
-        with training_stopped():
-            yield
-    except StoppedError as stopped:
-        stopped.lines = how_to_go_on(trainer, run_dir, ckpt_path)
-        raise
 
 
 def _start_from(task: LightningModule, method: SparseCallback | Dense, checkpoint: Path) -> None:

@@ -67,18 +67,17 @@ def overridden() -> set[str]:
     return {override.key_or_group for override in parsed}
 
 
-def check_values(cfg: DictConfig, standard: DictConfig) -> None:
-    """Refuse values that are not of the kind of their defaults.
+def check_values(cfg: DictConfig) -> None:
+    """Refuse values of another kind than their defaults.
 
     Args:
         cfg: The composed configuration.
-        standard: The result of `standard_values`.
 
     Raises:
         ValueError: If there is such a value.
     """
     values = OmegaConf.to_container(cfg, resolve=True)
-    defaults = OmegaConf.to_container(standard, resolve=False)
+    defaults = OmegaConf.to_container(standard_values(), resolve=False)
     assert isinstance(values, dict)
     assert isinstance(defaults, dict)
     for key, default, value in _pairs(values, defaults):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+
+from bame_lightning.blocks.pattern import NMPattern
+from bame_lightning.cli.command import loading
+from bame_lightning.cli.errors import one_line_errors
+from bame_lightning.cli.values import check_values
 
 
 def tell(cfg: DictConfig, found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
@@ -25,16 +31,29 @@ def tell(cfg: DictConfig, found: dict[str, Any], show: Callable[[dict[str, Any]]
         show(found)
 
 
-def fill_counts(cfg: DictConfig, **defaults: int) -> None:
-    """Fill in missing numbers: those of the chosen recipe, if it has them, else defaults.
+@contextmanager
+def prepared(cfg: DictConfig, name: str, heavy: str, **counts: int) -> Iterator[None]:
+    """Check a configuration and fill in its numbers, before anything heavy is imported; errors become one line.
 
     Args:
-        cfg: The composed configuration, which is changed: `batch_size`, and `steps` if it is among the defaults.
-        defaults: The numbers by name.
+        cfg: The composed configuration, which is changed.
+        name: Name of the command.
+        heavy: What it imports then.
+        **counts: Its numbers, and what they are where neither the command line nor a recipe says them.
 
-    Raises:
-        ValueError: If a number is not whole, or less than 1.
+    Yields:
+        Nothing.
     """
+    with one_line_errors(name):
+        NMPattern.parse(cfg.pattern)
+        check_values(cfg)
+        _fill_counts(cfg, counts)
+        loading(name, heavy)
+        yield
+
+
+def _fill_counts(cfg: DictConfig, defaults: Mapping[str, int]) -> None:
+    """Put numbers where the configuration has none: those of the recipe, if one is chosen and says them, else defaults."""
     recipe = _counts_of_recipe(cfg) if HydraConfig.get().runtime.choices.get("recipe") else {}
     for name, default in defaults.items():
         if cfg.get(name) is None:
@@ -54,9 +73,3 @@ def _counts_of_recipe(cfg: DictConfig) -> dict[str, int]:
     elif type(batches) is int and trainer.max_epochs is not None:
         found["steps"] = trainer.max_epochs * ceil(batches / accumulated)
     return found
-
-
-def layer_rules(cfg: DictConfig) -> dict[str, Any]:
-    """The rules that override the default choice of layers."""
-    rules = cfg.sparsity.layers or {}
-    return {str(glob): rules[glob] for glob in rules}
