@@ -32,3 +32,9 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path, old: str | None) 
     with pytest.raises(RuntimeError, match="in the middle"):
         write()
     assert [file.read_text() for file in tmp_path.iterdir()] == ([] if old is None else [old])
+
+
+def test_a_folder_that_does_not_exist_is_made(tmp_path: Path) -> None:
+    with replacing(tmp_path / "run" / "maps" / "a") as part:
+        part.write_text("new")
+    assert [path.read_text() for path in tmp_path.rglob("a")] == ["new"]

@@ -15,7 +15,8 @@ from bame_lightning.bame.schedule import Window
 from bame_lightning.callbacks.bame import BAMECallback
 from bame_lightning.callbacks.driver import SparseCallback
 from bame_lightning.callbacks.watcher import MaskWatcher, evolving_layers, maps_of
-from bame_lightning.show.mask_file import FILE, Snapshots, Trace, layer_of, write_snapshots
+from bame_lightning.checkpoints.replacing import replacing
+from bame_lightning.show.mask_file import FILE, Snapshots, Trace, layer_of
 
 
 class MaskSnapshots(MaskWatcher):
@@ -96,7 +97,8 @@ class MaskSnapshots(MaskWatcher):
 
     def _write(self) -> None:
         self._pack()
-        write_snapshots(self._contents, self.path)
+        with replacing(self.path) as part:
+            part.write_bytes(self._contents)
 
 
 def done(window: Window, steps: int) -> int:

@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Until then a file at `path` stays as it is. Afterwards the folder holds no other new file.
 
     Args:
-        path: Where the file will lie.
+        path: Where the file shall lie; its folder is made if it does not exist.
 
     Yields:
         A path in the same folder, to write to.
@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: If the system refuses to write; its `filename` is `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.touch()
         mode = part.stat().st_mode  # permissions by the user's umask; safetensors makes files that others cannot read

@@ -52,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"`SWEEP_DIR` must be a folder with runs; there is no folder {args.sweep_dir}.")
     loading("bame-compare", "SciPy and Matplotlib")
     from bame_lightning.cli.side_by_side import show
-    from bame_lightning.show.compare import Comparison, compare_runs, find_runs, to_csv, to_markdown
+    from bame_lightning.show.compare import compare_runs, find_runs, to_csv, to_markdown
     from bame_lightning.show.compare.figure import draw
 
     runs, missing = find_runs(args.sweep_dir)
-    found = compare_runs(runs, args.baseline)
-    comparison = Comparison(found.rows, found.baseline, (*found.notes, *missing))
+    comparison = compare_runs(runs, args.baseline, missing)
     (args.sweep_dir / "compare.csv").write_text(to_csv(comparison))
     (args.sweep_dir / "compare.md").write_text(to_markdown(comparison))
     draw(comparison, args.sweep_dir / "compare.png")

@@ -26,7 +26,6 @@ def describe(cfg: DictConfig, run_dir: Path) -> None:
     """
     folder, hydra = run_dir / ".hydra", HydraConfig.instance().cfg
     assert hydra is not None
-    folder.mkdir(exist_ok=True)
     for name, content in {
         "config": cfg,
         "hydra": hydra,
@@ -81,7 +80,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as part:
             try:
                 with part.open("wb") as file:

@@ -128,7 +128,6 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
         summary: What `summarize` returned.
         path: The file to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(json.dumps(strict_json(summary), indent=2, allow_nan=False) + "\n")
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 SUMMARY = "summary.json"
-ERROR = "error.txt"  # of a failed job of a sweep: the message in its first line, then the traceback
+OVERRIDES = ".hydra/overrides.yaml"
+ERROR = "error.txt"  # of a failed job of a sweep: its message in the first line, then the traceback
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -39,6 +42,12 @@ def read_error(folder: Path) -> str | None:
     """
     path = folder / ERROR
     return next(iter(path.read_text().splitlines()), "") if path.is_file() else None
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """Read what followed the command that began a run, as Hydra keeps it; nothing where it keeps none."""
+    path = folder / OVERRIDES
+    return [str(word) for word in OmegaConf.load(path)] if path.is_file() else []
 
 
 def strict_json(value: Any) -> Any:

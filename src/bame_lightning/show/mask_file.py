@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from bame_lightning.checkpoints.replacing import replacing
 from bame_lightning.show.maps import block_map, mask_map
 from bame_lightning.weights.layers import SparseWeight
 
@@ -250,15 +249,3 @@ def read_snapshots(folder: Path) -> Snapshots | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is {error}. Remove it to go on without maps.") from None
-
-
-def write_snapshots(contents: bytes, path: Path) -> None:
-    """Write a file so that a reader sees either the old or the new contents, never a part.
-
-    Args:
-        contents: What `Snapshots.to_bytes` returned.
-        path: The file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_bytes(contents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _PREFIXES = ("", "K", "M", "G", "T", "P", "E", "Z", "Y")
 
 
@@ -22,6 +24,16 @@ def flops(value: float) -> str:
     while value >= 999.5 and place < len(_PREFIXES) - 1:
         value, place = value / 1000, place + 1
     return f"{value:.3g} {_PREFIXES[place]}FLOPs"
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Make a key that sorts numbers inside names by their value.
+
+    Example:
+        >>> sorted(["layer10", "layer2", "head"], key=in_order)
+        ['head', 'layer2', 'layer10']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def amount(count: int, noun: str) -> str:

@@ -78,7 +78,11 @@ class Difference:
         if not seeds:
             return None
         found = [row[seed] - baseline[seed] for seed in seeds]
-        half = student_t.ppf(0.975, len(found) - 1) * _deviation(found) / sqrt(len(found)) if len(found) > 1 else None
+        half = (
+            student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / sqrt(len(found))
+            if len(found) > 1
+            else None
+        )
         return cls(statistics.fmean(found), half if half is None else float(half), seeds)
 
 
@@ -172,12 +176,13 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
+def compare_runs(runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = ()) -> Comparison:
     """Group runs into rows and compare them with a baseline.
 
     Args:
         runs: Finished runs.
         baseline: A method among them; None for no differences.
+        missing: A line for each run that is not among them.
 
     Returns:
         The rows, and notes on what could not be paired or was left out.
@@ -208,7 +213,7 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
     rows.sort(key=_order)
     if baseline is not None:
         rows = [_against(row, rows, baseline, notes) for row in rows]
-    return Comparison(tuple(rows), baseline, tuple(notes))
+    return Comparison(tuple(rows), baseline, (*notes, *missing))
 
 
 def _lacking(row: Row) -> Iterator[str]:
@@ -291,8 +296,4 @@ def _order(row: Row) -> tuple[object, ...]:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), _deviation(values) if len(values) > 1 else None
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from bame_lightning.show.find_runs import ERROR, SUMMARY, flatten, read_error, read_summary
+from bame_lightning.show.find_runs import ERROR, OVERRIDES, SUMMARY, flatten, read_error, read_overrides, read_summary
+from bame_lightning.show.numbers import in_order
 
 
 class CompareError(ValueError):
@@ -56,17 +55,16 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
         Finished runs in the order of their folders, and a line for each run that is not among them.
 
     Raises:
-        CompareError: If the folder does not exist or holds no finished run.
+        CompareError: If the folder holds no finished run.
     """
-    if not folder.is_dir():
-        raise CompareError(f"`SWEEP_DIR` must be a folder of runs; {folder} is none.")
     runs, notes = list[Run](), list[str]()
-    for place in sorted(_run_folders(folder), key=_by_number):
+    for place in sorted(_run_folders(folder), key=lambda path: in_order(str(path))):
         name = str(place.relative_to(folder))
         summary = read_summary(place)
         if summary is None:
             error = read_error(place)
-            notes.append(f"failed: {name}: {error}" if error is not None else f"unfinished: {name}{_overrides(place)}")
+            told = f": {' '.join(words)}" if (words := read_overrides(place)) else ""
+            notes.append(f"failed: {name}: {error}" if error is not None else f"unfinished: {name}{told}")
         elif not isinstance(summary.get("method"), str) or not isinstance(summary.get("seed"), int):
             notes.append(f"left out: {name}: its {SUMMARY} is not one of bame-train")
         elif summary.get("test_accuracy") is None:
@@ -102,16 +100,5 @@ def _run(name: str, summary: Mapping[str, Any]) -> Run:
 
 
 def _run_folders(folder: Path) -> set[Path]:
-    files = [*folder.rglob(SUMMARY), *folder.rglob(ERROR)]
-    started = [path.parent for path in folder.rglob(".hydra/overrides.yaml")]
-    return {path.parent for path in files} | {path.parent for path in started}
-
-
-def _by_number(folder: Path) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part), "") if part.isdigit() else (False, 0, part) for part in folder.parts]
-
-
-def _overrides(folder: Path) -> str:
-    path = folder / ".hydra" / "overrides.yaml"
-    overrides = [str(item) for item in OmegaConf.load(path)] if path.is_file() else []
-    return f": {' '.join(overrides)}" if overrides else ""
+    ended = {path.parent for name in (SUMMARY, ERROR) for path in folder.rglob(name)}
+    return ended | {path.parents[1] for path in folder.rglob(OVERRIDES)}

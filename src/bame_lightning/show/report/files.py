@@ -27,8 +27,6 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     Raises:
         ReportError: If there is nothing to show.
     """
-    if not folder.is_dir():
-        raise ReportError(f"`RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; there is no folder {folder}.")
     if (folder / METRICS).is_file() or (folder / SUMMARY).is_file():
         if baseline is not None:
             raise ReportError(f"`--baseline` compares the runs of a sweep; {folder} is a single run. Leave it out.")

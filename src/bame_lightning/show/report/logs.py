@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from bame_lightning.show.numbers import in_order
 
 METRICS = "metrics.csv"
 
@@ -31,11 +32,6 @@ class Series:
 
     def __bool__(self) -> bool:
         return bool(self.steps)
-
-    @property
-    def last(self) -> float | None:
-        """The last value; None if there is none, or it is not finite."""
-        return self.values[-1] if self.values else None
 
     def thinned(self, at_most: int) -> Series:
         """Leave out points so that a page stays small.
@@ -88,7 +84,7 @@ class Log:
             if key.startswith(start) and key.endswith(end)
         }
         place = {label: index for index, label in enumerate(self.order)}
-        return {label: found[label] for label in sorted(found, key=lambda x: (place.get(x, len(place)), _numbered(x)))}
+        return {label: found[label] for label in sorted(found, key=lambda x: (place.get(x, len(place)), in_order(x)))}
 
 
 def read_log(folder: Path, order: Sequence[str] = ()) -> Log:
@@ -146,13 +142,6 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _foreign(path: Path, error: Exception) -> ReportError:
     reason = f"{type(error).__name__}: {error}"[:120]  # it may quote the file
     return ReportError(f"{path} is not a file of Lightning's CSVLogger ({reason}). Move it away.")
-
-
-def _numbered(label: str) -> list[tuple[bool, int, str]]:
-    """Sort layer 2 before layer 10."""
-    return [
-        (part.isdigit(), int(part), "") if part.isdigit() else (False, 0, part) for part in re.split(r"(\d+)", label)
-    ]
 
 
 def _enter(step: int, row: Mapping[str, str], series: dict[str, Series]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 from bame_lightning.show.find_runs import strict_json
@@ -100,10 +101,7 @@ def page(report: Report) -> str:
         "plotly": _plotly(),
         "script": assets.joinpath("page.js").read_text(),
     }
-    made = assets.joinpath("page.html").read_text()
-    before, *rest = made.split("{{")
-    # In one pass, because the inserted texts may hold braces of their own.
-    return before + "".join(parts[name] + after for name, after in (part.split("}}", 1) for part in rest))
+    return Template(assets.joinpath("page.html").read_text()).substitute(parts)
 
 
 def _plotly() -> str:

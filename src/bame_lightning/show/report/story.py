@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bame_lightning.show.find_runs import flatten
+from bame_lightning.show.find_runs import flatten, read_overrides
 from bame_lightning.show.numbers import flops as in_words
 from bame_lightning.show.numbers import times
 
@@ -75,7 +74,9 @@ def made(summary: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
         Names and values.
     """
     provenance = summary.get("provenance") or {}
-    if command := provenance.get("command") or command_of(folder / ".hydra" / "overrides.yaml"):
+    if words := read_overrides(folder):  # of a run that goes on
+        provenance = {"command": " ".join(["bame-train", *words])} | provenance
+    if command := provenance.get("command"):
         yield "command", command
     if "seed" in summary:
         yield "seed", str(summary["seed"])
@@ -85,11 +86,3 @@ def made(summary: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     if config := summary.get("config"):
         yield "configuration", "\n".join(f"{key}={value}" for key, value in sorted(flatten(config).items()))
-
-
-def command_of(overrides: Path) -> str | None:
-    """Recover a command from the overrides that Hydra has written, one in each line; None without them."""
-    if not overrides.is_file():
-        return None
-    words = re.findall(r"^- (.*)$", overrides.read_text(), re.MULTILINE)
-    return " ".join(["bame-train", *words])

@@ -37,7 +37,7 @@ def sweep_report(folder: Path, baseline: str | None = None) -> Report:
         CompareError: If there is no finished run, or none of the baseline.
     """
     runs, missing = find_runs(folder)
-    comparison = compare_runs(runs, baseline)
+    comparison = compare_runs(runs, baseline, missing)
     methods = {row.method: None for row in comparison.rows}
     patterns = {row.pattern or "dense": None for row in comparison.rows}
     colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(sorted(methods))}
@@ -55,7 +55,7 @@ def sweep_report(folder: Path, baseline: str | None = None) -> Report:
             ("methods", ", ".join(colours)),
             ("patterns", ", ".join(symbols)),
         ),
-        notes=(*comparison.notes, *missing),
+        notes=comparison.notes,
         sections=tuple(sections),
         explanation=explanation(comparison),
         made=tuple(_made(folder, runs)),
