@@ -6,20 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from typing_extensions import override
 
-from bame_lightning.tasks.loaders import make_loader
+from bame_lightning.tasks.splits import Splits
 
 # Mean and deviation of the training images' channels, for values in [0, 1], as published networks use them.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageNet(LightningDataModule):
+class ImageNet(Splits):
     """ImageNet-1k (ILSVRC 2012): 1.28 million training and 50,000 validation images, 224x224 pixels of them.
 
     Training images are cropped and resized at random and flipped; others are resized to 256 pixels and cropped in the
@@ -40,17 +37,11 @@ class ImageNet(LightningDataModule):
     num_classes = 1000
 
     def __init__(self, root: str = "data/imagenet", batch_size: int = 256, num_workers: int = 8) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+        super().__init__(batch_size, num_workers, pin_memory=torch.cuda.is_available())
         self.root = Path(root).expanduser()
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._splits: tuple[Any, Any] | None = None
 
     @override
-    def setup(self, stage: str) -> None:
-        if self._splits is not None:
-            return
+    def split(self) -> tuple[Any, Any, Any]:
         change = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
         train, val = self._folder("train", change), self._folder("val", [v2.Resize(256), v2.CenterCrop(224)])
         if train.classes != val.classes or len(train.classes) > self.num_classes:
@@ -62,19 +53,7 @@ class ImageNet(LightningDataModule):
             raise ValueError(
                 f"`batch_size` {self.batch_size} is more than the {len(train)} training images of `root` {self.root}."
             )
-        self._splits = train, val
-
-    @override
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader(0, training=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader(1)
-
-    @override
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader(1)
+        return train, val, val
 
     def _folder(self, split: str, change: list[Any]) -> Any:
         tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD)]
@@ -88,10 +67,3 @@ class ImageNet(LightningDataModule):
                 "(free, with an account), put them there, and unpack them by torchvision.datasets.ImageNet(root, "
                 "'train') and torchvision.datasets.ImageNet(root, 'val')."
             ) from error
-
-    def _loader(self, split: int, *, training: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        if self._splits is None:
-            self.setup("fit")
-        assert self._splits is not None
-        pinned = torch.cuda.is_available()
-        return make_loader(self._splits[split], self.batch_size, self.num_workers, training=training, pin_memory=pinned)

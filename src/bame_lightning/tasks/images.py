@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.tasks.in_memory import InMemoryData
+from bame_lightning.tasks.splits import InMemoryData
 
 
 class Images(NamedTuple):
@@ -85,7 +85,6 @@ class InMemoryImages(InMemoryData):
     input_shape: ClassVar[tuple[int, int, int]]
     """Channels, height and width of an image."""
     num_classes: ClassVar[int]
-    evaluation_batch_size = 1000
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class InMemoryImages(InMemoryData):
         num_workers: int,
         augmentation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, evaluation_batch_size=1000)
         if val_size != 0 and val_size < self.num_classes:
             raise ValueError(
                 f"`val_size` must be 0 (no validation) or at least one image for each of the {self.num_classes} "

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.tasks.in_memory import InMemoryData
+from bame_lightning.tasks.splits import InMemoryData
 
 EXCLUDED = (
     *("site-packages", "dist-packages"),  # not the standard library's
@@ -70,7 +69,6 @@ class PythonSource(InMemoryData):
 
     num_classes = 256
     """Values of a byte."""
-    evaluation_batch_size: ClassVar[int] = 100
 
     def __init__(
         self,
@@ -80,7 +78,7 @@ class PythonSource(InMemoryData):
         val_share: float = 0.05,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, evaluation_batch_size=100)
         if context < 1:
             raise ValueError(f"`context` must be at least 1 byte; got {context}.")
         if not 0 <= val_share < 1 - TEST_SHARE:
