@@ -409,7 +409,7 @@ def test_wandb_is_offline_unless_logged_in(
         ("pattern=1:7", "No layer is eligible for `pattern` 1:7"),
         ("scheduler.warmup_steps=1000", "`warmup_steps` must lie in [0, 19)"),
         ("+method.nonsense=1", "nonsense"),
-        ("+patern=2:4", "`patern` is no argument of bame-train. Did you mean `pattern`?"),
+        ("+patern=2:4", "`patern` is no argument of bame-train. Did you mean `pattern`"),
         ("+xyzzy=1", "`xyzzy` is no argument of bame-train. There are `callbacks`, `ckpt`, "),
         ("seed=abc", "`seed` must be a whole number, such as 0; got abc"),
         ("seed=-1", "`seed` must be a whole number from 0 to 2**32 - 1; got -1"),

@@ -105,7 +105,8 @@ def _check_keys(cfg: DictConfig) -> None:
     """Refuse a key that `+key=value` adds but nothing reads; Hydra itself proposes the plus for a mistyped key."""
     own = OmegaConf.load(conf_dir() / "config.yaml")
     groups = {group for entry in own.defaults if entry != "_self_" for group in entry}
-    known = {str(key) for key in {*own, *groups, *HydraConfig.get().runtime.choices} if "/" not in str(key)}
+    keys = {str(key) for key in {*own, *groups, *HydraConfig.get().runtime.choices}} - {"defaults", "hydra"}
+    known = {key for key in keys if "/" not in key}
     for key in map(str, cfg):
         if key not in known:
             raise ValueError(f"`{key}` is no argument of bame-train. {close_keys(key, known)}")
