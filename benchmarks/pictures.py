@@ -20,7 +20,7 @@ from bame_lightning.blocks.pattern import NMPattern
 from bame_lightning.show.map_pictures import count_picture, mask_picture, trace_picture
 from bame_lightning.show.maps import changes, mask_title
 from bame_lightning.show.mask_file import most_restless, read_snapshots
-from bame_lightning.show.report import write_report
+from bame_lightning.show.report.files import write_report
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

@@ -399,7 +399,7 @@ def test_wandb_is_offline_unless_logged_in(
         ("pattern=half", "`pattern` must be a string 'N:M' such as '1:16'"),
         ("pattern=null", "`pattern` must be a string"),
         ("ckpt_path=nowhere.ckpt", "`ckpt_path` must be a checkpoint file to resume from; nowhere.ckpt does not exist"),
-        ("threads=0", "`threads` must be at least 1"),
+        ("threads=0", "`threads` must be a whole number of at least 1"),
         ("data.batch_size=0", "`batch_size` must be at least 1"),
         ("method.schedule.every=0", "`schedule.every` must be a whole number of optimizer steps, at least 1; got 0"),
         (

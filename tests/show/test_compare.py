@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from bame_lightning.show.compare import CompareError, Difference, Run, compare_runs, find_runs, to_csv, to_markdown
+from bame_lightning.show.compare.rows import Difference, compare_runs
+from bame_lightning.show.compare.runs import CompareError, Run, find_runs
+from bame_lightning.show.compare.tables import to_csv, to_markdown
 
 
 def run(method: str, seed: int, accuracy: float, pattern: str | None = "1:4", **rest: Any) -> Run:

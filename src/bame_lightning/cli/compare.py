@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"`SWEEP_DIR` must be a folder with runs; there is no folder {args.sweep_dir}.")
     loading("bame-compare", "SciPy and Matplotlib")
     from bame_lightning.cli.side_by_side import show
-    from bame_lightning.show.compare import compare_runs, find_runs, to_csv, to_markdown
     from bame_lightning.show.compare.figure import draw
+    from bame_lightning.show.compare.rows import compare_runs
+    from bame_lightning.show.compare.runs import find_runs
+    from bame_lightning.show.compare.tables import to_csv, to_markdown
 
     runs, missing = find_runs(args.sweep_dir)
     comparison = compare_runs(runs, args.baseline, missing)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not folder.is_dir():
         raise ValueError(f"`RUN_OR_SWEEP_DIR` must be the folder of a run or of a sweep; there is no folder {folder}.")
     loading("bame-report", "PyTorch and SciPy")
-    from bame_lightning.show.report import write_report
+    from bame_lightning.show.report.files import write_report
 
     path = write_report(folder, args.baseline)
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from bame_lightning.show.compare import Comparison
+from bame_lightning.show.compare.rows import Comparison
 from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
 from bame_lightning.show.narrow import Table
 

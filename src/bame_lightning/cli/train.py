@@ -77,8 +77,10 @@ def _check(cfg: DictConfig) -> None:
     check_folder(HydraConfig.get())
     _check_keys(cfg)
     check_values(cfg)
-    if cfg.threads is not None and type(cfg.threads) is not int:
-        raise ValueError(f"`threads` must be a whole number, or null for torch's own choice; got {cfg.threads}.")
+    if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
+        raise ValueError(
+            f"`threads` must be a whole number of at least 1, or null for torch's choice; got {cfg.threads}."
+        )
     if cfg.seed is None or not 0 <= cfg.seed < 2**32:
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1; got {cfg.seed}.")
     NMPattern.parse(cfg.pattern)
@@ -97,8 +99,6 @@ def _check(cfg: DictConfig) -> None:
         )
     if cfg.ckpt is not None and not Path(cfg.ckpt).exists():
         raise FileNotFoundError(f"`ckpt` {cfg.ckpt} does not exist. Check the path.")
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ValueError(f"`threads` must be at least 1, or null for torch's own choice; got {cfg.threads}.")
 
 
 def _check_keys(cfg: DictConfig) -> None:

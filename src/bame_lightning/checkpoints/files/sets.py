@@ -34,15 +34,9 @@ def weight_sets(checkpoint: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
         >>> list(weight_sets({"epoch": 3, "params": {"w": torch.ones(2, 2)}, "ema": {"w": torch.ones(2, 2)}}))
         ['params', 'ema']
     """
-    found = {TOP: _tensors(checkpoint)}
-    for key, value in checkpoint.items():
-        if not isinstance(key, str) or _NO_WEIGHTS.search(key) or not isinstance(value, Mapping):
-            continue
-        found[key] = _tensors(value)
-        inner = value.items() if not found[key] else ()
-        found |= {f"{key}.{name}": _tensors(below) for name, below in inner if isinstance(below, Mapping)}
+    found = {key: tensors for key, values in _mappings(checkpoint).items() if (tensors := _tensors(values))}
     matrices = {key: tensors for key, tensors in found.items() if any(one.dim() >= 2 for one in tensors.values())}
-    return matrices or {key: tensors for key, tensors in found.items() if tensors}
+    return matrices or found
 
 
 def choose(checkpoint: Mapping[Any, Any], key: str | None) -> tuple[str, dict[str, dict[str, Tensor]]]:
@@ -73,7 +67,7 @@ def choose(checkpoint: Mapping[Any, Any], key: str | None) -> tuple[str, dict[st
             f"holds several sets of weights: {there}. Choose one by `key` (on the command line --key '{list(sets)[-1]}')."
         )
     chosen = next(iter(sets)) if chosen is None else chosen
-    _check(_at(checkpoint, chosen), sets[chosen])
+    _check(_mappings(checkpoint)[chosen], sets[chosen])
     return chosen, sets
 
 
@@ -114,17 +108,19 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     return plain, tuple(dropped)
 
 
+def _mappings(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """Where sets of weights may stand, by key."""
+    found = {TOP: checkpoint}
+    for key, value in checkpoint.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and not _NO_WEIGHTS.search(key):
+            found[key] = value
+            if not _tensors(value):
+                found |= {f"{key}.{name}": below for name, below in value.items() if isinstance(below, Mapping)}
+    return found
+
+
 def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def _at(checkpoint: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
-    if key == TOP:
-        return checkpoint
-    if key in checkpoint:
-        return checkpoint[key]  # type: ignore[no-any-return]
-    first, _, rest = key.partition(".")
-    return next(below[rest] for name, below in checkpoint.items() if name == first and rest in below)
 
 
 def _keys(checkpoint: Mapping[Any, Any]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bame_lightning.show.compare import Comparison, Row, Run, compare_runs, find_runs
-from bame_lightning.show.compare.rows import BITS_PER_BYTE
+from bame_lightning.show.compare.rows import BITS_PER_BYTE, Comparison, Row, compare_runs
+from bame_lightning.show.compare.runs import Run, find_runs
 from bame_lightning.show.compare.tables import WORDS, cells, explanation, tasks
 from bame_lightning.show.find_runs import read_summary
 from bame_lightning.show.numbers import amount
