@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Until then a file at `path` stays as it is. Afterwards the folder holds no other new file.
 
     Args:
-        path: Where the file shall lie; its folder is made if it does not exist.
+        path: Where the file will lie; its folder is made if it does not exist.
 
     Yields:
         A path in the same folder, to write to.

@@ -32,12 +32,12 @@ _LIGHTNING_SAYS = "MisconfigurationException"
 
 
 _composes = ExitStack()
-"""Closed when Hydra has composed: until then it leaves errors as they are, or it would tell them in its own way."""
+"""Closed when Hydra has composed. Until then Hydra must leave errors whole, or it would shorten them in its own way."""
 
 
 @contextmanager
-def _errors_as_they_are() -> Iterator[None]:
-    wish = os.environ.get(_FULL_ERROR)  # of the user
+def _whole_errors() -> Iterator[None]:
+    wish = os.environ.get(_FULL_ERROR)  # whether the user wants whole tracebacks
     os.environ[_FULL_ERROR] = "1"
     yield
     del os.environ[_FULL_ERROR]
@@ -56,7 +56,7 @@ def composition_errors(command: str, config: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    _composes.enter_context(_errors_as_they_are())
+    _composes.enter_context(_whole_errors())
     try:
         yield
     except Exception as error:

@@ -66,7 +66,7 @@ def export(args: argparse.Namespace) -> list[str]:
 
 
 def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
-    """Write the file, and read it back; returns what to tell beside its contents."""
+    """Write the file and read it back; return further lines to print."""
     state = trained.state_dict()
     if args.format == "onnx":
         network, inputs = _network(args)
@@ -88,7 +88,7 @@ def _write(trained: Trained, args: argparse.Namespace, part: Path) -> list[str]:
 
 
 def _network(args: argparse.Namespace) -> tuple[nn.Module, list[Inputs]]:
-    """The network that becomes ONNX, with new weights, and what it takes."""
+    """Build the network that becomes ONNX, with new weights; return it and its inputs."""
     inputs = [Inputs(shape, below or args.tokens) for shape, below in map(shape_of, args.input_shape or ())]
     if args.model is not None:
         return network_of_function(args.model), inputs

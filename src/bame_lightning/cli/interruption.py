@@ -19,7 +19,7 @@ class StoppedError(SystemExit):
 
     Args:
         number: The signal.
-        lines: What else to tell.
+        lines: Further lines to print.
     """
 
     def __init__(self, number: int, lines: Sequence[str] = ()) -> None:
@@ -75,10 +75,10 @@ def stoppable(command: str, more: Callable[[], list[str]] = list) -> Iterator[No
 
 @contextmanager
 def training_stopped(lines: Callable[[], list[str]]) -> Iterator[None]:
-    """Recognise in what Lightning makes of a signal what it was.
+    """Recognise the signal behind what Lightning raises.
 
     Args:
-        lines: Finds what else to tell.
+        lines: Makes further lines to print.
 
     Yields:
         Nothing.

@@ -74,7 +74,7 @@ def _parts(node: DictConfig, before: str = "") -> Iterator[tuple[str, DictConfig
 
 
 def _left_over(key: str, cfg: DictConfig, standard: DictConfig) -> bool:
-    """Whether a value is that of the option whose target was replaced."""
+    """Whether a value comes from the option whose target was replaced."""
     if any(key == other or (key.startswith(f"{other}.") and other.count(".")) for other in overridden()):
         return False
     return bool(OmegaConf.select(cfg, key) == OmegaConf.select(standard, key))

@@ -103,7 +103,7 @@ def train(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(cfg: DictConfig) -> _Run:
-    """Make the parts of a run, and find out what is wrong with them."""
+    """Make the parts of a run, and refuse wrong ones."""
     cfg, told = fitted(cfg)
     data = instantiate(cfg.data)
     shape, classes = data_shape(data)

@@ -68,7 +68,7 @@ def overridden() -> set[str]:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse values of another kind than their defaults.
+    """Refuse values that are not of the kind of their defaults.
 
     Args:
         cfg: The composed configuration.

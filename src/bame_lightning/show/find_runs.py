@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 SUMMARY = "summary.json"
 OVERRIDES = ".hydra/overrides.yaml"
-ERROR = "error.txt"  # of a failed job of a sweep: its message in the first line, then the traceback
+ERROR = "error.txt"  # of a failed job of a sweep: the message in its first line, then the traceback
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def write_onnx(network: nn.Module, inputs: Sequence[Inputs], path: Path) -> floa
 
     Args:
         network: In evaluation mode, on the CPU.
-        inputs: What it takes, in the order of the arguments of `forward`; all have the same batch size.
+        inputs: Its inputs, in the order of the arguments of `forward`; all have the same batch size.
         path: The file.
 
     Returns:
@@ -88,7 +88,7 @@ def write_onnx(network: nn.Module, inputs: Sequence[Inputs], path: Path) -> floa
             f"takes {size / 1e9:.1f} GB, where an ONNX file holds 2 GB at most. Use `--format packed` or dense."
         )
     names = _names(network, len(inputs))
-    # With warnings off: about operators and constants of the trace, nothing that a user must act on.
+    # Without warnings: they are about operators and constants of the trace, and a user need not act.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         _check_takes(network, inputs)

@@ -156,7 +156,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UnreadableError: If it is damaged.
     """
-    # Training imports this module, and shall import nothing that Lightning does not.
+    # Training imports this module, and must not import what Lightning does not.
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,1 +1,1 @@
-"""Finished runs side by side: by data, model, recipe, pattern and method, against a baseline paired by seed."""
+"""Compare finished runs, by data, model, recipe, pattern and method, with a baseline of the same seeds."""
