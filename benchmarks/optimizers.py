@@ -289,18 +289,18 @@ def main() -> None:
 
 HEAD = """# Optimizers
 
-After this page you know whether your optimizer works with N:M training here. Every optimizer of the libraries below was
-tried under `BAMECallback("2:4")`, with masks that adapt every other step, for 24 steps of two convolutions and three linear
-layers. [Each by name](../benchmarks/optimizers.md), with the reason if it does not train.
+After this page you know whether your optimizer works with N:M training here. Every optimizer of torch and of many libraries
+was tried under `BAMECallback("2:4")`: 24 steps of two convolutions and three linear layers, with masks that adapt after
+every second step. [The list](../benchmarks/optimizers.md) names each, with the reason if it does not train.
 
 - **Train**: every step was counted, every block obeyed after every step, and state that holds one value per weight was at
   rest where weights are pruned, so a revived weight starts fresh.
-- **Refused**: fit ends with the message, in its first step at the latest.
-- **Fail**: open.
-- **Not tried**: these do not train this network alone, without the callback, either.
+- **Refused**: fit ends with a message, in its first step at the latest.
+- **Fail**: not solved.
+- **Not tried**: these do not train this network without the callback either.
 
-State in another basis or layout is left alone: a matrix factor or a projector beside it gives it away. Other state that
-nobody recognises is named by a warning or refused.
+State in another basis or layout is left alone; a matrix factor or a projector beside it shows that. Other unknown state is
+named by a warning or refused.
 
 ```
 python -m benchmarks.optimizers
@@ -317,7 +317,6 @@ KINDS = {"trains": "Train", "refused": "Refused", "fails": "Fail", "not tried": 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """The page: how many optimizers have which outcome, of torch and of the other libraries."""
-    libraries = ", ".join(library for library, _ in _by_library(rows))
     lines = [HEAD, f"| | {' | '.join(KINDS.values()).lower()} |", "|---|---:|---:|---:|---:|"]
     for title, own in (
         ("torch", [row for row in rows if row["library"] == "torch"]),
@@ -325,7 +324,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     ):
         count = [sum(row["result"] == kind for row in own) for kind in KINDS]
         lines.append(f"| {title} | {' | '.join(map(str, count))} |")
-    return "\n".join(lines) + f"\n\nLibraries: {libraries}.\n"
+    return "\n".join(lines) + "\n"
 
 
 def by_name(rows: list[dict[str, Any]]) -> str:
