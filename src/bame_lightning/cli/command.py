@@ -92,15 +92,29 @@ def answers(name: str, remedy: str) -> Callable[[Answer], Answer]:
                 try:
                     return answer(argv)
                 except (ValueError, OSError) as error:
-                    line = str(error)
-                    if isinstance(error, OSError) and error.filename is not None:
-                        line = f"{error.filename}: {error.strerror}. {'Make room.' if error.errno in FULL else remedy}"
-                    print(f"{name}: error: {printable(line)}", file=sys.stderr)
+                    print(f"{name}: error: {printable(words_of(error, remedy))}", file=sys.stderr)
             return 1
 
         return main
 
     return decorate
+
+
+def words_of(error: Exception, remedy: str, full: str = "Make room.") -> str:
+    """Tell an error in a line.
+
+    Args:
+        error: What was raised; the message of one of ours says all.
+        remedy: A sentence that follows what the system says of a file.
+        full: The sentence for a full disk.
+
+    Returns:
+        The line.
+    """
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in FULL):
+        return " ".join(str(error).split())
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}. {full if error.errno in FULL else remedy}"
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from bame_lightning.cli.claims import TakenError
-from bame_lightning.cli.command import FULL
+from bame_lightning.cli.command import FULL, words_of
 from bame_lightning.cli.jobs import record
 from bame_lightning.cli.sweeps import in_sweep, unescaped
 from bame_lightning.cli.words import no_option, unknown_key, unknown_option, unreadable
@@ -127,14 +127,9 @@ def _message(error: Exception) -> str:
         if part and not of_the_user(cause):
             return not_made(part[1], cause)
         error = cause
-    message = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:  # the system's words, which say no remedy
-        message = f"{error.filename}: {error.strerror}. Move it away, change its rights, or name another path."
-    if isinstance(error, OSError) and error.errno in FULL:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        message = (
-            f"{where}{error.strerror}. Make room, or name another path (hydra.run.dir=). Earlier checkpoints are whole."
-        )
+    remedy = "Move it away, change its rights, or name another path."
+    full = "Make room, or name another path (hydra.run.dir=). Earlier checkpoints are whole."
+    message = words_of(error, remedy, full)
     return message if of_the_user(error) else f"{type(error).__name__}: {message}"
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from typing_extensions import override
 
 from bame_lightning.cli import jobs
+from bame_lightning.cli.command import words_of
 from bame_lightning.show.find_runs import ERROR
 
 
@@ -30,9 +31,7 @@ class ReportFailures(Callback):
             check_folder(config.hydra)
             jobs.begin(config)
         except (ValueError, OSError) as error:  # Hydra would only warn, and go on
-            line = str(error)
-            if isinstance(error, OSError):
-                line = f"{error.filename}: {error.strerror}. Choose another folder (hydra.sweep.dir=)."
+            line = words_of(error, "Choose another folder (hydra.sweep.dir=).")
             print(f"bame-train: error: {line}", file=sys.stderr)
             sys.exit(1)
 

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.tasks.splits import InMemoryData
+from bame_lightning.tasks.splits import Splits
 
 
 class Images(NamedTuple):
@@ -66,7 +66,7 @@ class StandardisedImages:
         return (pixels.float() - self.mean) / self.std, self.images.labels[indices]
 
 
-class InMemoryImages(InMemoryData):
+class InMemoryImages(Splits):
     """A data set held in memory, each channel standardised by the training images' mean and standard deviation.
 
     For another data set write a subclass that names its shape and its classes and implements `load`. Values stay as they
@@ -93,7 +93,7 @@ class InMemoryImages(InMemoryData):
         num_workers: int,
         augmentation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, evaluation_batch_size=1000)
+        super().__init__(batch_size, num_workers, evaluation_batch_size=1000, collate_fn=tuple)
         if val_size != 0 and val_size < self.num_classes:
             raise ValueError(
                 f"`val_size` must be 0 (no validation) or at least one image for each of the {self.num_classes} "

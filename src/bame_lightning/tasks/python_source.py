@@ -14,7 +14,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from bame_lightning.tasks.splits import InMemoryData
+from bame_lightning.tasks.splits import Splits
 
 EXCLUDED = (
     *("site-packages", "dist-packages"),  # not the standard library's
@@ -48,7 +48,7 @@ class Windows:
         return chosen[:, :-1], chosen[:, 1:]
 
 
-class PythonSource(InMemoryData):
+class PythonSource(Splits):
     """The source text of Python's standard library, or of another folder, as bytes; nothing is downloaded.
 
     Every file `*.py` at any depth is read, except those that `EXCLUDED` names. A whole file is for training, for validation or
@@ -78,7 +78,7 @@ class PythonSource(InMemoryData):
         val_share: float = 0.05,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, evaluation_batch_size=100)
+        super().__init__(batch_size, num_workers, evaluation_batch_size=100, collate_fn=tuple)
         if context < 1:
             raise ValueError(f"`context` must be at least 1 byte; got {context}.")
         if not 0 <= val_share < 1 - TEST_SHARE:

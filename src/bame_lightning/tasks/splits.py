@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
-
-
-@runtime_checkable
-class Batches(Sized, Protocol):
-    """Serves a whole batch at once: on small models a loop over samples costs more than a step."""
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the samples with these indices."""
 
 
 class Splits(LightningDataModule):
@@ -71,20 +62,3 @@ class Splits(LightningDataModule):
         # Workers are new in each epoch, so that a resumed run can draw their random numbers again: generators of persistent
         # workers are saved nowhere.
         return DataLoader(self._splits[split], batch_size, num_workers=self.num_workers, **how, **self._options)
-
-
-class InMemoryData(Splits):
-    """Splits that are held in memory, as `Batches`; for `num_workers` 0 is the fastest.
-
-    Args:
-        batch_size: As in `Splits`.
-        num_workers: As in `Splits`.
-        evaluation_batch_size: As in `Splits`.
-    """
-
-    def __init__(self, batch_size: int, num_workers: int, evaluation_batch_size: int) -> None:
-        super().__init__(batch_size, num_workers, evaluation_batch_size, collate_fn=tuple)
-
-    @abstractmethod
-    def split(self) -> tuple[Batches, Batches, Batches]:
-        """Read the samples."""
