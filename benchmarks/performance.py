@@ -102,7 +102,7 @@ KINDS = {
 CALLS = {
     "mask_gradients": "zero gradients",
     "enforce": "zero weights and momenta",
-    "contested": "find contenders in memory",
+    "kept_offsets": "find what their blocks keep",
     "read": "read gradients",
     "accumulate": "move evidence",
     "contend": "choose contenders",

@@ -94,7 +94,7 @@ def contend_at(blocks: Any, positions: list[list[int]]) -> None:
     """Let positions of a single weight contend, numbered within it, as many in each row."""
     kept = blocks.weights[0].kept
     chosen = torch.tensor(positions, dtype=torch.int64).view(len(kept), -1)
-    blocks.contenders.choose([chosen % (kept.numel() // len(kept))])
+    blocks.contenders.choose(chosen.flatten() % (kept.numel() // len(kept)), [chosen.shape[1]])
 
 
 def sgd(blocks: EvolvingBlocks, **kwargs: Any) -> torch.optim.SGD:

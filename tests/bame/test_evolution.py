@@ -424,7 +424,9 @@ def everything(weight: EvolvingBlocks) -> list[Tensor]:
         weight.table.accumulated.mean,
         weight.sizes.noise,
         weight.sizes.unit,
-        *vars(weight.table.history).values(),
+        weight.table.history.oscillations,
+        weight.table.history.quiet(),
+        weight.table.history.pruned_before(),
     ]
     return [
         *tensors,

@@ -65,7 +65,7 @@ def test_accumulated_evidence_by_hand() -> None:
     assert weight.contenders.positions.tolist() == [1, 7, 12, 13]
     assert weight.table.history.oscillations.tolist() == [0, 0, 0, 0]
     pruned_before = [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert weight.table.history.pruned_before.int().tolist() == pruned_before
+    assert weight.table.history.pruned_before().int().tolist() == pruned_before
     assert (int(weight.table.masks.last_flips), int(weight.table.masks.flips)) == (4, 4)
     # Minus gradient times change. Block 0 changes by [0, -0.5, 0, -0.625]: 49.5 + 0.15625. Block 1 by [-0.3125, 0, 0, -0.25]:
     # 0.15625 + 24.75.
@@ -83,7 +83,7 @@ def test_accumulated_evidence_by_hand() -> None:
     assert weight.contenders.positions.tolist() == [3, 7, 15, 13]
     assert weight.table.history.oscillations.tolist() == [1, 0, 0, 0]
     pruned_before = [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
-    assert weight.table.history.pruned_before.int().tolist() == pruned_before
+    assert weight.table.history.pruned_before().int().tolist() == pruned_before
     assert (int(weight.table.masks.last_flips), int(weight.table.masks.flips)) == (4, 8)
     # Block 0 changes by [0, 0.78125, 0, 0.625]: 0.390625 - 61.875. Block 3 by [1.5625, 0, 0, -1.25]: 1.5625.
     torch.testing.assert_close(weight.table.predicted[0], torch.tensor(0.390625 - 61.875 + 1.5625))

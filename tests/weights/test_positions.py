@@ -21,8 +21,7 @@ def sparse(name: str, weight: torch.Tensor, m: int, transposed: bool = False) ->
 
 
 def find(positions: Positions, numbers: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    m = positions.m
-    return positions.offsets(numbers // m, (numbers % m)[None], torch.tensor(counts)).squeeze(0)
+    return positions.offsets(numbers, torch.tensor(counts))
 
 
 @given(st.data(), st.integers(0, 10**6))

@@ -57,36 +57,42 @@ class Accumulated:
     """
 
     def __init__(self, table: Float[Tensor, "blocks m"], *, mean: bool) -> None:
-        self._evidence = table
-        self._mean = torch.zeros_like(table) if mean else None
+        self._evidence = table.view(-1)
+        self._mean = torch.zeros_like(self._evidence) if mean else None
+        self._m = table.shape[1]
         self._near: Near | None = None
 
     @property
     def evidence(self) -> Float[Tensor, "blocks m"]:
         """The table of evidence, to be read or changed in place."""
         self._put_back()
-        return self._evidence
+        return self._evidence.view(-1, self._m)
 
     @property
     def mean(self) -> Float[Tensor, "blocks m"] | None:
         """The table of means, to be read or changed in place; None if none are kept."""
         self._put_back()
-        return self._mean
+        return None if self._mean is None else self._mean.view(-1, self._m)
 
     def near(self, positions: Int[Tensor, " contenders"]) -> Near:
         """Take the contenders' values out of the tables, to be changed in place, for as long as these positions contend."""
         if self._near is None or self._near.positions is not positions:
             self._put_back()
-            mean = None if self._mean is None else self._mean.view(-1).index_select(0, positions)
-            self._near = Near(positions, self._evidence.view(-1).index_select(0, positions), mean)
+            mean = None if self._mean is None else self._mean.index_select(0, positions)
+            self._near = Near(positions, self._evidence.index_select(0, positions), mean)
+            # A position that swaps meanwhile has no evidence in the tables.
+            for table in (self._evidence, self._mean):
+                if table is not None:
+                    table.index_fill_(0, positions.long(), 0)
         return self._near
 
     def move_all(self, gradient: Float[Tensor, "blocks m"], move: Move) -> None:
         """Follow the gradients of all positions, in pieces; overwrites the gradients."""
         rate, keep, weight = (value.view(-1, 1).expand(len(gradient), 1) for value in move)
-        averaged = gradient if self.mean is None else self.mean
+        table = self.mean
+        averaged = gradient if table is None else table
         for evidence, mean, seen, by, kept, how in pieces(self.evidence, averaged, gradient, rate, keep, weight):
-            change = seen if self._mean is None else mean.lerp_(seen, how)
+            change = seen if table is None else mean.lerp_(seen, how)
             evidence.mul_(kept).addcmul_(change, by, value=-1)
 
     def move_near(
@@ -97,15 +103,10 @@ class Accumulated:
         change = gradient if near.mean is None else near.mean.lerp_(gradient, move.weight)
         near.evidence.mul_(move.keep).addcmul_(move.rate, change, value=-1)
 
-    def clear(self, positions: Int[Tensor, " some"]) -> None:
-        """Forget the tables' values at positions that contend, or did so until now."""
-        self._evidence.view(-1).index_fill_(0, positions, 0)
-        if self._mean is not None:
-            self._mean.view(-1).index_fill_(0, positions, 0)
-
     def _put_back(self) -> None:
         near, self._near = self._near, None
         if near is not None:
-            self._evidence.view(-1).index_copy_(0, near.positions, near.evidence)
+            positions = near.positions.long()
+            self._evidence.index_copy_(0, positions, near.evidence)
             if self._mean is not None and near.mean is not None:
-                self._mean.view(-1).index_copy_(0, near.positions, near.mean)
+                self._mean.index_copy_(0, positions, near.mean)

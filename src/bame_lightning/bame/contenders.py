@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bame_lightning.blocks.masks import as_integers
 
 
 def closeness(
-    evidence: Float[Tensor, "blocks m"], weakest: Float[Tensor, "blocks 1"], kept: Int16[Tensor, "blocks n"]
+    evidence: Float[Tensor, "blocks m"], weakest: Float[Tensor, "blocks 1"], kept: Integer[Tensor, "blocks n"]
 ) -> Float[Tensor, "blocks m"]:
     r"""Measure how close every pruned position is to a swap: $|v_j| / \min_{i\,\text{kept}} |w_i|$ of its block (ours).
 
@@ -28,7 +27,9 @@ def closeness(
     """
     # Never zero, because it is divided by.
     ratios = evidence.abs().div_(weakest.clamp_min(torch.finfo(evidence.dtype).tiny))
-    return ratios.scatter_(1, kept.long(), -1)
+    first = torch.arange(0, ratios.numel(), ratios.shape[1], device=ratios.device)
+    ratios.view(-1).index_fill_(0, (first[:, None] + kept).view(-1), -1)
+    return ratios
 
 
 def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
@@ -46,48 +47,25 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
         tensor([[0, 3],
                 [1, 2]])
     """
+    rows, positions = closeness.shape
     if not count:
-        return torch.zeros(len(closeness), 0, dtype=torch.int64, device=closeness.device)
-    rows, places = closeness.shape
-    some = max(1, PIECE // places) if closeness.is_cpu else max(1, rows)
-    lower = torch.arange(places, device=closeness.device)
-    found = []
-    for part in torch.split(closeness, some):
-        # The bits of positive numbers are in their order; NaN comes last, negative numbers first. Lower places break ties.
-        order = as_integers(part.float()).long().mul_(2**32).sub_(lower)
-        found.append(order.topk(count, sorted=False).indices.sort().values)
-    return torch.cat(found)
+        return torch.zeros(rows, 0, dtype=torch.int64, device=closeness.device)
+    # The bits of positive numbers are in their order; NaN comes first, negative numbers last. Lower places break ties.
+    lower = torch.arange(positions, device=closeness.device)
+    order = as_integers(closeness.float()).long().mul_(-(2**32)).add_(lower)
+    if positions % APART == 0 and 2 * APART * count <= positions:
+        # What is chosen is among the `count` columns whose best are best: half as many to put in order, twice.
+        columns = order.view(rows, APART, -1)
+        best = columns.amin(1, keepdim=True).topk(count, largest=False, sorted=False).indices
+        order = columns.gather(2, best.expand(-1, APART, -1)).view(rows, -1)
+    found = order.topk(count, largest=False, sorted=False).values
+    return found.bitwise_and_(2**32 - 1).sort().values
 
 
-TOGETHER = 2**21
-"""The most positions among which contenders are chosen at once, unless a single weight has more."""
 PIECE = 2**20
-"""The most of these that are sorted at once on a CPU: larger memory is requested from the system each time."""
-
-
-def alike(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
-    """Group the weights whose rows have as many positions and contenders.
-
-    Args:
-        shapes: Of each weight its rows, the positions of a row, and how many of those are chosen.
-
-    Returns:
-        Groups of places of weights; those of a group have the same numbers, and `TOGETHER` positions at most in all.
-
-    Example:
-        >>> alike([(8, 64, 3), (4, 16, 1), (2, 64, 3)])
-        [[0, 2], [1]]
-    """
-    groups: dict[tuple[int, int], list[list[int]]] = {}
-    sizes: dict[tuple[int, int], int] = {}
-    for place, (rows, positions, count) in enumerate(shapes):
-        kind, size = (positions, count), rows * positions
-        if kind not in groups or sizes[kind] + size > TOGETHER:
-            groups.setdefault(kind, []).append([])
-            sizes[kind] = 0
-        groups[kind][-1].append(place)
-        sizes[kind] += size
-    return [group for each in groups.values() for group in each]
+"""The most positions among which contenders are chosen at once: larger memory is requested from the system each time."""
+APART = 4
+"""Positions of a column: about the root of 1 over the share of contenders."""
 
 
 class First(NamedTuple):

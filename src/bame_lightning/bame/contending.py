@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16, Shaped
+from jaxtyping import Bool, Float, Int, Int64, Integer, Shaped
 from torch import Tensor
 
 from bame_lightning.bame.contenders import first
@@ -15,6 +17,8 @@ from bame_lightning.weights.positions import Positions
 
 class Contenders:
     """The contenders: the pruned positions that a step reads when it does not read everything.
+
+    A swap puts a position in the place of another one of its block, so that the block of each slot stays the same.
 
     Args:
         weights: The weights, of one pattern.
@@ -30,35 +34,49 @@ class Contenders:
     def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
         self._weights, self._numbering, self.m = weights, positions, weights[0].pattern.m
         self.split: list[int] = []
-        # Where contenders and the kept weights of their blocks lie, until one of them changes.
-        self._places: Tensor | None = None
+        self._offsets: Tensor | None = None
+        self._kept_offsets: Tensor | None = None
         device = weights[0].kept.device
         self.rows = [len(sparse.kept) for sparse in weights]
-        lengths = [sparse.kept.numel() // rows for sparse, rows in zip(weights, self.rows, strict=True)]
+        lengths = [sparse.kept.shape[1:].numel() for sparse in weights]
         length = torch.tensor(lengths, device=device).repeat_interleave(torch.tensor(self.rows, device=device))
         self._row_starts = length.cumsum(0) - length
-        self.choose([torch.zeros(rows, 0, dtype=torch.int64, device=device) for rows in self.rows])
+        self.choose(torch.zeros(0, dtype=torch.int64, device=device), [0] * len(weights))
 
-    def choose(self, chosen: Sequence[Tensor]) -> None:
-        """Choose new contenders, for each weight given as places in each row; shape (rows, count)."""
-        self._places = None
-        split = [own.numel() for own in chosen]
+    def choose(self, places: Int64[Tensor, " contenders"], counts: Sequence[int]) -> None:
+        """Choose new contenders.
+
+        Args:
+            places: Places in their rows, row by row; used up.
+            counts: How many are in each row of each weight.
+        """
+        self._offsets = self._kept_offsets = None
+        split = [rows * count for rows, count in zip(self.rows, counts, strict=True)]
         if split != self.split:
             self.split = split
             device = self._row_starts.device
             self.counts = torch.tensor(split, device=device)
+            per_row = torch.tensor(counts, device=device)
+            self._per_row = per_row.repeat_interleave(torch.tensor(self.rows, device=device))
             # Rows without a contender, as in a weight that has just joined, challenge no kept weight.
-            self._row_split = [len(own) if own.shape[1] else 0 for own in chosen]
-            rows, layers = (torch.tensor(v, device=device) for v in (self._row_split, range(len(chosen))))
-            per_row = torch.tensor([own.shape[1] for own in chosen], device=device)
-            self._row_layer, self._per_row = layers.repeat_interleave(rows), per_row.repeat_interleave(rows)
-            self._counts_of_rows = per_row.repeat_interleave(torch.tensor(self.rows, device=device))
-        places = torch.cat([own.flatten() for own in chosen])
-        self.positions = places.add_(self._row_starts.repeat_interleave(self._counts_of_rows, output_size=len(places)))
+            self._row_split = [rows if count else 0 for rows, count in zip(self.rows, counts, strict=True)]
+            rows = torch.tensor(self._row_split, device=device)
+            self._row_layer = torch.arange(len(split), device=device).repeat_interleave(rows)
+            per_row = per_row.repeat_interleave(rows)
+            self._first_slots = per_row.cumsum(0) - per_row
+            # Neighbours with as many in each row: how many, in rows of how many.
+            runs = groupby(filter(all, zip(counts, split, strict=True)), key=itemgetter(0))
+            self._runs = [(sum(size for _, size in run), count) for count, run in runs]
+        places.add_(self._row_starts.repeat_interleave(self._per_row, output_size=len(places)))
+        self.positions = places.to(self._numbering.integers)
 
-    def replace(self, slots: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> None:
-        """Put other positions into slots."""
-        self.positions.index_copy_(0, slots, positions)
+    def replace(
+        self, slots: Int64[Tensor, " rows"], positions: Int[Tensor, " rows"], offsets: Int64[Tensor, " rows"]
+    ) -> None:
+        """Put other positions of the same blocks into slots; they lie at `offsets` in the memory of their weights."""
+        self._kept_offsets = None
+        self.positions.index_copy_(0, slots, positions.to(self.positions.dtype))
+        self.offsets.index_copy_(0, slots, offsets)
 
     @property
     def blocks(self) -> Int[Tensor, " contenders"]:
@@ -78,33 +96,36 @@ class Contenders:
         """For each contender the value of its weight."""
         return values.repeat_interleave(self.counts, output_size=len(self.positions))
 
-    def contested(self, kept_places: Int16[Tensor, "blocks n"]) -> Int[Tensor, "places contenders"]:
-        """The place of each contender, and of its block's kept weights, in the memory of its weight; kept until `forget`."""
-        if self._places is None:
-            block, numbering = self.blocks, self._numbering
-            kept = kept_places.index_select(0, block).t().long()
-            places = torch.cat((numbering.within(self.positions)[None], kept))
-            self._places = numbering.offsets(block, places, self.counts)
-        return self._places
+    @property
+    def offsets(self) -> Int64[Tensor, " contenders"]:
+        """Where each lies in the memory of its weight."""
+        if self._offsets is None:
+            self._offsets = self._numbering.offsets(self.positions, self.counts)
+        return self._offsets
 
-    def forget(self) -> None:
-        """Call when blocks keep other positions."""
-        self._places = None
+    def kept_offsets(self, kept_places: Integer[Tensor, "blocks n"]) -> Int64[Tensor, "n contenders"]:
+        """Where the weights lie that the block of each keeps; remembered until some are replaced."""
+        if self._kept_offsets is None:
+            numbering, positions = self._numbering, self.positions
+            by = kept_places.index_select(0, numbering.blocks(positions)).t() - numbering.within(positions)
+            self._kept_offsets = numbering.moved(self.offsets, by, self.counts)
+        return self._kept_offsets
 
     def first_of_rows(
         self, near: Float[Tensor, " contenders"]
-    ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"], Int[Tensor, " rows"], list[int]]:
+    ) -> tuple[Int64[Tensor, " rows"], Bool[Tensor, " rows"], Int64[Tensor, " rows"], list[int]]:
         """For each row the contender closest to a swap (slot, may it swap, its weight), and the rows of each weight."""
-        rows = len(self._row_layer)
-        group = torch.arange(rows, device=near.device).repeat_interleave(self._per_row, output_size=len(near))
-        return *first(near, group, rows), self._row_layer, self._row_split
+        parts = torch.split(near, [size for size, _ in self._runs])
+        best = [part.view(-1, count).max(1) for part, (_, count) in zip(parts, self._runs, strict=True)]
+        slot = torch.cat([found.indices for found in best]).add_(self._first_slots)
+        return slot, torch.cat([found.values for found in best]) >= 0, self._row_layer, self._row_split
 
     def first_of_blocks(
         self, near: Float[Tensor, " contenders"]
-    ) -> tuple[Int[Tensor, " blocks"], Bool[Tensor, " blocks"], Int[Tensor, " blocks"], list[int]]:
+    ) -> tuple[Int64[Tensor, " blocks"], Bool[Tensor, " blocks"], Int64[Tensor, " blocks"], list[int]]:
         """The same for each block that has a contender which may swap; waits for the device."""
         starts = self._numbering.starts
-        slot, may = first(near, self.blocks, starts[-1] // self.m)
+        slot, may = first(near, self.blocks.long(), starts[-1] // self.m)
         slot, may = slot[may], may[may]
         of = torch.bucketize(self.positions[slot], torch.tensor(starts[1:], device=slot.device), right=True)
         return slot, may, of, of.bincount(minlength=len(self._weights)).tolist()
@@ -119,4 +140,4 @@ class Contenders:
         """Restore the contenders of a weight from what `saved` returned."""
         own = [self.saved(place) for place in range(len(self._weights))]
         own[layer] = saved.to(self.positions.device).long()
-        self.choose(own)
+        self.choose(torch.cat([each.flatten() for each in own]), [each.shape[1] for each in own])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bame_lightning.bame.accumulated import Accumulated, Move
-from bame_lightning.bame.contenders import alike, choose, closeness, count_in_share
+from bame_lightning.bame.contenders import PIECE, choose, closeness, count_in_share
 from bame_lightning.bame.contending import Contenders
 from bame_lightning.bame.evolving import EvolvingBlocks
 from bame_lightning.bame.kept import KeptWeights
@@ -22,7 +23,7 @@ from bame_lightning.bame.room import Room
 from bame_lightning.bame.sizes import Sizes
 from bame_lightning.bame.swaps import Challenge, challenge, ratio
 from bame_lightning.bame.table import BlockTable, EvolvingLayer, saved
-from bame_lightning.blocks.masks import zero_pruned_
+from bame_lightning.blocks.masks import zero_pruned_, zeroed
 from bame_lightning.weights.layers import SparseWeight
 from bame_lightning.weights.positions import take
 
@@ -95,11 +96,12 @@ class ContendingBlocks(EvolvingBlocks):
         if everywhere:
             whole = torch.cat([self.table.in_order(gradient, layer) for layer, gradient in enumerate(laid_out)])
             whole = whole.to(self.table.dtype).view(-1, self.pattern.m)
-            kept = whole.gather(1, self.kept.places.long()) if adapts else None
+            kept = whole.take(self.kept.positions()).view(-1, self.pattern.n) if adapts else None
             self.reading, self.extremes = DenseGradient(whole, None, kept, present), list(whole.aminmax())
             return
-        places = self.contenders.contested(self.kept.places)
-        places = places if adapts else places[:1]
+        places = self.contenders.offsets[None]
+        if adapts:
+            places = torch.cat((places, self.contenders.kept_offsets(self.kept.places)))
         values = take(laid_out, torch.split(places, self.contenders.split, dim=1)).to(self.table.dtype)
         read = values[0]
         self.reading = DenseGradient(None, read, values[1:].t() if adapts else None, present)
@@ -116,25 +118,22 @@ class ContendingBlocks(EvolvingBlocks):
             moves = ~table.frozen if everywhere else table.unfrozen(contenders.positions)
         if read.everywhere is not None:
             zero_pruned_(read.everywhere, finite)
-            read.everywhere.scatter_(1, self.kept.places.long(), 0)
+            read.everywhere.view(-1).index_fill_(0, self.kept.positions(), 0)
             frozen = None if moves is None else ~moves
             self.sizes.measure(read.everywhere, self.kept.weights(), frozen, finite, read.present)
         spread = table.spread if everywhere else contenders.spread
         if not all(read.present):
             has = spread(torch.tensor(read.present, device=table.device))
             moves = has if moves is None else moves & has
-        rate = reading.steps * noise_step(window, self.pattern.m) * self.sizes.unit
-        # The unit is not finite if the optimizer has made weights that are not.
-        rate = torch.where(finite & (rate - rate == 0), rate, 0)
         seen = finite.to(table.dtype)
+        # The unit is not finite if the optimizer has made weights that are not.
+        rate = (reading.steps * noise_step(window, self.pattern.m) * self.sizes.unit).nan_to_num_(0, 0, 0) * seen
         keep, weight = 1 - seen * (reading.forgets / max(1, window)), (1 - self.config.momentum) * seen
         move = Move(spread(rate), keep, weight).only(moves)
         if read.everywhere is not None:
             table.accumulated.move_all(read.everywhere, move)
         elif read.contenders is not None:
-            change = read.contenders.clone()
-            zero_pruned_(change, finite)
-            table.accumulated.move_near(contenders.positions, change, move)
+            table.accumulated.move_near(contenders.positions, zeroed(read.contenders, finite), move)
 
     @override
     def contend(self, share: float | None = None) -> None:
@@ -145,14 +144,22 @@ class ContendingBlocks(EvolvingBlocks):
         """
         share = self.config.contenders if share is None else share
         n, m, rows = self.pattern.n, self.pattern.m, self.contenders.rows
-        lengths = [sparse.kept.numel() // count for sparse, count in zip(self.weights, rows, strict=True)]
-        shapes = [(*shape, count_in_share(share, shape[1] // m * (m - n))) for shape in zip(rows, lengths, strict=True)]
-        weakest, chosen = self.kept.weakest(), dict[int, Tensor]()
-        for layers in alike(shapes):
-            ratios = closeness_now(self, layers, weakest).view(-1, lengths[layers[0]])
-            together = self.choose(ratios, shapes[layers[0]][2])
-            chosen |= zip(layers, torch.split(together, [rows[layer] for layer in layers]), strict=True)
-        self.contenders.choose([chosen[layer] for layer in range(len(rows))])
+        lengths = [sparse.kept.shape[1:].numel() for sparse in self.weights]
+        evidence, weakest, closed = self.table.evidence, self.kept.weakest(), closed_now(self)
+        found, counts, begin = list[Tensor](), list[int](), 0
+        # Neighbours of equal rows in one go.
+        for length, run in groupby(range(len(rows)), key=lengths.__getitem__):
+            layers = list(run)
+            count, step = count_in_share(share, length // m * (m - n)), max(1, PIECE // length) * length // m
+            end = self.table.firsts[layers[-1] + 1]
+            for first in range(begin, end, step):
+                some = slice(first, min(first + step, end))
+                ratios = closeness(evidence[some], weakest[some], self.kept.places[some])
+                ratios = ratios if closed is None else last(ratios, closed[some])
+                found.append(self.choose(ratios.view(-1, length), count).flatten())
+            counts += [count] * len(layers)
+            begin = end
+        self.contenders.choose(torch.cat(found), counts)
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
         """Choose the contenders of some rows, as places in them."""
@@ -169,25 +176,30 @@ class ContendingBlocks(EvolvingBlocks):
         table.predicted = torch.zeros_like(table.predicted)
         if not self.contenders.positions.numel():
             table.masks.unchanged()
-            table.history.quiet += 1
+            table.history.adaptations += 1
             return None
         found = self._challenge()
-        size = (1 + self.config.margin) * found.weakest.abs()
+        size = (1 + self.config.margin) * found.size
         swapped = found.may_swap & (found.evidence.abs() > size)
         revived, left = self.starts(found, size)
-        position, dropped = found.position, self.kept.positions(found.block, found.place)
+        first, entered = found.block * self.pattern.m, found.entered
+        kept = self.kept.places.index_select(0, found.block)
+        revived_at, pruned_at = found.position - first, kept.gather(1, found.place).view(-1).long()
         if self.room is not None:
-            swapped = self.room.admit(position, dropped, found.of, ratio(found.evidence, found.weakest.abs()), swapped)
-        places = self.contenders.contested(self.kept.places).index_select(1, found.slot)
-        entered, pruned = places[0], places.gather(0, found.place[None] + 1).squeeze(0)
+            urgency = ratio(found.evidence, found.size)
+            swapped = self.room.admit(found.position, first + pruned_at, found.of, urgency, swapped)
+        stays = ~swapped
         if (gain := predicted_gain(self.reading, found, revived)) is not None:
-            table.predicted.index_add_(0, found.of, torch.where(swapped, gain, 0))
-        self._hand_over(found, swapped, dropped, left)
-        table.masks.swap(entered, pruned, swapped, found.of)
-        table.history.record_swaps(found.block, position, dropped, swapped)
+            table.predicted.index_add_(0, found.of, gain.masked_fill_(stays, 0))
+        table.masks.swap(entered, found.dropped, swapped, found.of)
+        table.history.record_swaps(found.block, revived_at, pruned_at, swapped)
         # Where nothing was swapped, the position that was pruned before stands for the one that is pruned now.
-        pruned = torch.where(swapped, pruned, entered)
-        values = torch.where(swapped, revived, 0).to(self.weights[0].weight.dtype)
+        pruned = torch.where(swapped, found.dropped, entered)
+        self._hand_over(found, swapped, left)
+        kept_at = torch.where(swapped, revived_at, pruned_at)[:, None].to(kept.dtype)
+        self.kept.replace(found.block, kept.scatter_(1, found.place, kept_at))
+        self.contenders.replace(found.slot, first + torch.where(swapped, pruned_at, revived_at), pruned)
+        values = revived.masked_fill(stays, 0).to(self.weights[0].weight.dtype)
         both = torch.stack((values, torch.zeros_like(values)), dim=1).flatten()
         places = torch.stack((entered, pruned), dim=1).flatten()
         table.positions.put(places, both, [2 * count for count in found.counts])
@@ -202,35 +214,31 @@ class ContendingBlocks(EvolvingBlocks):
     def _challenge(self) -> Challenge:
         """Find who challenges whom; nobody does before anything is known of pruned weights, nor in frozen blocks."""
         contenders, table = self.contenders, self.table
-        places = contenders.contested(self.kept.places)[1:]
-        kept = take(table.positions.memory(), torch.split(places, contenders.split, dim=1)).to(table.dtype)
+        offsets, n = contenders.kept_offsets(self.kept.places), self.pattern.n
+        kept = table.positions.values(offsets.t().reshape(-1), [n * count for count in contenders.split])
+        kept = kept.view(-1, n).to(table.dtype)
         evidence = table.accumulated.near(contenders.positions).evidence
         trained = self.sizes.noise > 0
         if not all(sparse.weight.requires_grad for sparse in self.weights):
             # A layer that was frozen since must not move.
             trained = trained & torch.tensor([s.weight.requires_grad for s in self.weights], device=table.device)
-        may = contenders.spread(trained)
-        if table.freeze_after is not None:
-            may = may & table.unfrozen(contenders.positions)
+        may = None if table.freeze_after is None else table.unfrozen(contenders.positions)
         if self.room is not None:
             # Where there is no room, the next contender of the row challenges.
             of = contenders.spread(torch.arange(len(self.weights), device=table.device))
-            wants = ratio(evidence, kept.abs().amin(0)) > 1 + self.config.margin
-            may = may & self.room.has(contenders.positions, of, may & wants)
-        return challenge(contenders, evidence, kept, may, one_per_row=self.config.one_per_row)
+            wants = (ratio(evidence, kept.abs().amin(1)) > 1 + self.config.margin) & trained.index_select(0, of)
+            has = self.room.has(contenders.positions, of, wants if may is None else wants & may)
+            may = has if may is None else has & may
+        found = challenge(contenders, evidence, kept, offsets, may, one_per_row=self.config.one_per_row)
+        return found._replace(may_swap=found.may_swap & trained.index_select(0, found.of))
 
-    def _hand_over(self, found: Challenge, swapped: Tensor, dropped: Tensor, left: Tensor) -> None:
-        """Move evidence, means, places and contenders: the pruned position takes the slot of the revived one."""
-        accumulated, position = self.table.accumulated, found.position
-        near = accumulated.near(self.contenders.positions)
+    def _hand_over(self, found: Challenge, swapped: Tensor, left: Tensor) -> None:
+        """Move evidence and means: the pruned position takes the slot of the revived one."""
+        near = self.table.accumulated.near(self.contenders.positions)
         near.evidence.index_copy_(0, found.slot, torch.where(swapped, left, found.evidence))
         if near.mean is not None:
             # Revived and pruned positions both start without a past.
-            near.mean.index_copy_(0, found.slot, near.mean[found.slot].masked_fill_(swapped, 0))
-        accumulated.clear(position)
-        self.kept.replace(found.block, found.place, torch.where(swapped, position, dropped))
-        self.contenders.replace(found.slot, torch.where(swapped, dropped, position))
-        self.contenders.forget()
+            near.mean.index_copy_(0, found.slot, near.mean.index_select(0, found.slot).masked_fill_(swapped, 0))
 
     @override
     def end_step(self) -> None:
@@ -275,11 +283,11 @@ class ContendingBlocks(EvolvingBlocks):
 def shares_read(table: BlockTable, contenders: Contenders, *, everywhere: bool) -> list[float]:
     """Share of each weight's pruned positions that a reading reads; waits for the device if blocks may freeze."""
     shares = []
-    for layer, own in enumerate(contenders.by_weight()):
+    for layer, count in enumerate(contenders.split):
         pruned = (table.firsts[layer + 1] - table.firsts[layer]) * (table.pattern.m - table.pattern.n)
-        share = 1.0 if everywhere else len(own) / max(1, pruned)
+        share = 1.0 if everywhere else count / max(1, pruned)
         if table.freeze_after is not None and share:
-            unfrozen = ~table.frozen_of(layer) if everywhere else table.unfrozen(own)
+            unfrozen = ~table.frozen_of(layer) if everywhere else table.unfrozen(contenders.by_weight()[layer])
             share *= float(unfrozen.float().mean())
         shares.append(share)
     return shares
@@ -292,34 +300,24 @@ def predicted_gain(
     if read is None or read.kept is None:
         return None
     if read.everywhere is not None:
-        gained, lost = read.everywhere.view(-1)[found.position], read.kept[found.block, found.place]
+        gained, own = read.everywhere.view(-1).index_select(0, found.position), read.kept.index_select(0, found.block)
     else:
         assert read.contenders is not None
-        gained, lost = read.contenders[found.slot], read.kept[found.slot, found.place]
-    return lost * found.weakest - gained * revived
+        gained, own = read.contenders.index_select(0, found.slot), read.kept.index_select(0, found.slot)
+    return own.gather(1, found.place).view(-1) * found.weakest - gained * revived
 
 
-def closeness_now(
-    blocks: ContendingBlocks, layers: Sequence[int], weakest: Float[Tensor, "blocks 1"]
-) -> Float[Tensor, "some m"]:
-    """Measure how close the positions of some weights are to a swap; positions that may not swap now come last.
-
-    Args:
-        blocks: The blocks of all weights.
-        layers: Which weights.
-        weakest: Size of the smallest weight that each block keeps.
-    """
+def closed_now(blocks: ContendingBlocks) -> Bool[Tensor, "*#positions"] | None:
+    """Which positions may not swap now; None if all may."""
     table, room = blocks.table, blocks.room
-    evidence, sizes, places = (
-        torch.cat([table.of(layer, values) for layer in layers])
-        for values in (table.evidence, weakest, blocks.kept.places)
-    )
-    ratios = closeness(evidence, sizes, places)
-    if table.freeze_after is None and room is None:
-        return ratios
-    closed = torch.cat([table.frozen_of(layer) for layer in layers])[:, None]
+    closed = None if table.freeze_after is None else table.frozen[:, None]
     if room is not None:
-        closed = closed | torch.cat([room.full(layer) for layer in layers])
-    # Positions that may not swap still come before kept ones, which never contend.
+        full = torch.cat([room.full(layer) for layer in range(len(table.weights))])
+        closed = full if closed is None else closed | full
+    return closed
+
+
+def last(ratios: Float[Tensor, "some m"], closed: Bool[Tensor, "*#positions"]) -> Float[Tensor, "some m"]:
+    """Put positions that may not swap last, but still before kept ones, which never contend."""
     least = ratios.clamp_min(torch.finfo(ratios.dtype).tiny).masked_fill_(closed, 0)
     return torch.where(ratios < 0, ratios, least)

@@ -32,6 +32,8 @@ def regrouped(
     kept = {tuple(map(id, group.weights)): group for group in groups}
     found = []
     for together in wanted.values():
+        # Rows of one length side by side, so that they are handled in one go.
+        together.sort(key=lambda sparse: sparse.kept.shape[1:].numel())
         group = kept.get(tuple(map(id, together)))
         if group is None:
             known = [before.get(id(sparse)) for sparse in together]

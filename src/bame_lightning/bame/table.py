@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from bame_lightning.bame.accumulated import Accumulated
@@ -50,7 +50,7 @@ class EvolvingLayer:
     flips: Int[Tensor, ""]
     last_flips: Int[Tensor, ""]
     predicted: Float[Tensor, ""]
-    kept_places: Int16[Tensor, "blocks n"] | None = None
+    kept_places: Integer[Tensor, "blocks n"] | None = None
     mean_gradient: Float[Tensor, "blocks m"] | None = None
     noise: Float[Tensor, ""] | None = None
     unit: Float[Tensor, ""] | None = None
@@ -116,11 +116,15 @@ class BlockTable:
 
     def unfrozen(self, positions: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
         """Whether positions lie in blocks that are not frozen."""
-        return ~self.frozen[self.positions.blocks(positions)]
+        return ~self.frozen.index_select(0, self.positions.blocks(positions))
 
     def of(self, layer: int, values: Tensor) -> Tensor:
         """Cut the part of one weight out of a tensor with a value for each block."""
-        return values[self.firsts[layer] : self.firsts[layer + 1]]
+        return values[self.span(layer)]
+
+    def span(self, layer: int) -> slice:
+        """The blocks of one weight."""
+        return slice(self.firsts[layer], self.firsts[layer + 1])
 
     def spread(self, values: Shaped[Tensor, " weights"]) -> Shaped[Tensor, " blocks"]:
         """For each block the value of its weight."""
@@ -153,7 +157,7 @@ class BlockTable:
             self.weights[layer],
             evidence=self.of(layer, self.evidence),
             oscillations=self.of(layer, self.history.oscillations),
-            quiet=self.of(layer, self.history.quiet),
+            quiet=self.history.quiet(self.span(layer)),
             frozen=self.frozen_of(layer),
             freezes=self.freeze_after is not None,
             flips=self.masks.flips[layer],
@@ -169,8 +173,8 @@ class BlockTable:
             # Every row has the same number of pruned positions.
             "evidence": rows.gather(self.of(layer, self.evidence)[pruned]),
             "oscillations": rows.gather(self.of(layer, self.history.oscillations)),
-            "quiet": rows.gather(self.of(layer, self.history.quiet)),
-            "pruned_before": pack_mask(rows.gather(self.of(layer, self.history.pruned_before))),
+            "quiet": rows.gather(self.history.quiet(self.span(layer))),
+            "pruned_before": pack_mask(rows.gather(self.history.pruned_before(self.span(layer)))),
             "predicted": rows.total(self.predicted[layer]),
             **self.masks.state(layer),
         }
@@ -180,15 +184,14 @@ class BlockTable:
 
     def load_state(self, layer: int, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned; the mask must have been restored before."""
-        rows, pruned, history = self.weights[layer].rows, ~self.weights[layer].mask(), self.history
+        rows, pruned = self.weights[layer].rows, ~self.weights[layer].mask()
         self.of(layer, self.evidence).copy_(self.laid_out(layer, pruned, state["evidence"]))
         if (mean := self.mean_of(layer)) is not None:
             mean.copy_(self.laid_out(layer, pruned, state["mean_gradient"]))
         everywhere = torch.Size((len(pruned) * rows.parts, self.pattern.m))
-        found = {**state, "pruned_before": unpack_mask(state["pruned_before"].cpu(), everywhere)}
-        for name in ("oscillations", "quiet", "pruned_before"):
-            values: Tensor = getattr(history, name)
-            self.of(layer, values).copy_(rows.own(found[name]))
+        before = unpack_mask(state["pruned_before"].cpu(), everywhere)
+        own = [rows.own(values).to(self.device) for values in (state["oscillations"], state["quiet"], before)]
+        self.history.restore(self.span(layer), *own)
         self.predicted[layer] = rows.part_of(state["predicted"].to(self.predicted))
         self.masks.load_state(layer, state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Int, Int16, Shaped, UInt8
+from jaxtyping import Bool, Int, Integer, Shaped, UInt8
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -87,15 +87,17 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def kept_places(mask: Bool[Tensor, "blocks m"], n: int) -> Int16[Tensor, "blocks {n}"]:
+def kept_places(mask: Bool[Tensor, "blocks m"], n: int) -> Integer[Tensor, "blocks {n}"]:
     """Find the places that each block keeps, `n` of them, ascending; waits for the device.
+
+    They are of one byte where that suffices.
 
     Example:
         >>> kept_places(torch.tensor([[True, False, False, True], [False, True, True, False]]), 2)
         tensor([[0, 3],
-                [1, 2]], dtype=torch.int16)
+                [1, 2]], dtype=torch.uint8)
     """
-    return mask.nonzero()[:, 1].view(len(mask), n).short()
+    return mask.nonzero()[:, 1].view(len(mask), n).to(torch.uint8 if mask.shape[1] <= 256 else torch.int16)
 
 
 def random_mask(blocks: Shaped[Tensor, "blocks m"], n: int) -> Bool[Tensor, "blocks m"]:

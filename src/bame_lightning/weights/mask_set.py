@@ -73,10 +73,10 @@ class MaskSet:
             swapped: Whether to swap. If not, the first must be pruned already and the second kept.
             of: Place in the set of each swap's weight.
         """
-        starts = self._starts[of]
+        starts = self._starts.index_select(0, of)
         places = torch.cat((revived + starts, pruned + starts))
         self._kept.index_copy_(0, places, torch.cat((swapped, ~swapped)))
-        self.last_flips = torch.zeros_like(self.flips).index_add_(0, of, 2 * swapped.long())
+        self.last_flips = torch.zeros_like(self.flips).index_add_(0, of, swapped.long(), alpha=2)
         self.flips += self.last_flips
 
     def unchanged(self) -> None:

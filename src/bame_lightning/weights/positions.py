@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Int64, Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,9 +25,10 @@ class Positions:
 
     Attributes:
         m: Positions in a block.
-        starts: Number of the first position of each weight; last, the number of all positions.
-        straight: For each weight, whether its positions lie in memory as they are numbered. They do in linear layers, and in
-            pointwise and channels-last convolutions.
+        starts: Number of the first position of each weight, and of all together at the end.
+        integers: Type that numbers them: of 4 bytes where these suffice.
+        straight: Whether positions of each weight lie in memory as they are numbered: in linear layers, pointwise and
+            channels-last convolutions.
 
     Raises:
         ValueError: If the kernel dimensions of a convolution are not side by side in memory.
@@ -39,6 +40,7 @@ class Positions:
         values = [sparse.values for sparse in weights]
         device = values[0].device
         self.starts = [0, *accumulate(value.numel() for value in values)]
+        self.integers = torch.int32 if self.starts[-1] < 2**31 else torch.int64
         grids = [_grid(value, sparse.name) for value, sparse in zip(values, weights, strict=True)]
         # The stride of a dimension with one element has no meaning.
         self.straight = [(o, i) == (size * across, 1) and (size == 1 or k == across) for size, across, o, k, i in grids]
@@ -57,25 +59,30 @@ class Positions:
         """The places of positions in their blocks."""
         return positions % self.m if self.m & (self.m - 1) else positions & (self.m - 1)
 
-    def offsets(
-        self, blocks: Int[Tensor, " some"], places: Int[Tensor, "k some"], counts: Int[Tensor, " weights"]
-    ) -> Int[Tensor, "k some"]:
-        """Find places of blocks in the memory of their weights.
+    def offsets(self, positions: Int[Tensor, " some"], counts: Int[Tensor, " weights"]) -> Int64[Tensor, " some"]:
+        """Find positions in the memory of their weights.
 
         Args:
-            blocks: Numbers of blocks, those of the first weight first.
-            places: Some places in each.
-            counts: How many of the blocks belong to each weight.
+            positions: Numbers of positions, those of the first weight first.
+            counts: How many belong to each weight.
 
         Returns:
             Distance of each place from the first value of its weight, in values.
         """
         by_weight = self._starts if self._bases is None else self._inputs
-        spread = by_weight.repeat_interleave(counts, output_size=len(blocks))
-        # `index_select` takes a seventh of the time of an index in brackets.
+        spread = by_weight.repeat_interleave(counts, output_size=len(positions))
         if self._bases is None:
-            return (blocks * self.m - spread) + places
-        return self._bases.index_select(0, blocks) + places * spread
+            return positions - spread
+        # `index_select` takes a seventh of the time of an index in brackets.
+        return self._bases.index_select(0, self.blocks(positions)) + self.within(positions) * spread
+
+    def moved(
+        self, offsets: Int64[Tensor, " some"], by: Int[Tensor, "k some"], counts: Int[Tensor, " weights"]
+    ) -> Int64[Tensor, "k some"]:
+        """Go from places in memory to others of the same blocks, some positions further on; `counts` as in `offsets`."""
+        if self._bases is not None:
+            by = by * self._inputs.repeat_interleave(counts, output_size=len(offsets))
+        return offsets + by
 
     def weight(self, layer: int) -> Shaped[Tensor, " memory"]:
         """View the values of a weight that this process holds as a stretch of memory; the view is kept until they move."""
@@ -84,9 +91,10 @@ class Positions:
             return flat_memory(self.weights[layer].values)
         return self._memory.of(layer, weight)
 
-    def memory(self) -> list[Tensor]:
-        """`weight` of each layer."""
-        return [self.weight(layer) for layer in range(len(self.weights))]
+    def values(self, offsets: Int64[Tensor, " some"], counts: list[int]) -> Shaped[Tensor, " some"]:
+        """Values at places in the memory of their weights, those of the first weight first, `counts` of each."""
+        parts = enumerate(torch.split(offsets, counts))
+        return torch.cat([self.weight(layer).index_select(0, where) for layer, where in parts])
 
     def put(self, places: Int[Tensor, " chosen"], values: Shaped[Tensor, " chosen"], counts: list[int]) -> None:
         """Write values at places in the memory of their weights: those of the first weight first, `counts` for each weight."""
@@ -144,7 +152,7 @@ def extent(tensor: Tensor) -> int:
 def take(tensors: Iterable[Tensor], offsets: Iterable[Tensor]) -> Tensor:
     """Take values at places in the memory of several tensors, one tensor after the other along the last dimension of places."""
     found = [
-        tensor.take(places) if tensor.is_contiguous() else flat_memory(tensor)[places]
+        (tensor if tensor.is_contiguous() else flat_memory(tensor)).take(places)
         for tensor, places in zip(tensors, offsets, strict=True)
     ]
     return torch.cat(found, dim=-1)
