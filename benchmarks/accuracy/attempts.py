@@ -83,7 +83,9 @@ class _MeanOfContenders(ContendingBlocks):
     def accumulate(self, optimizer: Any, reading: Any, finite: Tensor, window: int) -> None:
         mean = self.table.accumulated.mean
         if reading.everywhere and mean is not None:
-            contends = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(0, self.contenders.positions, True)
+            contends = torch.zeros(mean.numel(), dtype=torch.bool).index_fill_(
+                0, self.contenders.positions.long(), True
+            )
             zero_pruned_(mean, contends.view_as(mean))
         super().accumulate(optimizer, reading, finite, window)
 

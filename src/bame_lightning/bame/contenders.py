@@ -62,7 +62,7 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     return found.bitwise_and_(2**32 - 1).sort().values
 
 
-PIECE = 2**20
+PIECE = 2**21
 """The most positions among which contenders are chosen at once: larger memory is requested from the system each time."""
 APART = 4
 """Positions of a column: about the root of 1 over the share of contenders."""

@@ -156,10 +156,10 @@ class ContendingBlocks(EvolvingBlocks):
                 some = slice(first, min(first + step, end))
                 ratios = closeness(evidence[some], weakest[some], self.kept.places[some])
                 ratios = ratios if closed is None else last(ratios, closed[some])
-                found.append(self.choose(ratios.view(-1, length), count).flatten())
-            counts += [count] * len(layers)
+                found.append(self.choose(ratios.view(-1, length), count))
+            counts += [found[-1].shape[1]] * len(layers)  # a rule may choose more or fewer
             begin = end
-        self.contenders.choose(torch.cat(found), counts)
+        self.contenders.choose(torch.cat([own.flatten() for own in found]), counts)
 
     def choose(self, ratios: Float[Tensor, "rows positions"], count: int) -> Int[Tensor, "rows count"]:
         """Choose the contenders of some rows, as places in them."""
