@@ -50,16 +50,16 @@ def choose(closeness: Float[Tensor, "rows positions"], count: int) -> Int[Tensor
     rows, positions = closeness.shape
     if not count:
         return torch.zeros(rows, 0, dtype=torch.int64, device=closeness.device)
-    # The bits of positive numbers are in their order; NaN comes first, negative numbers last. Lower places break ties.
+    # The bits of positive numbers are in their order; NaN comes last, negative numbers first. Lower places break ties.
     lower = torch.arange(positions, device=closeness.device)
-    order = as_integers(closeness.float()).long().mul_(-(2**32)).add_(lower)
+    order = as_integers(closeness.float()).long().mul_(2**32).sub_(lower)
     if positions % APART == 0 and 2 * APART * count <= positions:
         # What is chosen is among the `count` columns whose best are best: half as many to put in order, twice.
         columns = order.view(rows, APART, -1)
-        best = columns.amin(1, keepdim=True).topk(count, largest=False, sorted=False).indices
+        best = columns.amax(1, keepdim=True).topk(count, sorted=False).indices
         order = columns.gather(2, best.expand(-1, APART, -1)).view(rows, -1)
-    found = order.topk(count, largest=False, sorted=False).values
-    return found.bitwise_and_(2**32 - 1).sort().values
+    found = order.topk(count, sorted=False).values
+    return found.neg_().bitwise_and_(2**32 - 1).sort().values
 
 
 PIECE = 2**21
