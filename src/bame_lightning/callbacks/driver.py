@@ -27,6 +27,7 @@ from bame_lightning.callbacks.refusals import (
     refuse_local_gradients,
     refuse_strategy,
     refuse_unknown_masks,
+    scales_loss,
 )
 from bame_lightning.callbacks.run_length import clip_writes, keep_pace, plan_windows, progress
 from bame_lightning.callbacks.table import products_table
@@ -263,8 +264,8 @@ class SparseCallback(MethodCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.training.end_batch()
         self.members.settle(trainer, pl_module)
-        if self.training.stray and not self.steps and self.books.unbooked >= FEW * trainer.accumulate_grad_batches:
-            self.books.warn_of_no_step(type(self).__name__)
+        if self.training.stray and self.books.unbooked >= FEW * trainer.accumulate_grad_batches:
+            self._tell_of_no_step()
         self.averages.follow()
         if chosen := self.training.execution.news():
             rank_zero_info(f"{type(self).__name__} computes with compute={self.compute!r}:\n{products_table(chosen)}")
@@ -312,14 +313,15 @@ class SparseCallback(MethodCallback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self.books.unbooked and not self.steps:
-            self.books.warn_of_no_step(type(self).__name__)
+        if not scales_loss(trainer):  # which may skip all steps of an epoch
+            self._tell_of_no_step()
         self._intruders.look(self.weights)
         self._intruders.tell(_FORWARD)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.training.detach()
+        self._tell_of_no_step()
         self.ranks.compare(self.method.replicas(), self.steps, every=1)
         try:
             invariants.check_weights(self.weights, self.steps)
@@ -387,6 +389,10 @@ class SparseCallback(MethodCallback):
         if not trainer.lightning_module.automatic_optimization:
             holder.pace.follow(holder.steps - 1, progress(trainer))
             keep_pace(trainer, self.method, holder)
+
+    def _tell_of_no_step(self) -> None:
+        if self.books.unbooked and not self.steps:
+            self.books.warn_of_no_step(type(self).__name__)
 
     @override
     def take_home(self, told: dict[str, Any]) -> None:

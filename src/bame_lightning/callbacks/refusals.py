@@ -97,7 +97,7 @@ def _refuse(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimiz
             "`configure_optimizers` returns an optimizer with `maximize=True`, but masks follow gradients downhill. Minimize "
             "the negated loss instead."
         )
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    scaled = scales_loss(trainer)
     if scaled and not pl_module.automatic_optimization:
         raise ValueError(
             "Manual optimization with a loss scaler (`precision='16-mixed'`) shows gradients only scaled, so masks cannot "
@@ -137,3 +137,8 @@ def refuse_backward(holder: Holder, method: str) -> None:
             f"so {method} could not see them before they are clipped. Call `self.manual_backward(loss)` "
             "where it calls `loss.backward()` or writes gradients."
         )
+
+
+def scales_loss(trainer: L.Trainer) -> bool:
+    """Whether a loss scaler may skip steps."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
