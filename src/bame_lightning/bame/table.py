@@ -185,20 +185,15 @@ class BlockTable:
     def load_state(self, layer: int, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned; the mask must have been restored before."""
         rows, pruned = self.weights[layer].rows, ~self.weights[layer].mask()
-        self.of(layer, self.evidence).copy_(self.laid_out(layer, pruned, state["evidence"]))
-        if (mean := self.mean_of(layer)) is not None:
-            mean.copy_(self.laid_out(layer, pruned, state["mean_gradient"]))
+        for key, table in (("evidence", self.of(layer, self.evidence)), ("mean_gradient", self.mean_of(layer))):
+            if table is not None:
+                table.zero_().masked_scatter_(pruned, rows.own(state[key]).to(table))
         everywhere = torch.Size((len(pruned) * rows.parts, self.pattern.m))
         before = unpack_mask(state["pruned_before"].cpu(), everywhere)
         own = [rows.own(values).to(self.device) for values in (state["oscillations"], state["quiet"], before)]
         self.history.restore(self.span(layer), *own)
         self.predicted[layer] = rows.part_of(state["predicted"].to(self.predicted))
         self.masks.load_state(layer, state)
-
-    def laid_out(self, layer: int, pruned: Bool[Tensor, "blocks m"], values: Tensor) -> Float[Tensor, "blocks m"]:
-        """Put saved values of a weight's pruned positions back into blocks."""
-        own = self.weights[layer].rows.own(values).to(self.evidence)
-        return torch.zeros_like(pruned, dtype=self.dtype).masked_scatter(pruned, own)
 
 
 def saved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
