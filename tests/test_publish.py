@@ -48,13 +48,15 @@ def test_fewer_bits_per_byte_are_ahead() -> None:
     assert ahead(own, rival) == "+0.250"
 
 
-def test_headline_has_a_row_for_each_task_and_pattern_of_bame() -> None:
+def test_headline_has_a_row_for_each_task_and_pattern_of_bame_and_a_rival() -> None:
     digits = rows("bame", [91, 92]) + rows("sr_ste", [90], train_vs_dense="0.7") + rows("rigl", [89, 88])
     digits += rows("sr_ste", [93], pattern="2:4") + rows("dense", [95], pattern="")
     mlp = rows("bame", [80], pattern="1:8", recipe="fashion_mnist_mlp", train_vs_dense="0.157")
-    assert cells(headline(digits + mlp)) == [
-        ["MLP", "1:8", "1", "80.00", "", "", "", "", "16/-/-/-"],
-        ["Digits", "1:16", "1-2", "91.50 ± 0.71", "90.00", "", "88.50 ± 0.71", "+1.00", "20/70/-/20"],
+    mlp += rows("static", [79], pattern="1:8", recipe="fashion_mnist_mlp", train_vs_dense="0.13")
+    alone = rows("bame", [80], pattern="1:4", recipe="fashion_mnist_mlp")
+    assert cells(headline(digits + mlp + alone)) == [
+        ["MLP 1:8", "1", "80.00", "", "79.00", "", "", "16/-/13/-"],
+        ["Digits 1:16", "1-2", "91.50 ± 0.71", "90.00", "", "88.50 ± 0.71", "+1.00", "20/70/-/20"],
     ]
 
 
@@ -139,7 +141,7 @@ def test_both_ways_stands_beside_plain_and_transposable_masks_of_the_same_seeds(
     rival = rows("transposable", [91])
     # Gains of -1, -2, -3: 4.303 x 1 / sqrt(3) = 2.48.
     assert cells(both_ways(plain + both + rival + rows("bame", [80], pattern="1:8"))) == [
-        ["Digits", "1:16", "3", "90.00 ± 0.00", "88.00 ± 1.00", "-2.00 ± 2.48", "91.00", "+1.00"]
+        ["Digits 1:16", "3", "90.00 ± 0.00", "88.00 ± 1.00", "-2.00 ± 2.48", "91.00", "+1.00"]
     ]
     assert both_ways(plain + rival) == ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
 

@@ -135,19 +135,19 @@ def _verdicts(own: list[Row], rivals: Mapping[str, list[Row]]) -> str:
 
 
 def headline(rows: list[Row]) -> list[str]:
-    """Quality by task, pattern and method, by how much BAME is ahead, and what each method costs."""
+    """Quality by task, pattern and method where rivals were measured, by how much BAME is ahead, and what each method costs."""
     lines = [
-        f"| task | N:M | seeds | {' | '.join(METHODS[method] for method in COMPARED)} | ahead of SR-STE | FLOPs, % of dense |",
-        "|---|---|---|---:|---:|---:|---:|---:|---|",
+        f"| task | seeds | {' | '.join(METHODS[method] for method in COMPARED)} | ahead of SR-STE | FLOPs, % of dense |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for task, (name, _) in TASKS.items():
         groups = by_method([row for row in rows if row["recipe"] == task and not row["variant"]])
         for pattern in PATTERNS:
             found = [groups.get((pattern, method), []) for method in COMPARED]
-            if found[0]:
+            if found[0] and any(found[1:]):
                 seeds = "-".join(map(str, sorted({len(group) for group in found if group})))
                 costs = "/".join(_percent_of_dense(group) for group in found)
-                cells = [name, pattern, seeds, *map(_quality, found), ahead(found[0], found[1]), costs]
+                cells = [f"{name} {pattern}", seeds, *map(_quality, found), ahead(found[0], found[1]), costs]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -198,13 +198,13 @@ def equal(rows: list[Row]) -> list[str]:
 def both_ways(rows: list[Row]) -> list[str]:
     """BAME with masks that are 2:4 along the output dimension, too, and transposable masks, each beside plain BAME."""
     lines = [
-        "| task | N:M | seeds | BAME | both ways | ahead of BAME by | transposable | ahead of BAME by |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| task | seeds | BAME | both ways | ahead of BAME by | transposable | ahead of BAME by |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for task, pattern in [(task, pattern) for task in TASKS for pattern in PATTERNS]:
         plain, both, rival = _for_tensor_cores(rows, task, pattern)
         if plain and both:
-            cells = [TASKS[task][0], pattern, str(len(both)), *map(_quality, (plain, both)), ahead(both, plain)]
+            cells = [f"{TASKS[task][0]} {pattern}", str(len(both)), *map(_quality, (plain, both)), ahead(both, plain)]
             cells += [_quality(rival), ahead(rival, plain)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else ["Not measured yet: `python -m benchmarks.accuracy.study both_ways`."]
