@@ -173,7 +173,7 @@ def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(name: str) -> None:
             moments = dict(enumerate(trainer.optimizers[0].state_dict()["state"].values()))
             state = callback.state_dict()
             state["flops"] = state["flops"].get("algorithmic", 0.0)
-            state["trial"] = None  # what the first backward pass reaches is known, whatever becomes of the step
+            state["trial"] = state["dense"] = None  # known after the first backward pass, whatever becomes of the step
             return {"callback": state, "model": pl_module.state_dict(), "optimizer": moments}
 
     trainer(callback, watch, Trace(), **scaled()).fit(Task(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)))
