@@ -29,6 +29,8 @@ class Contenders:
         positions: The contenders, weight by weight and row by row, equally many in each row of a weight; shape (contenders,).
         counts: How many are in each weight, on the device; shape (weights,).
         split: The same as plain numbers.
+        rows: Rows of each weight.
+        lengths: Positions of a row of each weight.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], positions: Positions) -> None:
@@ -38,8 +40,8 @@ class Contenders:
         self._kept_offsets: Tensor | None = None
         device = weights[0].kept.device
         self.rows = [len(sparse.kept) for sparse in weights]
-        lengths = [sparse.kept.shape[1:].numel() for sparse in weights]
-        length = torch.tensor(lengths, device=device).repeat_interleave(torch.tensor(self.rows, device=device))
+        self.lengths = [sparse.kept.shape[1:].numel() for sparse in weights]
+        length = torch.tensor(self.lengths, device=device).repeat_interleave(torch.tensor(self.rows, device=device))
         self._row_starts = length.cumsum(0) - length
         self.choose(torch.zeros(0, dtype=torch.int64, device=device), [0] * len(weights))
 

@@ -143,12 +143,11 @@ class ContendingBlocks(EvolvingBlocks):
             share: Share of a row's pruned positions, rounded up; the rule's own unless given.
         """
         share = self.config.contenders if share is None else share
-        n, m, rows = self.pattern.n, self.pattern.m, self.contenders.rows
-        lengths = [sparse.kept.shape[1:].numel() for sparse in self.weights]
+        n, m, lengths = self.pattern.n, self.pattern.m, self.contenders.lengths
         evidence, weakest, closed = self.table.evidence, self.kept.weakest(), closed_now(self)
         found, counts, begin = list[Tensor](), list[int](), 0
         # Neighbours of equal rows in one go.
-        for length, run in groupby(range(len(rows)), key=lengths.__getitem__):
+        for length, run in groupby(range(len(lengths)), key=lengths.__getitem__):
             layers = list(run)
             count, step = count_in_share(share, length // m * (m - n)), max(1, PIECE // length) * length // m
             end = self.table.firsts[layers[-1] + 1]

@@ -80,9 +80,8 @@ class MethodCallback(L.Callback):
                 "patterns are rules of one callback, layers={'name.*': 'N:M'}."
             )
         if stage == "fit":
-            self.restored = (
-                None  # left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later
-            )
+            # Left by a fit that failed, or by a test of another checkpoint; this fit's own is loaded later.
+            self.restored = None
             self.come_home()
             self._home.leave(trainer.strategy)
 

@@ -35,10 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         if error.errno is not None:  # a name would hide the library's own message
-            error.filename, error.filename2 = (
-                str(path),
-                None,
-            )  # a full disk names no file, and the draft's name helps nobody
+            # A full disk names no file, and the draft's name helps nobody.
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         part.unlink(missing_ok=True)

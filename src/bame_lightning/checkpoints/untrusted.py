@@ -86,9 +86,8 @@ def _load(path: Path) -> Any:
     while True:
         try:
             with warnings.catch_warnings(), safe_globals([(kind, name) for name, kind in stand_ins.items()]):
-                warnings.simplefilter(
-                    "ignore"
-                )  # warnings about old formats and sparse tensors, on which a user need not act
+                # Warnings are about old formats and sparse tensors, on which a user need not act.
+                warnings.simplefilter("ignore")
                 # Only the zip format can be mapped instead of read.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
